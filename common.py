@@ -1,0 +1,418 @@
+"""What the scripts share and no domain word touches: flags, start-up, positions, checkpoints, log.
+
+Randomness is a function of position, never of history: stream position k decides which item comes
+and how it is augmented from (seed, k), and step n draws the noise of the whole global batch from
+(seed, n). A resumed run and a run on more processes therefore see what one undisturbed process
+would have seen.
+"""
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+
+# ---- flags -----------------------------------------------------------------------------------
+
+def flag(default, help, **metadata):
+    """A dataclass field that becomes a command-line flag with this help text."""
+    return dataclasses.field(default=default, metadata=dict(metadata, help=help))
+
+
+def parse_bool(text):
+    """'1', 'true', 'yes', 'on' or '0', 'false', 'no', 'off' -> bool."""
+    if text.lower() in ('1', 'true', 'yes', 'on'):
+        return True
+    if text.lower() in ('0', 'false', 'no', 'off'):
+        return False
+    raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
+
+
+def parse_tuple(kind):
+    """Parser of comma-separated values, '1,2,4' -> (1, 2, 4)."""
+    def parse(text):
+        try:
+            return tuple(kind(part) for part in text.split(',') if part.strip())
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'{text!r} is not a comma-separated list of numbers')
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are one line and whose flags can come from dataclasses."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        raise ValueError(f'{message} (flags: python {Path(sys.argv[0]).name} -h)')
+
+    def add_config(self, config):
+        """One flag for each field of dataclass `config` that carries help text."""
+        group = self.add_argument_group(config.__name__)
+        for field in dataclasses.fields(config):
+            if 'help' not in field.metadata:
+                continue
+            kind = type(field.default)
+            if kind is tuple:
+                kind = parse_tuple(type(field.default[0]))
+            group.add_argument(f'--{field.name}', type=parse_bool if kind is bool else kind,
+                               default=field.default, help=field.metadata['help'],
+                               choices=field.metadata.get('choices'))
+
+    def parse_preset(self, presets, argv=None):
+        """Arguments with typed flags over preset over defaults; `args.typed` names those typed.
+
+        The preset is --preset, else the one named by --dataset, else 'toy_image'.
+        """
+        known, _ = self.parse_known_args([a for a in sys.argv[1:] if a not in ('-h', '--help')]
+                                         if argv is None else argv)
+        name = known.preset or (known.dataset if known.dataset in presets else None)
+        if name is None:
+            name = {'image': 'image_64'}.get(known.dataset, known.dataset or 'toy_image')
+        if name not in presets:
+            raise ValueError(f'--preset {name}: unknown; one of {", ".join(presets)}')
+        actions = {a.dest for a in self._actions}
+        unknown = sorted(set(presets[name]) - actions)
+        if unknown:
+            raise ValueError(f'preset {name} has unknown keys: {", ".join(unknown)}')
+        self.set_defaults(**presets[name])
+        args = self.parse_args(argv)
+        args.preset = name
+        return args
+
+
+def pick(args, config):
+    """An instance of dataclass `config` from the flags of the same names."""
+    names = {f.name for f in dataclasses.fields(config)}
+    return config(**{k: v for k, v in vars(args).items() if k in names})
+
+
+def require(condition, message):
+    """Raise ValueError(message) unless `condition` holds; for what a user typed."""
+    if not condition:
+        raise ValueError(message)
+
+
+def run(main):
+    """Call `main()`; what a user can mend becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print('stopped; the same command continues from the last checkpoint', file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---- start-up --------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class RunConfig:
+    """Flags that both training scripts have."""
+    steps: int = flag(100_000, 'optimiser steps in all')
+    batch: int = flag(64, 'items a step, over all processes and accumulation rounds')
+    accumulate: int = flag(1, 'rounds of forward and backward a step is split into')
+    lr: float = flag(1e-4, 'peak learning rate of AdamW')
+    lr_min: float = flag(1e-6, 'learning rate at the end of the cosine')
+    lr_schedule: str = flag('cosine', 'after the warm-up', choices=('cosine', 'constant'))
+    warmup: int = flag(500, 'steps of linear warm-up')
+    beta2: float = flag(0.99, "AdamW's second-moment decay")
+    weight_decay: float = flag(0.01, 'decoupled weight decay')
+    clip: float = flag(1.0, 'largest norm of the gradient, 0 = no clipping')
+    seed: int = flag(0, 'of everything random')
+    amp: str = flag('auto', 'bfloat16 autocast; auto = on CUDA', choices=('auto', 'on', 'off'))
+    compile: str = flag('auto', 'torch.compile; auto = on CUDA', choices=('auto', 'on', 'off'))
+    device: str = flag('auto', 'cpu, cuda, cuda:1, ...; auto = CUDA if there is one')
+    workers: int = flag(0, 'data loading processes for each training process')
+    log_every: int = flag(50, 'steps between lines of log.jsonl')
+    eval_every: int = flag(500, 'steps between held-out measurements and sample pictures')
+    save_every: int = flag(500, 'steps between checkpoints')
+    restart: bool = flag(False, 'start over instead of continuing the run of this name')
+    init: str = flag('', 'checkpoint whose weights to start from (fine-tuning)')
+
+
+def dist_init(device='auto'):
+    """(rank, world, device): the same path for CPU, one GPU and torchrun."""
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if 'RANK' not in os.environ:
+        return 0, 1, torch.device(device)
+    if device == 'cuda':
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+def switch(choice, device):
+    """True for 'on', False for 'off'; 'auto' is on for CUDA only."""
+    return choice == 'on' or choice == 'auto' and device.type == 'cuda'
+
+
+def check_run_flags(args, world):
+    """Refuse flag values that no run can have."""
+    for name in ('steps', 'batch', 'accumulate', 'log_every', 'eval_every', 'save_every'):
+        require(getattr(args, name) >= 1, f'--{name} {getattr(args, name)}: must be at least 1')
+    require(args.lr > 0, f'--lr {args.lr}: must be positive')
+    require(args.batch % (args.accumulate * world) == 0,
+            f'--batch {args.batch}: must be a multiple of --accumulate {args.accumulate} times '
+            f'{world} processes')
+
+
+# ---- randomness by position and the data stream -----------------------------------------------
+
+def seeded(*key):
+    """numpy Generator that depends on `key` (integers and strings) alone."""
+    return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else int(k)
+                                  for k in key])
+
+
+def torch_seeded(*key):
+    """torch CPU Generator that depends on `key` alone; the same noise on every device."""
+    return torch.Generator().manual_seed(int(seeded(*key).integers(2 ** 63)))
+
+
+class Stream(Dataset):
+    """Endless data set over positions: k -> item of an epoch-wise shuffle, augmented by (seed, k)."""
+
+    def __init__(self, dataset, seed):
+        self.dataset, self.seed = dataset, seed
+        self.order = None, None  # the last epoch's permutation
+
+    def __getitem__(self, k):
+        epoch, i = divmod(k, len(self.dataset))
+        if self.order[0] != epoch:
+            self.order = epoch, seeded('order', self.seed, epoch).permutation(len(self.dataset))
+        return self.dataset.item(int(self.order[1][i]), seeded('item', self.seed, k))
+
+
+class Positions(Sampler):
+    """The positions one process reads, a list for each accumulation round, from `step` on."""
+
+    def __init__(self, step, batch, accumulate, rank, world):
+        self.first, self.rank = step * batch, rank
+        self.round, self.local = batch // accumulate, batch // (accumulate * world)
+
+    def __iter__(self):
+        start = self.first + self.rank * self.local
+        while True:
+            yield list(range(start, start + self.local))
+            start += self.round
+
+
+def stream(dataset, args, step, rank, world):
+    """Iterator over this process's batches, one for each accumulation round, from `step` on."""
+    positions = Positions(step, args.batch, args.accumulate, rank, world)
+    return iter(DataLoader(Stream(dataset, args.seed), batch_sampler=positions,
+                           num_workers=args.workers, persistent_workers=args.workers > 0))
+
+
+def rows(x, args, round, rank, world):
+    """Rows of a tensor drawn for the whole step that belong to this process and round."""
+    local = args.batch // (args.accumulate * world)
+    start = (round * world + rank) * local
+    return x[start:start + local]
+
+
+# ---- optimisation ----------------------------------------------------------------------------
+
+def lr_at(step, args):
+    """Learning rate of `step`: linear warm-up, then cosine to lr_min, or constant."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    if args.lr_schedule == 'constant':
+        return args.lr
+    progress = min((step - args.warmup) / max(args.steps - args.warmup, 1), 1)
+    return args.lr_min + (args.lr - args.lr_min) * 0.5 * (1 + np.cos(np.pi * progress))
+
+
+def set_lr(opt, lr):
+    """Give every parameter group lr times its own `lr_mult`."""
+    for group in opt.param_groups:
+        group['lr'] = lr * group.get('lr_mult', 1.0)
+
+
+class FiniteGuard:
+    """Watches values every step without a device sync; `check` raises at the first bad step."""
+
+    def __init__(self, device):
+        self.first_bad = torch.full((), -1, device=device)
+
+    def update(self, step, *values):
+        bad = ~torch.isfinite(torch.stack([v.detach().float() for v in values])).all()
+        self.first_bad = torch.where(bad & (self.first_bad < 0), step, self.first_bad)
+
+    def check(self):
+        if self.first_bad >= 0:
+            raise ValueError(f'loss or gradient is not finite at step {int(self.first_bad)}; the '
+                             'last checkpoint is untouched: try a lower --lr, a longer --warmup, '
+                             'a smaller --clip or --amp off')
+
+
+class EMA:
+    """Exponential moving average of a module's parameters, decay min(decay, (1+n)/(10+n))."""
+
+    def __init__(self, module, decay=0.9999):
+        self.module, self.decay = module, decay
+        self.shadow = [p.detach().clone() for p in module.parameters()]
+
+    @torch.no_grad()
+    def update(self, n):
+        """After optimiser step n = 1, 2, ..."""
+        decay = min(self.decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(self.shadow, list(self.module.parameters()), 1 - decay)
+
+    def state_dict(self):
+        """A full state dict of the module: averaged parameters, current buffers."""
+        names = [name for name, _ in self.module.named_parameters()]
+        return {**self.module.state_dict(), **dict(zip(names, self.shadow))}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        for (name, _), s in zip(self.module.named_parameters(), self.shadow):
+            s.copy_(state[name])
+
+
+# ---- runs, checkpoints, log ------------------------------------------------------------------
+
+RUNS = Path('runs')
+MAY_CHANGE = {'steps', 'log_every', 'eval_every', 'save_every', 'workers', 'restart', 'slim'}
+
+
+def save_checkpoint(path, state):
+    """Write tensors and builtins to `path` so that a kill leaves the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + '.tmp')
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path, kind=None, device='cpu'):
+    """A checkpoint's dict. ValueError if it is truncated, not one of ours, or of another kind."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such checkpoint')
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises half a dozen types here; all mean the same to a user
+        raise ValueError(f'{path}: truncated or not a checkpoint ({type(error).__name__}); '
+                         'delete it or train again with --restart') from None
+    if not isinstance(state, dict) or 'kind' not in state:
+        raise ValueError(f'{path}: a file of some other program, not a checkpoint of this one')
+    if kind and state['kind'] != kind:
+        raise ValueError(f'{path}: holds a {state["kind"]} checkpoint where {kind} is needed')
+    return state
+
+
+def newest_run(file, runs=None):
+    """The folder of the run whose `file` ('vae.pt' or 'ldm.pt') is newest, or None."""
+    found = sorted((runs or RUNS).glob(f'*/{file}'), key=lambda p: p.stat().st_mtime)
+    return found[-1].parent if found else None
+
+
+def resume(path, args, kind):
+    """The checkpoint a run continues from, or None; ValueError naming flags that differ."""
+    if args.restart or not path.exists():
+        return None
+    state = load_checkpoint(path, kind)
+    saved = {**vars(args), **state['args']}
+    changed = [k for k, v in vars(args).items() if k not in MAY_CHANGE and saved[k] != v]
+    if changed:
+        raise ValueError(f'{path} was made with other flags: ' + ', '.join(
+            f'--{k} {saved[k]} (now {getattr(args, k)})' for k in changed)
+            + '; repeat them, or use --restart or another --name')
+    return state
+
+
+class Log:
+    """log.jsonl of a run; lines after the step a run continues from are dropped."""
+
+    def __init__(self, path, step):
+        self.path = path
+        lines = path.read_text().splitlines() if step and path.exists() else []
+        kept = [line for line in lines  # a kill may have torn the last one
+                if line.endswith('}') and json.loads(line)['step'] <= step]
+        path.write_text(''.join(line + '\n' for line in kept))
+
+    def write(self, **values):
+        values = {k: v.item() if hasattr(v, 'item') else v for k, v in values.items()}
+        with self.path.open('a') as file:
+            file.write(json.dumps(values) + '\n')
+
+
+def start(folder, args, step, rank, world, device, amp, dataset, model, more):
+    """Make the run's folder, write args.json, print the first line; the run's Log (rank 0)."""
+    if rank > 0:
+        return None
+    (folder / 'samples').mkdir(parents=True, exist_ok=True)
+    (folder / 'args.json').write_text(json.dumps(vars(args), indent=1))
+    where = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'
+    print(f'{folder}: {args.dataset}, {len(dataset)} training items, {world} x {where}, '
+          f'{"bfloat16" if amp else "float32"}, {parameters_of(model)}, {more}, '
+          + (f'continues at step {step}' if step else 'starts') + f' of {args.steps}', flush=True)
+    for line in getattr(dataset, 'notes', []):
+        print(f'note: {line}')
+    for file, why in getattr(dataset, 'bad', [])[:20]:
+        print(f'skipped: {file}: {why}')
+    return Log(folder / 'log.jsonl', step)
+
+
+def load_weights(module, weights, path):
+    """Load a state dict (any float precision); ValueError naming `path` if it does not fit."""
+    try:
+        module.load_state_dict({k: v.float() if v.is_floating_point() else v
+                                for k, v in weights.items()})
+    except RuntimeError as error:
+        raise ValueError(f'{path} does not fit this model: {str(error).splitlines()[-1].strip()}')
+
+
+def to(batch, device):
+    """Tensors of a batch on the device."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+            for k, v in batch.items()}
+
+
+def sync(ddp, last):
+    """Context in which DDP averages gradients only in the last accumulation round."""
+    return contextlib.nullcontext() if last or not hasattr(ddp, 'no_sync') else ddp.no_sync()
+
+
+def clip(model, limit):
+    """Norm of the gradient, clipped to `limit` unless that is 0."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit or float('inf'))
+
+
+def mean_over_ranks(values):
+    """Dict of scalar tensors averaged over processes, as floats."""
+    stacked = torch.stack([v.detach().float() for v in values.values()])
+    if dist.is_initialized():
+        dist.all_reduce(stacked)
+        stacked /= dist.get_world_size()
+    return dict(zip(values, stacked.tolist()))
+
+
+def progress(args, step, rank):
+    """tqdm bar of a training run that starts at `step`; silent on other ranks than 0."""
+    return tqdm(total=args.steps, initial=step, desc=args.name, unit='step', disable=rank > 0,
+                dynamic_ncols=True, mininterval=1.0)
+
+
+def parameters_of(module):
+    """'1.95 M parameters'."""
+    return f'{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters'

@@ -1,0 +1,831 @@
+"""Every data set: closed-form toy pictures, folders, zips and lmdbs of pictures, CIFAR-10.
+
+    python data.py check DATASET_OR_PATH        # counts, sizes, bad files, a preview
+
+Stage 1 learns from pairs (Section 3.3 of the paper, multi-scale training): the encoder sees the
+full frame at r x r, the loss an r x r crop, at known coordinates, of the same picture at R >= r.
+Departures: the last crop position is drawn too, R may be continuous in [r, R_max], and a picture is
+never enlarged to serve as the truth: scales beyond its short side are dropped for that picture.
+
+Pictures are uint8 outside and float32 in [-1, 1] inside; a box ((x_lo, x_hi), (y_lo, y_hi)) is the
+extent of a crop of the frame [-1, 1]^2, y down.
+"""
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import tarfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset, get_worker_info
+from tqdm import tqdm
+
+import common
+
+# ---- pictures in and out -----------------------------------------------------------------------
+
+
+def to_uint8(x):
+    """[-1, 1] -> 0..255, floor(127.5 x + 128) as Karras et al.; uint8 comes back as it is."""
+    return x if x.dtype == torch.uint8 else (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def to_float(x):
+    """0..255 -> float32 in [-1, 1]; to_uint8 takes it back exactly."""
+    return x.float() / 127.5 - 1
+
+
+def save_png(path, x):
+    """Write one picture (3,H,W), float in [-1, 1] or uint8; missing folders are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(to_uint8(x.detach().cpu()).permute(1, 2, 0).numpy()).save(path)
+
+
+def image_grid(x, columns=None, pad=2):
+    """(B,3,H,W) -> one uint8 picture (3,H',W'), row by row, white between; default about square."""
+    x = to_uint8(x.detach().cpu())
+    columns = min(columns or int(np.ceil(np.sqrt(len(x)))), len(x))
+    rows = -(-len(x) // columns)
+    height, width = x.shape[2] + pad, x.shape[3] + pad
+    grid = torch.full((3, rows * height + pad, columns * width + pad), 255, dtype=torch.uint8)
+    for k, picture in enumerate(x):
+        top, left = k // columns * height + pad, k % columns * width + pad
+        grid[:, top:top + x.shape[2], left:left + x.shape[3]] = picture
+    return grid
+
+
+def save_grid(path, x, columns=None, pad=2):
+    """Write pictures (B,3,H,W) as one PNG; see image_grid."""
+    save_png(path, image_grid(x, columns, pad))
+
+
+# ---- toy_image: a boat off a hilly shore, as a function of (x, y) ------------------------------
+
+def colours(*rows):
+    """'rrggbb ...' strings -> float32 (rows, colours, 3) in [-1, 1]."""
+    return np.array([[[int(c[i:i + 2], 16) / 127.5 - 1 for i in (0, 2, 4)] for c in row.split()]
+                     for row in rows], 'float32')
+
+
+TOY_EDGE = 2 / 128  # width of every edge: 1/128 of the box
+TOY_SEEDS = dict(train=(0, 20_000), test=(2 ** 30, 1_000), fresh=(2 ** 31, None))  # first, how many
+TOY_HOURS = colours('8fb2e6 ffd9c9 fff3dc a79fce 7c96a0 b4c4e4',  # dawn: top of the sky, horizon,
+                    '4c97e2 d6eef8 fffbe2 7fa6c8 6cab58 62acd4',  # day   sun, mountains, hill, sea
+                    '86a8d4 ffd795 fff6c8 bd918c 939a48 c8ae8c',  # afternoon
+                    '5c4d90 ff9d70 ffe7a4 7d5482 57456a a4667f',  # sunset
+                    '18264a 52679c f4f1de 34466f 26405a 304876')  # night
+TOY_PAINT = colours('f6efe0 7a4034', 'e2725b 4a3340',  # sail, hull
+                    'f0c05a 3c4a6b', '5fa8a0 6b4a36')
+TOY_RANGES = dict(  # each drawn uniformly; hour and paint run round closed loops
+    hour=(0, 1), shore=(0.15, 0.45), sun_x=(-0.8, 0.8), sun_y=(-0.75, -0.2), sun_r=(0.14, 0.26),
+    peak=(0.28, 0.5), peak_amp=(0.06, 0.16), peak_phase=(0, 6.28), peak_phase2=(0, 6.28),
+    hill=(0.06, 0.2), hill_amp=(0.1, 0.22), hill_phase=(0, 6.28), terrace_tilt=(-0.35, 0.35),
+    terrace_phase=(0, 6.28), ripple_phase=(0, 6.28), boat_x=(-0.6, 0.6), boat_y=(0.16, 0.4),
+    boat_size=(0.42, 0.62), boat_lean=(-0.16, 0.16), paint=(0, 1))
+
+
+def toy_seeds(split, index):
+    """Seed of picture `index` of 'train' (20,000), 'test' (1,000) or 'fresh' (endless)."""
+    first, count = TOY_SEEDS[split]
+    if index < 0 or count and index >= count:
+        raise ValueError(f'toy picture {index}: {split} has {count}')
+    return first + index
+
+
+def round_loop(table, u):
+    """Linear interpolation of (K, n, 3) colours at u (B,) in [0, 1], once round: n x (B,3,1,1)."""
+    k, f = np.divmod(u * len(table), 1)
+    k, f = k.astype(int) % len(table), f[:, None, None]
+    mixed = table[k] * (1 - f) + table[(k + 1) % len(table)] * f
+    return mixed.astype('float32').transpose(1, 0, 2)[..., None, None]
+
+
+def cover(distance):
+    """Opacity (B,H,W) of a region with this signed distance, negative inside: a smoothstep."""
+    t = np.clip(0.5 - distance / TOY_EDGE, 0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def paint(picture, alpha, colour):
+    """Blend `colour` over `picture` (B,3,H,W), in place, with opacity alpha (B,H,W)."""
+    picture += alpha[:, None] * (colour - picture)
+
+
+def ridge(x, y, level, *waves):
+    """Signed distance, nearly, to the ground below the line y = level + sum a sin(k x + p)."""
+    height = level + sum(a * np.sin(k * x + p) for a, k, p in waves)
+    slope = sum(a * k * np.cos(k * x + p) for a, k, p in waves)
+    return (height - y) / np.sqrt(1 + slope * slope)
+
+
+def polygon(x, y, *corners):
+    """Signed distance (inside exact) to a convex polygon; corners clockwise on the screen."""
+    edges = zip(corners, corners[1:] + corners[:1])
+    return np.maximum.reduce([((d - b) * (x - a) - (c - a) * (y - b)) / np.hypot(c - a, d - b)
+                              for (a, b), (c, d) in edges])
+
+
+def toy_shore(p, x, y, sky, horizon, sunlight, mountain, green, sea):
+    """Sky, sun, mountains, terraced hill and rippled sea: (B,3,H,W)."""
+    down = np.clip((y + 1) / (p.shore + 1), 0, 1)[:, None]
+    picture = sky + (horizon - sky) * down * (2 - down) + np.zeros_like(x)
+    sun = np.hypot(x - p.sun_x, y - p.sun_y)
+    paint(picture, 0.55 * np.exp(-(sun / (2.2 * p.sun_r)) ** 2), sunlight)
+    paint(picture, cover(sun - p.sun_r), sunlight)
+    height = np.clip(1.2 * (p.shore - y), 0, 1)[:, None]  # mountains fade into haze at their feet
+    peaks = ridge(x, y, p.shore - p.peak, (p.peak_amp, 3.3, p.peak_phase),
+                  (0.05, 7.1, p.peak_phase2))
+    paint(picture, cover(peaks), horizon + (mountain - horizon) * (0.45 + 0.55 * height))
+    hill = ridge(x, y, p.shore - p.hill, (p.hill_amp, 2.1, p.hill_phase))
+    terraces = np.sin(23.3 * (0.8 * hill + p.terrace_tilt * x) + p.terrace_phase)
+    paint(picture, cover(hill), green + 0.1 * terraces[:, None])
+    depth = np.maximum(y - p.shore, 0)
+    ripples = np.sin(24.2 * depth + 0.8 * np.sin(3 * x + p.ripple_phase))
+    water = sea + (0.35 * (sky - sea)) * depth[:, None] + 0.05 * ripples[:, None]
+    glitter = np.exp(-((x - p.sun_x) / (p.sun_r + 0.5 * depth)) ** 2)
+    paint(water, glitter * (0.45 + 0.2 * ripples), sunlight)
+    paint(picture, cover(p.shore - y), water)
+    return picture
+
+
+def toy_boat(p, x, y, picture, sail, wood):
+    """Paint a sailing boat with its shade on the water; the mast is 1/29 of the box wide."""
+    size = p.boat_size
+    dx, dy = x - p.boat_x, y - p.shore - p.boat_y
+    u = (np.cos(p.boat_lean) * dx + np.sin(p.boat_lean) * dy) / size
+    v = (np.cos(p.boat_lean) * dy - np.sin(p.boat_lean) * dx) / size
+    shade = 1.6 - 1.6 * np.hypot(u / 0.62, (v - 0.3) / 0.2)
+    paint(picture, 0.35 * np.clip(shade, 0, 1), wood)
+    main = polygon(u, v, (0.02, -1.25), (0.62, -0.12), (0.02, -0.12))
+    jib = polygon(u, v, (-0.04, -1.05), (-0.04, -0.12), (-0.52, -0.12))
+    hull = polygon(u, v, (-0.62, -0.02), (0.7, -0.02), (0.48, 0.24), (-0.46, 0.24))
+    mast = np.maximum(size * np.abs(u + 0.015) - 0.034, size * (np.abs(v + 0.62) - 0.72))
+    paint(picture, cover(size * main), sail)
+    paint(picture, cover(size * jib), 0.75 * sail + 0.22)
+    paint(picture, cover(mast), wood)
+    paint(picture, cover(size * hull), wood)
+
+
+def toy_image(seeds, size, box=None):
+    """One picture for each seed: float32 (B,3,H,W), the exact colours at the centres of the cells.
+
+    size: cells along each side, or (H, W), of `box` (2,2), by default the whole frame [-1, 1]^2.
+    """
+    height, width = (size, size) if np.ndim(size) == 0 else size
+    (x0, x1), (y0, y1) = np.array([[-1, 1], [-1, 1]] if box is None else box, float)
+    x = (x0 + (x1 - x0) * (np.arange(width) + 0.5) / width).astype('float32')
+    y = (y0 + (y1 - y0) * (np.arange(height) + 0.5) / height).astype('float32')[:, None]
+    drawn = np.stack([common.seeded('toy_image', s).random(len(TOY_RANGES)) for s in seeds])
+    low, high = np.array([*TOY_RANGES.values()]).T
+    values = (low + (high - low) * drawn).astype('float32').T  # (parameters, B)
+    p = SimpleNamespace(**{k: v[:, None, None] for k, v in zip(TOY_RANGES, values)})
+    picture = toy_shore(p, x, y, *round_loop(TOY_HOURS, p.hour[:, 0, 0]))
+    toy_boat(p, x, y, picture, *round_loop(TOY_PAINT, p.paint[:, 0, 0]))
+    return torch.from_numpy(picture.clip(-1, 1))
+
+
+# ---- files: where pictures lie ------------------------------------------------------------------
+
+SUFFIXES = tuple('.png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .ppm .pgm'.split())
+MIN_SIDE = 8  # pixels; anything smaller is no picture
+
+
+def natural(name):
+    """Sort key in which a2 comes before a10."""
+    return [int(p) if p.isdecimal() else p for p in re.split('([0-9]+)', name)], name
+
+
+def picture_names(names):
+    """Those that end like a picture and are not hidden (.thumbs/x.png, __MACOSX/), in order."""
+    return sorted((n for n in names if n.lower().endswith(SUFFIXES)
+                   and not re.search(r'(^|/)(\.|__MACOSX/)', n)), key=natural)
+
+
+class Folder:
+    """Pictures below a folder, at any depth, links followed; names are relative, with '/'."""
+
+    def __init__(self, root):
+        found, seen = [], set()
+        for folder, below, files in os.walk(root, followlinks=True):
+            seen.add(os.path.realpath(folder))
+            below[:] = [d for d in below if os.path.realpath(os.path.join(folder, d)) not in seen]
+            inner = Path(folder).relative_to(root)
+            found += [(inner / f).as_posix() for f in files]
+        self.root, self.names = root, picture_names(found)
+
+    def open(self, name):
+        return Image.open(self.root / name)
+
+
+class Zip:
+    """Pictures in a zip, at any depth; every process opens the file anew."""
+
+    def __init__(self, root):
+        self.root, self.opened = root, (None, None)
+        self.names = picture_names(self.file().namelist())
+
+    def __getstate__(self):
+        return dict(vars(self), opened=(None, None))
+
+    def file(self):
+        if self.opened[0] != os.getpid():  # processes that share a descriptor share its position
+            self.opened = os.getpid(), zipfile.ZipFile(self.root)
+        return self.opened[1]
+
+    def open(self, name):
+        return Image.open(self.file().open(name))
+
+
+class Lmdb:
+    """LSUN's layout: key -> encoded picture; needs the package lmdb, imported here only."""
+
+    def __init__(self, root):
+        self.root, self.opened = root, (None, None)
+        with self.file().begin() as table:
+            self.names = [key.decode('latin1') for key in table.cursor().iternext(values=False)]
+
+    __getstate__ = Zip.__getstate__
+
+    def file(self):
+        if self.opened[0] != os.getpid():
+            try:
+                import lmdb
+            except ImportError:
+                raise ValueError(f'{self.root}: an lmdb, and the package lmdb is not installed; '
+                                 'pip install lmdb, or unpack the pictures into a folder') from None
+            self.opened = os.getpid(), lmdb.open(str(self.root), readonly=True, lock=False)
+        return self.opened[1]
+
+    def open(self, name):
+        with self.file().begin() as table:
+            return Image.open(io.BytesIO(table.get(name.encode('latin1'))))
+
+
+def find_files(root):
+    """Folder, Zip or Lmdb at `root`; FileNotFoundError, ValueError if nothing of use is there."""
+    root = Path(root)
+    if not root.exists() and root.with_name(root.name + '.zip').exists():
+        root = root.with_name(root.name + '.zip')
+    if not root.exists():
+        raise FileNotFoundError(f'{root}: no such folder or zip; put the pictures there or name '
+                                'the place with --data PATH')
+    lmdbs = sorted(p.parent for p in [root / 'data.mdb', *root.glob('*train_lmdb/data.mdb')]
+                   if p.exists()) if root.is_dir() else []
+    if lmdbs:
+        return Lmdb(lmdbs[0])
+    if not root.is_dir() and not zipfile.is_zipfile(root):
+        raise ValueError(f'{root}: neither a folder nor a zip')
+    files = Folder(root) if root.is_dir() else Zip(root)
+    if not files.names:
+        raise ValueError(f'{root}: no pictures ({" ".join(SUFFIXES)}) in it; put some there or '
+                         'name the place with --data PATH')
+    return files
+
+
+def reason(error):
+    """One line about an exception."""
+    return ' '.join(f'{type(error).__name__}: {error}'.split())
+
+
+# ---- CIFAR-10 -----------------------------------------------------------------------------------
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads pickled dicts of numpy arrays and nothing else: a pickle may otherwise run any code."""
+
+    def find_class(self, module, name):
+        if module.replace('_core', 'core') == 'numpy.core.multiarray' and name == '_reconstruct':
+            return np._core.multiarray._reconstruct
+        if (module, name) in (('numpy', 'ndarray'), ('numpy', 'dtype')):
+            return getattr(np, name)
+        if (module, name) == ('_codecs', 'encode'):
+            return lambda text, encoding: text.encode(encoding)
+        raise pickle.UnpicklingError(f'refused to load {module}.{name}')
+
+
+class Cifar:
+    """cifar-10-batches-py: the folder, its parent or the .tar.gz. names 'train/0'.., labels."""
+
+    def __init__(self, root):
+        root = Path(root)
+        candidates = [root, root / 'cifar-10-batches-py', root / 'cifar-10-python.tar.gz',
+                      root.parent / 'cifar-10-python.tar.gz']
+        place = next((p for p in candidates if p.is_file() or (p / 'test_batch').exists()), None)
+        if place is None:
+            raise FileNotFoundError(f'{root}: no cifar-10-batches-py folder and no '
+                                    'cifar-10-python.tar.gz; name the place with --data PATH')
+        self.pixels, self.labels = {}, {}
+        try:
+            if place.is_dir():
+                for path in place.glob('*_batch*'):
+                    self.add(path.name, path.open('rb'))
+            else:
+                with tarfile.open(place) as tar:
+                    for member in tar:
+                        self.add(Path(member.name).name, tar.extractfile(member))
+        except Exception as error:  # a foreign pickle or a cut archive may raise anything
+            raise ValueError(f'{place}: not CIFAR-10 as published ({reason(error)}); '
+                             'fetch cifar-10-python.tar.gz again') from None
+        self.names = sorted(self.pixels, key=natural)
+
+    def add(self, file, stream):
+        """Take in one batch file; others, such as batches.meta, are passed over."""
+        side, first = 'test', 0
+        if file in [f'data_batch_{k}' for k in range(1, 6)]:
+            side, first = 'train', 10_000 * (int(file[-1]) - 1)
+        elif file != 'test_batch':
+            return
+        with stream:
+            batch = ArrayUnpickler(stream, encoding='latin1').load()
+        pictures = batch['data'].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        for k, (picture, label) in enumerate(zip(pictures, batch['labels'])):
+            self.pixels[f'{side}/{first + k}'], self.labels[f'{side}/{first + k}'] = picture, label
+
+    def open(self, name):
+        return Image.fromarray(self.pixels[name])
+
+
+# ---- reading one picture ------------------------------------------------------------------------
+
+def to_rgb(im):
+    """Any PIL picture -> RGB: EXIF turned, transparency over white, 16 bit and float to 8 bit."""
+    ImageOps.exif_transpose(im, in_place=True)
+    if im.mode[0] in 'IF':  # I;16*, I, F: wide numbers that PIL would clip at 255
+        values = np.nan_to_num(np.asarray(im, 'float64'))
+        peak = values.max()
+        scale = 255 if im.mode == 'F' and peak <= 1 else 1
+        if im.mode.startswith('I;16') or peak > 255:
+            scale = 1 / 257  # 65535 -> 255
+        im = Image.fromarray((values * scale).round().clip(0, 255).astype('uint8'))
+    if im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info:
+        im = im.convert('RGBA')
+        im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
+    return im.convert('RGB')
+
+
+def square(im):
+    """The largest centred square of a picture."""
+    width, height = im.size
+    side = min(im.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    return im if width == height else im.crop((left, top, left + side, top + side))
+
+
+def resize(im, R):
+    """Square PIL picture -> uint8 (R,R,3) by PIL's bicubic, which widens to antialias."""
+    return np.asarray(im if im.size == (R, R) else im.resize((R, R), Image.Resampling.BICUBIC))
+
+
+def threaded(function, items, what):
+    """[function(i) for i in items] in threads, with a bar when that takes more than a second."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(tqdm(pool.map(function, items), what, len(items), unit='file', delay=1,
+                         leave=False))
+
+
+# ---- splits -------------------------------------------------------------------------------------
+
+def hash01(*key):
+    """A number in [0, 1) that depends on the key alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=6).digest()
+    return int.from_bytes(digest, 'big') / 2 ** 48
+
+
+def read_split(path):
+    """A split file as dict(train=names, test=names), or dict(test=names) of a plain list."""
+    try:
+        text = Path(path).read_text()
+        if Path(path).suffix != '.json':
+            return dict(test=[line.strip() for line in text.splitlines() if line.strip()])
+        given = json.loads(text)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'--split {path}: neither a fraction nor a file') from None
+    except ValueError as error:
+        raise ValueError(f'--split {path}: not readable ({error})') from None
+    if not isinstance(given, dict) or 'test' not in given or not set(given) <= {'train', 'test'}:
+        raise ValueError(f'--split {path}: must be {{"train": [names], "test": [names]}}')
+    return given
+
+
+def divide(names, holdout=None, group=None, seed=0, official=None):
+    """{'train': names, 'test': names}.
+
+    holdout: None -> `official` if the data set has a split, else 0.1; a fraction: a name is held
+    out if its hash with `seed` is below it, so that adding files moves no other; a file (see
+    read_split) or such a dict. Without 'train' the rest is the training part.
+    group: regular expression; names equal once what it matches is removed stay on one side.
+    """
+    key = group_key(group)
+    if holdout in (None, ''):
+        holdout = official or 0.1
+    if isinstance(holdout, (str, Path)):
+        try:
+            holdout = float(str(holdout))
+        except ValueError:
+            holdout = read_split(holdout)
+    if isinstance(holdout, dict):
+        if 'train' in holdout:
+            return {side: list(holdout[side]) for side in ('train', 'test')}
+        return divide_by_list(names, holdout['test'], key)
+    if not 0 <= holdout < 1:
+        raise ValueError(f'--split {holdout}: the held-out fraction must be in [0, 1)')
+    hashes = {k: hash01(seed, k) for k in sorted({key(n) for n in names})}
+    held = {k for k, u in hashes.items() if u < holdout}
+    if holdout and len(hashes) > 1:  # small sets: neither side may be empty
+        held = (held or {min(hashes, key=hashes.get)}) - {max(hashes, key=hashes.get)}
+    return {'train': [n for n in names if key(n) not in held],
+            'test': [n for n in names if key(n) in held]}
+
+
+def group_key(group):
+    """name -> what must not be on two sides."""
+    try:
+        return partial(re.compile(group).sub, '') if group else str
+    except re.error as error:
+        raise ValueError(f'--group {group}: not a regular expression ({error})') from None
+
+
+def divide_by_list(names, listed, key):
+    """Hold out the listed names (with or without suffix) and whatever belongs to their groups."""
+    known = {os.path.splitext(n)[0]: n for n in names} | {n: n for n in names}
+    unknown = [n for n in listed if n not in known]
+    if unknown:
+        raise ValueError(f'--split: {len(unknown)} of {len(listed)} held-out names are not in the '
+                         f'data, e.g. {unknown[0]}')
+    held = {key(known[n]) for n in listed}
+    return {'train': [n for n in names if key(n) not in held],
+            'test': [n for n in names if key(n) in held]}
+
+
+# ---- data sets of pictures ----------------------------------------------------------------------
+
+class Cache:
+    """Keeps arrays while they fit in `limit` bytes, shared out among the loader's workers.
+
+    Nothing is thrown out again: a shuffled epoch asks for every key once, so what is kept matters
+    less than that it stays.
+    """
+
+    def __init__(self, limit):
+        self.limit, self.used, self.kept = limit, 0, {}
+
+    def get(self, key, make, size_of):
+        if key in self.kept:
+            return self.kept[key]
+        value, worker = make(), get_worker_info()
+        if self.used + size_of(value) <= self.limit // (worker.num_workers if worker else 1):
+            self.kept[key] = value
+            self.used += size_of(value)
+        return value
+
+
+class Pictures(Dataset):
+    """What all picture sets share: scales, crops, flips.
+
+    resolution: r, the side of `image` and of every crop. scales: factors of r the target may have,
+    drawn with scale_probs (default equal), or, if continuous, R uniform over [r, max(scales) r].
+    flip: mirror half of the pictures. cache_bytes: memory for what has been read, per process.
+    """
+
+    labels = None
+
+    def __init__(self, resolution, scales=(1.0,), scale_probs=None, continuous=False, flip=False,
+                 cache_bytes=2 ** 30):
+        scales = tuple(scales)
+        if resolution < 4:
+            raise ValueError(f'--resolution {resolution}: must be at least 4')
+        if not scales or min(scales) < 1:
+            raise ValueError(f'--scales {scales}: factors of the resolution, each at least 1')
+        probs = tuple(scale_probs or [1 / len(scales)] * len(scales))
+        if len(probs) != len(scales) or min(probs) < 0 or sum(probs) <= 0:
+            raise ValueError(f'--scale_probs {probs}: one weight >= 0 for each of {scales}')
+        if continuous and scale_probs:
+            raise ValueError('--scale_probs: a continuous scale is uniform; leave one of them out')
+        self.resolution, self.flip, self.continuous = int(resolution), flip, continuous
+        self.sizes = [round(s * resolution) for s in scales]
+        self.probs, self.cache = np.array(probs, float), Cache(cache_bytes)
+        self.names, self.bad, self.notes = [], [], []
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        return self.item(i)
+
+    def usable(self, i):
+        """i, or the index that stands in for it."""
+        return i
+
+    def largest(self, i):
+        """The greatest R at which picture i may serve as truth."""
+        return np.inf
+
+    def draw_size(self, i, rng):
+        r, largest = self.resolution, self.largest(i)
+        if self.continuous:
+            return int(rng.integers(r, max(r, min(max(self.sizes), largest)) + 1))
+        probs = np.array([p * (R <= largest) for R, p in zip(self.sizes, self.probs)])
+        return int(rng.choice(self.sizes, p=probs / probs.sum())) if probs.sum() else r
+
+    def item(self, i, rng=None):
+        """Picture i for training: image (3,r,r), target (3,r,r), box (2,2), scale () = r/R, label.
+
+        `target` is an r x r crop, any position equally likely, of the whole (flipped) picture at R;
+        `box` is its extent. All draws come from the numpy Generator `rng`; without one the target
+        is the image.
+        """
+        i, r = self.usable(i), self.resolution
+        flip = rng is not None and self.flip and bool(rng.random() < 0.5)
+        R = r if rng is None else self.draw_size(i, rng)
+        top, left = (0, 0) if R == r else map(int, rng.integers(0, R - r + 1, 2))  # the last too
+        image = self.crop(i, r, 0, 0, flip)
+        target = image if R == r else self.crop(i, R, top, left, flip)
+        corner = np.array([[left, left + r], [top, top + r]], 'float32')
+        item = dict(image=image, target=target, scale=torch.tensor(r / R),
+                    box=torch.from_numpy(2 * corner / R - 1))
+        return item if self.labels is None else dict(item, label=self.labels[i])
+
+
+class ToyPictures(Pictures):
+    """toy_image: 20,000 training and 1,000 test seeds; the truth is exact at every resolution."""
+
+    def __init__(self, name, root, split, holdout=None, group=None, seed=0, **options):
+        super().__init__(**options)
+        sides = ('train', 'test') if split == 'all' else (split,)
+        self.seeds = [toy_seeds(s, k) for s in sides for k in range(TOY_SEEDS[s][1])]
+        self.names = [f'seed {s}' for s in self.seeds]
+
+    def splits(self):
+        """One line for each side: the split is fixed and needs no list."""
+        return {s: [f'seeds {first} to {first + count - 1}']
+                for s, (first, count) in TOY_SEEDS.items() if count}
+
+    def crop(self, i, R, top, left, flip):
+        r = self.resolution
+        if R == r:
+            full = self.cache.get(i, lambda: toy_image([self.seeds[i]], r)[0], lambda x: x.nbytes)
+            return full.flip(-1) if flip else full
+        x0 = R - left - r if flip else left
+        box = 2 * np.array([[x0, x0 + r], [top, top + r]]) / R - 1
+        target = toy_image([self.seeds[i]], r, box)[0]
+        return target.flip(-1) if flip else target
+
+    def picture(self, i, R):
+        """Picture i at R x R cells, whole: float32 (3,R,R) in [-1, 1]."""
+        return toy_image([self.seeds[i]], R)[0]
+
+
+class FilePictures(Pictures):
+    """Pictures from files: centre square, antialiased to R x R.
+
+    Headers are read at the start; a file that fails then, or later when it is decoded, goes to
+    `bad` and the next good one stands in for it. ValueError when these are at least three and more
+    than 1 %, or none is left, unless `tolerant`.
+    """
+
+    def __init__(self, files, split, holdout=None, group=None, seed=0, official=None, place='',
+                 tolerant=False, **options):
+        super().__init__(**options)
+        self.files, self.place, self.tolerant = files, place, tolerant
+        self.sides = divide(files.names, holdout, group, seed, official)
+        wanted = self.sides['train'] + self.sides['test'] if split == 'all' else self.sides[split]
+        wanted = sorted(wanted, key=natural)
+        if not wanted:
+            raise ValueError(f'{place}: no picture is in the {split} part; change --split')
+        headers = threaded(self.header, wanted, 'reading headers')
+        self.total = len(wanted)
+        self.bad = [(n, h) for n, h in zip(wanted, headers) if isinstance(h, str)]
+        good = [(n, h) for n, h in zip(wanted, headers) if not isinstance(h, str)]
+        self.names = [n for n, _ in good]
+        self.shapes, self.modes = [h[0] for _, h in good], [h[1] for _, h in good]
+        if hasattr(files, 'labels'):
+            self.labels = [files.labels[n] for n in self.names]
+        self.decoded, self.broken, self.last = set(), set(), (None, None)
+        self.refuse_bad()
+        small = sum(min(shape) < self.resolution for shape in self.shapes)
+        if small:
+            self.notes.append(f'{small} pictures smaller than {self.resolution} are enlarged')
+
+    def header(self, name):
+        """((width, height), mode), or why the file is of no use."""
+        try:
+            with self.files.open(name) as im:
+                if min(im.size) < MIN_SIDE:
+                    return f'only {im.width} x {im.height} pixels'
+                return im.size, im.mode
+        except Exception as error:  # a decoder may raise anything on a broken file
+            return reason(error)
+
+    def refuse_bad(self):
+        """ValueError if too much of the data is of no use."""
+        bad, total = len(self.bad), self.total
+        if bad == total or not self.tolerant and bad >= 3 and bad > total / 100:
+            name, why = self.bad[0]
+            raise ValueError(f'{self.place}: {bad} of {total} pictures cannot be used, '
+                             f'e.g. {name}: {why}; list them with: python data.py check {self.place}')
+
+    def splits(self):
+        """{'train': names, 'test': names} of the whole data set, for splits.json."""
+        return self.sides
+
+    def usable(self, i):
+        """i, or the next index whose picture can be decoded."""
+        while i in self.broken or i not in self.decoded and not self.try_decode(i):
+            i = (i + 1) % len(self)
+        return i
+
+    def try_decode(self, i):
+        try:
+            self.source(i)
+        except Exception as error:  # as in header
+            self.broken.add(i)
+            self.bad.append((self.names[i], reason(error)))
+            self.refuse_bad()
+            return False
+        self.decoded.add(i)
+        return True
+
+    def source(self, i):
+        """The centre square of picture i as it is on disk, PIL RGB."""
+        def latest():
+            if self.last[0] != i:  # image and target of an item come from one decoding
+                self.last = i, self.decode(i)
+            return self.last[1]
+        if self.continuous:  # sizes hardly recur, so the source is what to keep
+            return self.cache.get((i, 'source'), latest, lambda im: 3 * im.width * im.height)
+        return latest()
+
+    def decode(self, i):
+        with self.files.open(self.names[i]) as im:
+            return square(to_rgb(im))
+
+    def verify(self):
+        """Decode every picture now; those that fail join `bad`."""
+        def fault(i):
+            try:
+                self.decode(i)
+            except Exception as error:  # as in header
+                return reason(error)
+        faults = threaded(fault, range(len(self)), 'decoding')
+        self.broken = {i for i, why in enumerate(faults) if why}
+        self.decoded = set(range(len(self))) - self.broken
+        self.bad += [(self.names[i], faults[i]) for i in sorted(self.broken)]
+        self.refuse_bad()
+
+    def largest(self, i):
+        return min(self.shapes[i])
+
+    def pixels(self, i, R):
+        """uint8 (R,R,3), kept if R is a size that training asks for."""
+        if R not in self.sizes and R != self.resolution or self.continuous and R != self.resolution:
+            return resize(self.source(i), R)
+        return self.cache.get((i, R), lambda: resize(self.source(i), R), lambda x: x.nbytes)
+
+    def crop(self, i, R, top, left, flip):
+        whole, r = self.pixels(i, R), self.resolution
+        part = (whole[:, ::-1] if flip else whole)[top:top + r, left:left + r]
+        return to_float(torch.from_numpy(part.transpose(2, 0, 1).copy()))
+
+    def picture(self, i, R):
+        """Picture i at R x R, whole, enlarged if need be: float32 (3,R,R) in [-1, 1]."""
+        i = self.usable(i)
+        return to_float(torch.from_numpy(self.pixels(i, R).transpose(2, 0, 1).copy()))
+
+
+# ---- the table of data sets ---------------------------------------------------------------------
+
+def picture_files(name, root, split, **options):
+    """Any folder, zip or lmdb of pictures."""
+    return FilePictures(find_files(root), split, place=str(root), **options)
+
+
+AFHQ = ('cat', 'dog', 'wild')
+
+
+def afhq(name, root, split, **options):
+    """One animal of AFHQ: {train,test}/{cat,dog,wild} or the folder of one class."""
+    files, animal = find_files(root), name.removeprefix('afhq_')
+    parts = {n: (Path(root).name, *n.split('/')[:-1]) for n in files.names}
+    if any(a in p for p in parts.values() for a in AFHQ):
+        files.names = [n for n in files.names if animal in parts[n]]
+    if not files.names:
+        raise ValueError(f'{root}: no folder {animal} in it; name the place with --data PATH')
+    test = [n for n in files.names if {'test', 'val'} & {*parts[n][1:]}]
+    train = [n for n in files.names if 'train' in parts[n][1:]]
+    official = dict(train=train, test=test) if train and test else None
+    return FilePictures(files, split, official=official, place=str(root), **options)
+
+
+def cifar10(name, root, split, **options):
+    """CIFAR-10 with its official split and labels."""
+    files = Cifar(root)
+    official = {s: [n for n in files.names if n.startswith(s)] for s in ('train', 'test')}
+    return FilePictures(files, split, official=official, place=str(root), **options)
+
+
+READERS = dict(toy_image=ToyPictures, image=picture_files, celebahq=picture_files, afhq_cat=afhq,
+               afhq_dog=afhq, cifar10=cifar10, lsun_church=picture_files)
+NAMES = tuple(READERS)
+
+
+def make_dataset(name, root=None, split='train', **options):
+    """The data set `name` at `root` (default data/NAME); split 'train', 'test' or 'all'.
+
+    Picture sets take resolution (needed), scales, scale_probs, continuous, flip, cache_bytes (see
+    Pictures) and holdout, group, seed (see divide). They have len(), item(i, rng), picture(i, R),
+    names, labels (or None), bad (file, reason), notes (lines to show the user) and splits().
+    FileNotFoundError or ValueError, one line, if the data are missing or bad.
+    """
+    if name not in READERS:
+        raise ValueError(f'--dataset {name}: unknown; one of {", ".join(NAMES)}')
+    if split not in ('train', 'test', 'all'):
+        raise ValueError(f'split {split}: one of train, test, all')
+    return READERS[name](name, Path(root or Path('data') / name), split, **options)
+
+
+def open_run_data(info, split, root=None):
+    """The data set of a finished run, split as it was: info has `args` (its flags) and `splits`.
+
+    root: where the data are now, if they have moved.
+    """
+    args = info['args']
+    options = {k: args[k] for k in ('resolution', 'scales', 'flip', 'group', 'seed')}
+    try:
+        return make_dataset(args['dataset'], root or args['data'], split, **options,
+                            holdout=info.get('splits') or args['split'])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'the data this run was trained on are gone: {error}') from None
+
+
+# ---- python data.py check -----------------------------------------------------------------------
+
+def describe(dataset):
+    """Lines about a data set of files: counts, sizes, modes, labels, notes, bad files."""
+    sides, shorts = dataset.splits(), sorted(map(min, dataset.shapes))
+    modes = ', '.join(f'{dataset.modes.count(m)} {m}' for m in sorted(set(dataset.modes)))
+    yield f'pictures  {len(sides["train"])} train, {len(sides["test"])} test'
+    yield (f'sizes     short side {shorts[0]} min, {shorts[len(shorts) // 2]} median, '
+           f'{shorts[-1]} max; {len(set(dataset.shapes))} different shapes')
+    yield f'modes     {modes}'
+    if dataset.labels:
+        yield f'labels    {len(set(dataset.labels))} classes'
+    yield from (f'note      {line}' for line in dataset.notes)
+    yield f'bad       {len(dataset.bad)} files'
+    yield from (f'  {name}: {why}' for name, why in dataset.bad)
+
+
+def check(args):
+    """What `python data.py check` prints; ends in an error if training would refuse the data."""
+    name, root = args.dataset, args.data
+    if name not in NAMES:
+        if not Path(name).exists():
+            raise ValueError(f'{name}: neither a data set ({", ".join(NAMES)}) nor a path')
+        name, root = 'image', args.data or name
+    options = dict(resolution=args.res, holdout=args.split, group=args.group)
+    if name.startswith('toy_'):
+        dataset = make_dataset(name, split='all', **options)
+        print(f'{name}: computed; ' + ', '.join(f'{k} {v[0]}' for k, v in dataset.splits().items()))
+    else:
+        dataset = make_dataset(name, root, 'all', tolerant=True, **options)
+        dataset.verify()
+        print(f'{name} at {dataset.place}', *describe(dataset), sep='\n')
+    shown = np.linspace(0, len(dataset) - 1, min(len(dataset), 48)).astype(int)
+    out = args.out or f'out/check_{name}.png'
+    save_grid(out, torch.stack([dataset.picture(i, args.res) for i in shown]), columns=8)
+    print(f'preview   {out}')
+    if not name.startswith('toy_'):
+        dataset.tolerant = False
+        dataset.refuse_bad()
+
+
+def command_parser(prog, description):
+    parser = common.Parser(description)
+    parser.prog = prog
+    return parser
+
+
+def main():
+    parser = common.Parser('Look at data sets before training on them.')
+    commands = parser.add_subparsers(dest='command', required=True, parser_class=command_parser)
+    what = 'decode everything, print counts, write a preview'
+    flags = commands.add_parser('check', help=what, description=what)
+    flags.add_argument('dataset', help=f'one of {", ".join(NAMES)}, or a folder or zip')
+    flags.add_argument('--data', default='', help='where the data are, default data/DATASET')
+    flags.add_argument('--res', type=int, default=64, help='side of the preview pictures')
+    flags.add_argument('--split', default='', help='held-out fraction, or a file of the split')
+    flags.add_argument('--group', default='', help='regular expression; names equal without what '
+                       'it matches stay on one side (--group=REGEX if it begins with -)')
+    flags.add_argument('--out', default='', help='preview, default out/check_DATASET.png')
+    check(parser.parse_args())
+
+
+if __name__ == '__main__':
+    common.run(main)

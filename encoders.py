@@ -1,0 +1,148 @@
+"""Data -> features, and the convolutional blocks every network here is made of.
+
+The blocks follow DDPM (Ho et al., 2020) and its latent-diffusion descendants: group norm, SiLU,
+3x3 convolution, twice. `ConvEncoder` maps a picture to the moments of q(z|x), Section 3.1 of the
+paper; it has no skip connections into the decoder.
+"""
+import math
+
+import torch.nn.functional as F
+from torch import nn
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm computed in float32, also under autocast."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+def norm(channels):
+    """GroupNorm in 32 groups, or in fewer where a narrow layer would have under 4 channels in one.
+
+    (On CPU the backward pass over channels-last groups of a single channel is also 3x slower.)
+    """
+    return GroupNorm(math.gcd(32, max(channels // 4, 1)), channels, eps=1e-6)
+
+
+def conv3x3(in_channels, out_channels, stride=1):
+    """3x3 convolution that keeps the size at stride 1."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1 if stride == 1 else 0)
+
+
+def zeroed(layer):
+    """The layer with all parameters zero, so that a residual branch starts as the identity."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+class ResBlock(nn.Module):
+    """x + conv(SiLU(norm(conv(SiLU(norm(x))) + emb))), (B,C,H,W) -> (B,out_channels,H,W).
+
+    With `emb_channels`, a vector (B, emb_channels) such as the time embedding is added between the
+    convolutions and the second one starts at zero, as in DDPM's U-Net.
+    """
+
+    def __init__(self, in_channels, out_channels, emb_channels=0):
+        super().__init__()
+        self.norm1, self.conv1 = norm(in_channels), conv3x3(in_channels, out_channels)
+        self.norm2, self.conv2 = norm(out_channels), conv3x3(out_channels, out_channels)
+        self.emb = nn.Linear(emb_channels, out_channels) if emb_channels else None
+        if emb_channels:
+            zeroed(self.conv2)
+        self.skip = nn.Identity()
+        if in_channels != out_channels:
+            self.skip = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, emb=None):
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        if self.emb is not None:
+            h = h + self.emb(F.silu(emb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """x + project(attention(norm(x))) over N tokens, x (B,C,N) -> (B,C,N).
+
+    Queries come from x; keys and values from `context` (B,M,context_channels) where the layer was
+    built with `context_channels`, else from x as well.
+    """
+
+    def __init__(self, channels, heads=1, context_channels=0, zero_init=False):
+        super().__init__()
+        self.heads = heads
+        self.norm = norm(channels)
+        self.q = nn.Linear(channels, channels)
+        self.kv = nn.Linear(context_channels or channels, 2 * channels)
+        self.out = nn.Linear(channels, channels)
+        if zero_init:
+            zeroed(self.out)
+
+    def forward(self, x, context=None):
+        h = self.norm(x).transpose(1, 2)  # (B, N, C)
+        kv = self.kv(h if context is None else context)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2)  # each (B, heads, N or M, d)
+                   for t in (self.q(h), *kv.chunk(2, dim=2)))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.out(h).transpose(1, 2)
+
+
+class PlaneAttention(Attention):
+    """Self-attention over the pixels of one plane, (B,C,H,W) -> (B,C,H,W)."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2: (B,C,H,W) -> (B,C,ceil(H/2),ceil(W/2)).
+
+    Pads right and bottom by one as the LDM autoencoder does; odd sizes get a row on the left and
+    top as well, so that no pixel is lost and even a single row survives.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = conv3x3(channels, channels, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (x.shape[3] % 2, 1, x.shape[2] % 2, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour to `size`, twice the input if not given, then a 3x3 convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, x, size=None):
+        size = size or (2 * x.shape[2], 2 * x.shape[3])
+        return self.conv(F.interpolate(x, size=size, mode='nearest'))
+
+
+class ConvEncoder(nn.Module):
+    """Picture (B,in_channels,H,W) -> moments (B,2*z_channels,h,w), h = H / 2^(levels-1) rounded up.
+
+    LDM-style: stem, `num_res_blocks` ResBlocks a level with a stride-2 convolution between levels,
+    then ResBlock, single-head attention, ResBlock, and a head that gives mean and log variance.
+    """
+
+    def __init__(self, in_channels, ch, ch_mult, num_res_blocks, z_channels):
+        super().__init__()
+        layers, width = [conv3x3(in_channels, ch)], ch
+        for level, mult in enumerate(ch_mult):
+            for _ in range(num_res_blocks):
+                layers.append(ResBlock(width, ch * mult))
+                width = ch * mult
+            if level < len(ch_mult) - 1:
+                layers.append(Downsample(width))
+        layers += [ResBlock(width, width), PlaneAttention(width), ResBlock(width, width)]
+        layers += [norm(width), nn.SiLU(inplace=True), conv3x3(width, 2 * z_channels),
+                   nn.Conv2d(2 * z_channels, 2 * z_channels, 1)]
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.net(x)

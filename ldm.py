@@ -1,0 +1,621 @@
+"""Stage 2: a diffusion model of the latent planes, and everything that samples from it.
+
+    z_t = sqrt(alpha_bar_t) z_0 + sigma_t eps,   sigma_t^2 = 1 - alpha_bar_t
+    minimise |eps - eps_theta(z_t, t)|^2                               (Section 3.3, w(t) = 1)
+    eps_theta = (1 - s) sigma_t z_t + s F(z_t, t)                      (mixed prediction, LSGM)
+    dz/dtau = -beta/2 z + beta/2 eps_theta / sigma                     (probability-flow ODE)
+
+A latent is one tensor (B, C, L), the planes flattened and concatenated; only the U-Net takes it
+apart. One U-Net serves all planes and attends over the tokens of all of them at once. The paper
+leaves the beta schedule open: it is the "scaled linear" one of latent diffusion.
+Departures: a learned plane embedding, because shared weights and attention without positions could
+not tell equal-shaped planes apart; optional per-channel latent normalisation; DPM-Solver++.
+"""
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from common import flag, load_checkpoint, torch_seeded
+from encoders import Attention, Downsample, ResBlock, Upsample, conv3x3, norm, zeroed
+from inr import PLANES, pack, unpack
+
+# ---- schedule --------------------------------------------------------------------------------
+
+T = 1000
+BETA_A, BETA_B = math.sqrt(0.0015), math.sqrt(0.0195)  # square roots of the first and last beta
+BETA = (BETA_A + (BETA_B - BETA_A) * torch.arange(T, dtype=torch.float64) / (T - 1)) ** 2
+LOG_ALPHA_BAR = torch.log1p(-BETA).cumsum(0)
+TAU_END = 1e-3  # one discrete step; below it the network is never trained
+
+
+def alpha_bar(t, table=LOG_ALPHA_BAR):
+    """alpha_bar at t in 0..999, number or tensor, as float64; its log is linear between integers.
+
+    `table` is a copy of LOG_ALPHA_BAR on the device of t, which spares a transfer each call.
+    """
+    t = torch.as_tensor(t, dtype=torch.float64)
+    table = table.to(t.device)
+    i = t.long().clamp(0, T - 2)
+    return torch.lerp(table[i], table[i + 1], t - i).exp()
+
+
+def log_alpha_bar(tau):
+    """ln alpha_bar(tau) = -integral of beta, the continuous process; tau in [0, 1]."""
+    slope = BETA_B - BETA_A
+    return -T * ((BETA_A + slope * tau) ** 3 - BETA_A ** 3) / (3 * slope)
+
+
+def matched_time(log_ab):
+    """Fractional t in [0, 999] at which the discrete process has this ln alpha_bar (numpy)."""
+    return np.interp(-log_ab, -LOG_ALPHA_BAR.numpy(), np.arange(T))
+
+
+# ---- network ---------------------------------------------------------------------------------
+
+@dataclass
+class LDMConfig:
+    """What a latent diffusion model is built from; fields without help come from the VAE."""
+    domain: str = 'image'
+    z_channels: int = 64
+    planes: dict = field(default_factory=lambda: {'xy': [64, 64]})  # plane name -> [H, W]
+    ch: int = flag(256, 'base width of the U-Net')
+    ch_mult: tuple = flag((1, 2, 3, 4), 'width of each level in units of ch')
+    num_res_blocks: int = flag(2, 'residual blocks a level')
+    attn_factors: tuple = flag((2, 4, 8), 'downsampling factors with attention over all planes')
+    head_channels: int = flag(32, 'channels of an attention head, at least')
+    plane_embed: bool = flag(True, 'tell the network which plane it sees (no effect on one plane)')
+    num_classes: int = flag(0, 'class labels to condition on, 0 = none')
+    context_channels: int = flag(0, 'width of the text features to condition on, 0 = none')
+    cond_dropout: float = flag(0.1, 'share of training items whose condition is left out')
+    mixed: bool = flag(True, 'mixed prediction eps = (1-s) sigma z + s F')
+    mixing_init: float = flag(-6.0, 'initial logit of s; 0 or -3 for short runs')
+    latent_norm: str = flag('none', 'bring each latent channel to mean 0, deviation 1',
+                            choices=('none', 'channel'))
+
+    def __post_init__(self):
+        self.planes = {name: list(size) for name, size in self.planes.items()}
+        if list(self.planes) != list(PLANES[self.domain]):
+            raise ValueError(f'planes {", ".join(self.planes)} are not those of domain '
+                             f'{self.domain}: {", ".join(PLANES[self.domain])}')
+        if self.num_classes and self.context_channels:
+            raise ValueError('condition on class labels (num_classes) or text (context_channels), '
+                             'not both')
+
+
+def time_embedding(t, channels):
+    """Sinusoids of t (B,) with periods from 2 pi to 20,000 pi: (B, channels), float32."""
+    half = (channels + 1) // 2
+    frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :channels]
+
+
+def heads_for(channels, head_channels):
+    """Most heads that divide `channels` with at least `head_channels` each; 1 for narrow layers."""
+    most = max(channels // head_channels, 1)
+    return next(h for h in range(most, 0, -1) if channels % h == 0)
+
+
+class TextAttention(nn.Module):
+    """Latent diffusion's SpatialTransformer: self-attention, cross-attention to the text, GEGLU.
+
+    x (B,C,N), context (B,M,context_channels) -> (B,C,N); starts as the identity.
+    """
+
+    def __init__(self, channels, heads, context_channels):
+        super().__init__()
+        self.norm, self.enter = norm(channels), nn.Linear(channels, channels)
+        self.itself = Attention(channels, heads)
+        self.text = Attention(channels, heads, context_channels)
+        self.ff_norm, self.ff = norm(channels), nn.Linear(channels, 8 * channels)
+        self.ff_out = nn.Linear(4 * channels, channels)
+        self.leave = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x, context):
+        h = self.enter(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        h = self.text(self.itself(h), context)
+        value, gate = self.ff(self.ff_norm(h).transpose(1, 2)).chunk(2, dim=2)
+        h = h.transpose(1, 2) + self.ff_out(value * F.gelu(gate))  # (B, N, C)
+        return x + self.leave(h).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """ResBlock on each plane, then, if `attend`, attention over the tokens of all planes at once.
+
+    xs holds one tensor (B*P,C,H,W) for each plane shape, the P planes of an item side by side;
+    embs one embedding (B*P,E) each. With one plane the attention is plain self-attention.
+    """
+
+    def __init__(self, in_channels, out_channels, config, attend):
+        super().__init__()
+        self.res = ResBlock(in_channels, out_channels, 4 * config.ch)
+        self.attention = None
+        heads = heads_for(out_channels, config.head_channels)
+        if attend and config.context_channels:
+            self.attention = TextAttention(out_channels, heads, config.context_channels)
+        elif attend:
+            self.attention = Attention(out_channels, heads, zero_init=True)
+
+    def forward(self, xs, embs, batch, context=None):
+        xs = [self.res(x, emb) for x, emb in zip(xs, embs)]
+        if self.attention is None:
+            return xs
+        shapes = [(len(x) // batch, *x.shape[2:]) for x in xs]  # (P, H, W) each
+        tokens = [x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2) for x in xs]
+        tokens = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=2)  # (B, C, N)
+        parts = self.attention(tokens, context).split([math.prod(s) for s in shapes], dim=2)
+        return [part.unflatten(2, shape).transpose(1, 2).flatten(0, 1)
+                for part, shape in zip(parts, shapes)]
+
+
+class UNet(nn.Module):
+    """F(z, t): latents (B,C,L), times (B,) and a condition -> (B,C,L).
+
+    Every plane goes through the same weights; planes of equal shape form one larger batch. The
+    condition is a label (B,), added to the time embedding, or text features (B,M,context_channels)
+    for cross-attention. Any plane size works: odd sizes round up on the way down.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.sizes, ch = config.planes, config.ch
+        self.groups = {}  # plane shape -> positions of the planes that have it
+        for i, size in enumerate(self.sizes.values()):
+            self.groups.setdefault(tuple(size), []).append(i)
+        self.ch = ch
+        self.time = nn.Sequential(nn.Linear(ch, 4 * ch), nn.SiLU(), nn.Linear(4 * ch, 4 * ch))
+        self.label = nn.Embedding(config.num_classes + 1, 4 * ch) if config.num_classes else None
+        self.plane_time = self.plane_stem = None
+        if config.plane_embed and len(self.sizes) > 1:
+            self.plane_time = nn.Parameter(0.1 * torch.randn(len(self.sizes), 4 * ch))
+            self.plane_stem = nn.Parameter(0.1 * torch.randn(len(self.sizes), ch))
+        self.stem = conv3x3(config.z_channels, ch)
+        self.build_levels(config)
+        self.out_norm, self.out = norm(ch * config.ch_mult[0]), zeroed(
+            conv3x3(ch * config.ch_mult[0], config.z_channels))
+
+    def build_levels(self, config):
+        """The way down, the middle and the way up; `skips` are the widths the way up picks up."""
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        width, skips, last = self.ch, [self.ch], len(config.ch_mult) - 1
+        for level, mult in enumerate(config.ch_mult):
+            attend = 2 ** level in config.attn_factors
+            for _ in range(config.num_res_blocks):
+                self.down.append(Block(width, self.ch * mult, config, attend))
+                width = self.ch * mult
+                skips.append(width)
+            if level < last:
+                self.down.append(Downsample(width))
+                skips.append(width)
+        self.middle = nn.ModuleList([Block(width, width, config, a) for a in (True, False)])
+        for level, mult in reversed(list(enumerate(config.ch_mult))):
+            attend = 2 ** level in config.attn_factors
+            for _ in range(config.num_res_blocks + 1):
+                self.up.append(Block(width + skips.pop(), self.ch * mult, config, attend))
+                width = self.ch * mult
+            if level:
+                self.up.append(Upsample(width))
+
+    def forward(self, z, t, cond=None):
+        emb = self.time(time_embedding(t, self.ch))  # (B, E)
+        if self.label is not None:
+            emb, cond = emb + self.label(cond), None
+        xs, embs = self.enter(z, emb)
+        batch, skips = len(z), [xs]
+        for layer in self.down:
+            if isinstance(layer, Downsample):
+                xs = [layer(x) for x in xs]
+            else:
+                xs = layer(xs, embs, batch, cond)
+            skips.append(xs)
+        for layer in self.middle:
+            xs = layer(xs, embs, batch, cond)
+        for layer in self.up:
+            if isinstance(layer, Upsample):
+                xs = [layer(x, skip.shape[2:]) for x, skip in zip(xs, skips[-1])]
+            else:
+                xs = [torch.cat([x, skip], dim=1) for x, skip in zip(xs, skips.pop())]
+                xs = layer(xs, embs, batch, cond)
+        return self.leave([self.out(F.silu(self.out_norm(x), inplace=True)) for x in xs], batch)
+
+    def enter(self, z, emb):
+        """Latents -> stem features (B*P,ch,H,W) and embeddings (B*P,E), one of each a group."""
+        planes, xs, embs = list(unpack(z, self.sizes).values()), [], []
+        for group in self.groups.values():
+            x = torch.stack([planes[i] for i in group], dim=1)  # (B, P, C, H, W)
+            e = emb[:, None].expand(-1, len(group), -1)
+            x = self.stem(x.flatten(0, 1))
+            if self.plane_time is not None:
+                e = e + torch.stack([self.plane_time[i] for i in group])
+                stem = torch.stack([self.plane_stem[i] for i in group]).repeat(len(z), 1)
+                x = x + stem[:, :, None, None]
+            xs.append(x)
+            embs.append(e.flatten(0, 1))
+        return xs, embs
+
+    def leave(self, xs, batch):
+        """Group tensors (B*P,C,H,W) -> latents (B,C,L), the planes back in their order."""
+        planes = {}
+        for group, x in zip(self.groups.values(), xs):
+            planes.update(zip(group, x.unflatten(0, (batch, -1)).unbind(1)))
+        return pack({i: planes[i] for i in sorted(planes)})
+
+
+class LDM(nn.Module):
+    """The diffusion model of latents z (B,C,L): loss, noise prediction, guidance.
+
+    A condition is None, class labels (B,) or text features (B,M,context_channels). What stands for
+    no condition is label `num_classes`, or `null_context` (M or 1, context_channels), which
+    training sets to the features of the empty text.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.unet = UNet(config)
+        c = config.z_channels
+        self.shape = c, sum(h * w for h, w in config.planes.values())  # (C, L) of one latent
+        self.mixing_logit = (nn.Parameter(torch.full((1, c, 1), float(config.mixing_init)))
+                             if config.mixed else None)
+        self.register_buffer('z_mean', torch.zeros(c, 1))
+        self.register_buffer('z_std', torch.ones(c, 1))
+        self.register_buffer('null_context', torch.zeros(1, max(config.context_channels, 1)))
+        self.register_buffer('log_alpha_bar', LOG_ALPHA_BAR.clone(), persistent=False)
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        # The empty text may have any number of tokens, so the stored buffer decides.
+        if prefix + 'null_context' in state:
+            self.set_null_context(state[prefix + 'null_context'])
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def set_null_context(self, features):
+        """Text features (M, context_channels) that stand for no condition."""
+        self.null_context = features.detach().clone().to(self.null_context)
+
+    def set_latent_stats(self, mean, std):
+        """Store mean and deviation of the training latents by channel, each C values."""
+        self.z_mean.copy_(torch.as_tensor(mean).reshape(-1, 1))
+        self.z_std.copy_(torch.as_tensor(std).reshape(-1, 1))
+
+    def normalise(self, z):
+        """Latents of the VAE -> what the diffusion sees, the same unless latent_norm is on."""
+        return z if self.config.latent_norm == 'none' else (z - self.z_mean) / self.z_std
+
+    def denormalise(self, z):
+        """Inverse of `normalise`."""
+        return z if self.config.latent_norm == 'none' else z * self.z_std + self.z_mean
+
+    def no_decay_parameters(self):
+        """Parameters that weight decay must leave alone: zero is no natural mixing logit."""
+        return [] if self.mixing_logit is None else [self.mixing_logit]
+
+    def param_groups(self, lr, weight_decay, mixing_lr_mult=1.0):
+        """Optimiser groups: the U-Net; the mixing logit, no decay, at lr * mixing_lr_mult."""
+        groups = [dict(params=list(self.unet.parameters()), lr=lr, weight_decay=weight_decay)]
+        if self.no_decay_parameters():
+            groups.append(dict(params=self.no_decay_parameters(), lr=lr * mixing_lr_mult,
+                               weight_decay=0.0, lr_mult=mixing_lr_mult))
+        return groups
+
+    def null(self, batch):
+        """The condition (B, ...) that stands for none; None for an unconditional model."""
+        if self.config.num_classes:
+            return torch.full((batch,), self.config.num_classes, device=self.z_mean.device)
+        if self.config.context_channels:
+            return self.null_context.expand(batch, -1, -1)
+        return None
+
+    def eps(self, z_t, t, cond=None):
+        """eps_theta(z_t (B,C,L), t (B,), cond) -> (B,C,L) float32, mixing applied."""
+        z_t = z_t.float()
+        out = self.unet(z_t, t, self.null(len(z_t)) if cond is None else cond).float()
+        if self.mixing_logit is None:
+            return out
+        sigma = (1 - alpha_bar(t, self.log_alpha_bar)).sqrt().float()[:, None, None]
+        return torch.lerp(sigma * z_t, out, self.mixing_logit.sigmoid())
+
+    def draw(self, batch, generator=None):
+        """A step's randomness on the CPU: noise (B,C,L), t (B,) integer, drop (B,) bool."""
+        return dict(noise=torch.randn(batch, *self.shape, generator=generator),
+                    t=torch.randint(T, (batch,), generator=generator),
+                    drop=torch.rand(batch, generator=generator) < self.config.cond_dropout)
+
+    def forward(self, z0, cond=None, noise=None, t=None, drop=None):
+        """Mean of |eps - eps_theta|^2 for latents z0 (B,C,L) of the VAE; a scalar.
+
+        noise, t and drop are this batch's rows of `draw`; what is not given is drawn here.
+        """
+        noise, t, drop = (drawn.to(z0.device) if given is None else given for given, drawn
+                          in zip((noise, t, drop), self.draw(len(z0)).values()))
+        if cond is not None:
+            drop = drop.view(-1, *[1] * (cond.ndim - 1))
+            cond = torch.where(drop, self.null(len(z0)), cond)
+        ab = alpha_bar(t, self.log_alpha_bar)[:, None, None]
+        z_t = ab.sqrt().float() * self.normalise(z0.float()) + (1 - ab).sqrt().float() * noise
+        return F.mse_loss(self.eps(z_t, t, cond), noise)
+
+    def check_condition(self, cond):
+        """ValueError where `cond` is not what this model was trained with."""
+        classes, width = self.config.num_classes, self.config.context_channels
+        if cond is None:
+            return
+        if not classes and not width:
+            raise ValueError('this model is unconditional: give it no label and no text')
+        if classes and (cond.ndim != 1 or cond.min() < 0 or cond.max() > classes):
+            raise ValueError(f'class labels must be integers in 0..{classes - 1}')
+        if width and (cond.ndim != 3 or cond.shape[2] != width):
+            raise ValueError(f'text features {tuple(cond.shape)} where (batch, tokens, {width}) is '
+                             'needed: use the text encoder the model was trained with')
+
+    def guided(self, cond, w=1.0):
+        """eps_fn(z, t) with classifier-free guidance e_null + w (e_cond - e_null).
+
+        Both branches run as one doubled batch, mixing applied to each; w = 1 or no condition is
+        one plain forward.
+        """
+        self.check_condition(cond)
+        if cond is None or w == 1:
+            return lambda z, t: self.eps(z, t, cond)
+        null = self.null(len(cond)).expand_as(cond)
+
+        def eps_fn(z, t):
+            both = self.eps(torch.cat([z, z]), torch.cat([t, t]), torch.cat([null, cond]))
+            e_null, e_cond = both.chunk(2)
+            return torch.lerp(e_null, e_cond, w)
+        return eps_fn
+
+
+# ---- samplers --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def sample(eps_fn, z_T, sampler='dpmpp', steps=20, rtol=1e-3, atol=1e-3, generator=None):
+    """Latents z_0 from noise z_T (B,C,L); returns (z_0, nfe), nfe = calls of eps_fn.
+
+    `eps_fn(z, t (B,))` is any noise predictor, t in 0..999, fractional for 'rk45' and 'dpmpp'.
+    'ddpm' and 'ddim' take `steps` integer times, 'dpmpp' is DPM-Solver++(2M) on times uniform in
+    log-SNR, 'rk45' solves the probability-flow ODE to `rtol`, `atol` and denoises once.
+    `generator`, used by 'ddpm', is one or a list of B: then sample k is the same in any batch.
+    z stays in float32 (float64 if z_T is), whatever eps_fn returns.
+    """
+    if sampler not in ('ddpm', 'ddim', 'dpmpp', 'rk45'):
+        raise ValueError(f'sampler {sampler!r}: unknown; one of ddpm, ddim, dpmpp, rk45')
+    if not 1 <= steps <= T:
+        raise ValueError(f'{steps} sampling steps: must be from 1 to {T}')
+    if not (rtol > 0 and atol > 0):
+        raise ValueError(f'tolerances rtol {rtol}, atol {atol}: must be positive')
+    z, nfe = z_T if z_T.dtype == torch.float64 else z_T.float(), 0
+
+    def eps(z, t):
+        nonlocal nfe
+        nfe += 1
+        dtype = torch.long if isinstance(t, int) else z.dtype
+        return eps_fn(z, torch.full((len(z),), t, dtype=dtype, device=z.device)).to(z.dtype)
+
+    if sampler == 'rk45':
+        z = probability_flow(eps, z, rtol, atol)
+    elif sampler == 'dpmpp':
+        z = dpmpp(eps, z, steps)
+    else:
+        z = ancestral(eps, z, steps, sampler == 'ddpm', generator)
+    return z, nfe
+
+
+def ancestral(eps, z, steps, stochastic, generator=None):
+    """DDPM (posterior variance) or DDIM (none) on `steps` evenly spread integer times.
+
+    At 1000 steps the former is Ho et al.'s ancestral sampling. Song et al. (2021), Eq. 12.
+    """
+    times = [T * i // steps - 1 for i in range(steps, -1, -1)]  # 999, ..., -1 = data
+    for t, t_next in zip(times, times[1:]):
+        ab = alpha_bar(t).item()
+        ab_next = alpha_bar(t_next).item() if t_next >= 0 else 1.0
+        e = eps(z, t)
+        z_0 = (z - math.sqrt(1 - ab) * e) / math.sqrt(ab)
+        variance = (1 - ab_next) / (1 - ab) * (1 - ab / ab_next) if stochastic else 0.0
+        z = math.sqrt(ab_next) * z_0 + math.sqrt(1 - ab_next - variance) * e
+        if variance > 0:
+            z = z + math.sqrt(variance) * randn_like(z, generator)
+    return z
+
+
+def randn_like(z, generator):
+    """Noise like z from a generator, from a list with one for each row, or from torch's own."""
+    if not isinstance(generator, (list, tuple)):
+        device = generator.device if generator else z.device
+        return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=device).to(z.device)
+    return torch.stack([torch.randn(z.shape[1:], generator=g, dtype=z.dtype, device=g.device)
+                        for g in generator]).to(z.device)
+
+
+def dpmpp(eps, z, steps):
+    """DPM-Solver++(2M), Lu et al. (2022), Algorithm 2; the last call's z_0 is the result.
+
+    lambda = ln(alpha / sigma) is spaced evenly from t = 999 to t = 0, so that consecutive steps
+    have the same length h and the extrapolation weights are 3/2 and -1/2.
+    """
+    ends = torch.logit(alpha_bar(torch.tensor([T - 1, 0]))) / 2
+    knots = np.linspace(*ends.tolist(), steps)
+    log_ab = -np.log1p(np.exp(-2 * knots))
+    alpha, sigma = np.exp(log_ab / 2).tolist(), np.sqrt(-np.expm1(log_ab)).tolist()
+    times, previous = matched_time(log_ab).tolist(), None
+    for i in range(steps):
+        z_0 = (z - sigma[i] * eps(z, times[i])) / alpha[i]
+        if i == steps - 1:
+            return z_0
+        direction = z_0 if previous is None else 1.5 * z_0 - 0.5 * previous
+        h = knots[i + 1] - knots[i]
+        z = sigma[i + 1] / sigma[i] * z - alpha[i + 1] * math.expm1(-h) * direction
+        previous = z_0
+
+
+def probability_flow(eps, z, rtol, atol):
+    """RK45 on dz/dtau = -beta/2 z + beta/2 eps/sigma from tau = 1 to 1e-3, then one denoise.
+
+    The network sees the fractional t that has the same noise level as tau.
+    """
+    def predict(tau, z):
+        log_ab = log_alpha_bar(tau)
+        return eps(z, float(matched_time(log_ab))), math.sqrt(-math.expm1(log_ab)), log_ab
+
+    def velocity(tau, z):
+        e, sigma, _ = predict(tau, z)
+        beta = T * (BETA_A + (BETA_B - BETA_A) * tau) ** 2
+        return beta / 2 * (e / sigma - z)
+
+    z, _ = rk45(velocity, z, 1.0, TAU_END, rtol, atol)
+    e, sigma, log_ab = predict(TAU_END, z)
+    return (z - sigma * e) / math.exp(log_ab / 2)
+
+
+# Dormand & Prince (1980): nodes, stage weights (the last row is the fifth-order solution, whose
+# derivative is the next step's first stage), and fifth-order minus fourth-order weights.
+RK_C = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
+RK_A = ((1 / 5,),
+        (3 / 40, 9 / 40),
+        (44 / 45, -56 / 15, 32 / 9),
+        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84))
+RK_E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+def largest_rms(x):
+    """The largest root mean square of a sample, x (B, ...) -> float."""
+    return x.flatten(1).square().mean(1).max().sqrt().item()
+
+
+def weighted(weights, stages):
+    """Sum of weight * stage over the weights that are not zero."""
+    return sum(w * k for w, k in zip(weights, stages) if w)
+
+
+def rk45(f, y, t0, t1, rtol, atol):
+    """Dormand-Prince integration of dy/dt = f(t, y), y (B, ...), from t0 to t1: (y, nfe).
+
+    Step control is that of Hairer, Norsett & Wanner (1993), Section II.4: safety 0.9, factors 0.2
+    to 10. The error norm is the largest RMS of a sample, so that the sample hardest to integrate
+    sets the step of its batch. ValueError if the step shrinks to rounding (f is not finite).
+    """
+    t, k, nfe = t0, f(t0, y), 2
+    h, grow = initial_step(f, y, k, t0, t1, rtol, atol), 10.0
+    while t != t1:
+        if not abs(h) > 10 * np.spacing(abs(t)):
+            raise ValueError(f'rk45: step below rounding at t = {t:g}: the derivative is not finite, '
+                             ' or rtol and atol are too small')
+        h = h if abs(h) < abs(t1 - t) else t1 - t
+        stages = [k]
+        for c, a in zip(RK_C, RK_A):
+            proposal = y + h * weighted(a, stages)
+            stages.append(f(t + c * h, proposal))
+        nfe += 6
+        scale = atol + rtol * torch.maximum(y.abs(), proposal.abs())
+        error = largest_rms(h * weighted(RK_E, stages) / scale)
+        factor = min(grow, max(0.2, 0.9 * error ** -0.2)) if error else grow
+        grow = 10.0 if error < 1 else 1.0  # no growth right after a rejection
+        if error < 1:
+            t, y, k = (t1 if h == t1 - t else t + h), proposal, stages[-1]
+        h = h * factor
+    return y, nfe
+
+
+def initial_step(f, y, k, t0, t1, rtol, atol):
+    """First step of `rk45`, signed; calls f once. Hairer et al. (1993), page 169."""
+    scale, span = atol + rtol * y.abs(), abs(t1 - t0)
+    sign = math.copysign(1.0, t1 - t0)
+    d0, d1 = largest_rms(y / scale), largest_rms(k / scale)
+    h0 = min(1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1, span)
+    d2 = largest_rms((f(t0 + sign * h0, y + sign * h0 * k) - k) / scale) / h0
+    h1 = max(1e-6, 1e-3 * h0) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2)) ** 0.2
+    return sign * min(100 * h0, h1, span)
+
+
+# ---- from noise to latents -------------------------------------------------------------------
+
+def initial_noise(seeds, shape):
+    """z_T (B, *shape) on the CPU, row k from seeds[k] alone."""
+    return torch.stack([torch.randn(*shape, generator=torch_seeded('z_T', s)) for s in seeds])
+
+
+def slerp(a, b, w):
+    """Spherical interpolation of noises a, b (..., C, L): a at w = 0, b at w = 1.
+
+    Keeps the norm that Gaussian noise has, where a straight line would shrink it.
+    """
+    cosine = F.cosine_similarity(a.flatten(-2), b.flatten(-2), dim=-1)[..., None, None]
+    angle = cosine.clamp(-1, 1).arccos().clamp(min=1e-4)
+    return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
+
+
+@torch.no_grad()
+def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler='dpmpp', steps=20, rtol=1e-3,
+             atol=1e-3, batch=16, z_T=None, return_nfe=False, progress=False):
+    """Latents (B,C,L) for `vae.decode`, one for each seed, made `batch` at a time.
+
+    `cond` has a row for each seed: labels (B,) or text features (B,M,C), with guidance weight
+    `guidance`. Sample k depends on seeds[k], not on its batch; 'rk45' alone shares step sizes in a
+    batch, so there it does within the tolerance. `z_T` (B,C,L) replaces the seeds' own noise.
+    With `return_nfe`, (z, nfe): network calls by batch; a guided call counts as one.
+    """
+    device, seeds = ldm.z_mean.device, list(seeds)
+    z_T = initial_noise(seeds, ldm.shape) if z_T is None else z_T
+    for name, rows in (('conditions', cond), ('initial noises', z_T)):
+        if rows is not None and len(rows) != len(seeds):
+            raise ValueError(f'{len(rows)} {name} for {len(seeds)} seeds: give one for each')
+    out, nfe = [], []
+    calls = None if sampler == 'rk45' else steps * math.ceil(len(seeds) / batch)
+    bar = tqdm(total=calls, desc='sampling', unit='call', disable=not progress)
+
+    def counted(z, t):
+        bar.update()
+        return eps_fn(z, t)
+
+    for start in range(0, len(seeds), batch):
+        part = slice(start, start + batch)
+        eps_fn = ldm.guided(None if cond is None else cond[part].to(device), guidance)
+        generators = [torch_seeded('posterior noise', s) for s in seeds[part]]
+        z, calls = sample(counted, z_T[part].to(device), sampler, steps, rtol, atol, generators)
+        out.append(ldm.denormalise(z))
+        nfe.append(calls)
+    bar.close()
+    z = torch.cat(out).to(next(vae.parameters()).device)
+    return (z, nfe) if return_nfe else z
+
+
+def in_float32(weights):
+    """A state dict with its half-precision tensors, if any, as float32."""
+    return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+
+
+def load(path, device='cpu'):
+    """A trained model from a run folder or its ldm.pt: (vae, ldm, info), in evaluation mode.
+
+    `ldm` has the EMA weights. info: args, step, splits and vae_args of the run. ValueError or
+    FileNotFoundError, one line, for anything that is not a finished or running second stage.
+    """
+    from vae import D2CVAE, VAEConfig  # here: the diffusion itself needs no VAE
+    path = Path(path)
+    if path.is_dir():
+        only_vae = (path / 'vae.pt').exists() and not (path / 'ldm.pt').exists()
+        path = path / ('vae.pt' if only_vae else 'ldm.pt')
+    state = load_checkpoint(path)
+    if state['kind'] == 'vae':
+        raise ValueError(f'{path} holds stage 1 only; train stage 2 with: '
+                         f'python train_ldm.py --vae {path.parent}')
+    if state['kind'] != 'ldm':
+        raise ValueError(f'{path} holds a {state["kind"]} checkpoint; give a run folder or ldm.pt')
+    try:
+        vae, ldm = D2CVAE(VAEConfig(**state['vae_config'])), LDM(LDMConfig(**state['ldm_config']))
+        vae.load_state_dict(in_float32(state['vae']))
+        ldm.load_state_dict(in_float32(state['ema']))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f'{path}: written by another version of this code '
+                         f'({str(error).splitlines()[0]}); train again') from None
+    for module in (vae, ldm):
+        module.to(device).eval().requires_grad_(False)
+    return vae, ldm, {k: state.get(k) for k in ('args', 'step', 'splits', 'vae_args')}

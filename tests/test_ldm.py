@@ -1,0 +1,576 @@
+"""Stage 2 against closed forms: schedules, Gaussian transport, guidance, plane symmetries, NFE."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+from torch import nn
+
+import common
+import ldm
+
+TRIPLE = {'xy': [4, 4], 'yz': [4, 4], 'xz': [4, 4]}
+
+
+def tiny(**changes):
+    """A small model with every parameter moved, so that no zero initialisation hides a path."""
+    model = ldm.LDM(ldm.LDMConfig(**{**dict(
+        z_channels=4, planes={'xy': [4, 4]}, ch=8, ch_mult=(1, 2), num_res_blocks=1,
+        attn_factors=(2,), head_channels=8, mixing_init=0.0), **changes}))
+    with torch.no_grad():
+        for p in model.unet.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model
+
+
+class Gaussian:
+    """Data N(mean, std^2), different in each channel; everything about its diffusion is known."""
+    mean = torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64)[:, None]
+    std = torch.tensor([0.1, 1.0, 2.0], dtype=torch.float64)[:, None]
+
+    def marginal(self, ab):
+        return ab ** 0.5 * self.mean, (ab * self.std ** 2 + 1 - ab) ** 0.5
+
+    def eps(self, z, t):
+        ab = ldm.alpha_bar(t)[:, None, None]
+        mean, std = self.marginal(ab)
+        return (1 - ab) ** 0.5 * (z - mean) / std ** 2
+
+    def transport(self, z, ab_start, ab_end):
+        """Exact ODE flow from alpha_bar = ab_start to ab_end, then E[z_0 | z]."""
+        mean, std = self.marginal(ab_start)
+        mean_end, std_end = self.marginal(ab_end)
+        standard = (z - mean) / std
+        return self.mean + ab_end ** 0.5 * self.std ** 2 / std_end * standard
+
+
+# ---- schedule --------------------------------------------------------------------------------
+
+@pytest.mark.mutation('ldm.py', '0.0195', '0.02')
+@pytest.mark.mutation('ldm.py', 'torch.log1p(-BETA)', 'torch.log1p(-BETA / 2)')
+def test_alpha_bar_golden():
+    beta = np.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, 1000) ** 2
+    ab = ldm.alpha_bar(torch.arange(1000))
+    np.testing.assert_allclose(ab, np.cumprod(1 - beta), rtol=1e-12)
+    assert float(ldm.alpha_bar(0)) == pytest.approx(0.9985, abs=1e-9)
+    assert float(ldm.alpha_bar(999)) == pytest.approx(1.42304e-4, rel=1e-5)
+
+
+@pytest.mark.mutation('ldm.py', 'table[i + 1], t - i', 'table[i + 1], t - t')
+@pytest.mark.mutation('ldm.py', '.clamp(0, T - 2)', '.clamp(0, 500)')
+def test_alpha_bar_is_log_linear_and_inverted_by_matched_time():
+    a, b = (math.log(ldm.alpha_bar(t)) for t in (700, 701))
+    assert math.log(ldm.alpha_bar(700.25)) == pytest.approx(0.75 * a + 0.25 * b, abs=1e-12)
+    t = torch.tensor([0.0, 0.3, 17.5, 998.9, 999.0], dtype=torch.float64)
+    np.testing.assert_allclose(ldm.matched_time(ldm.alpha_bar(t).log().numpy()), t, atol=1e-9)
+
+
+@pytest.mark.mutation('ldm.py', '/ (3 * slope)', '/ (2.9 * slope)')
+def test_continuous_schedule_follows_the_discrete_one():
+    tau = (torch.arange(1000, dtype=torch.float64) + 1) / 1000
+    gap = (ldm.log_alpha_bar(tau) - ldm.alpha_bar(torch.arange(1000)).log()).abs()
+    assert gap.max() < 0.055
+    beta = (ldm.log_alpha_bar(0.5 - 1e-5) - ldm.log_alpha_bar(0.5 + 1e-5)) / 2e-5
+    assert beta == pytest.approx(1000 * ((0.0015 ** 0.5 + 0.0195 ** 0.5) / 2) ** 2, rel=1e-6)
+
+
+# ---- samplers --------------------------------------------------------------------------------
+
+@pytest.mark.mutation('ldm.py', 'math.sqrt(ab_next) * z_0', 'math.sqrt(ab) * z_0')
+def test_ddim_with_the_true_noise_returns_the_data():
+    z0, noise = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    ab = float(ldm.alpha_bar(999))
+    z_T = ab ** 0.5 * z0 + (1 - ab) ** 0.5 * noise
+
+    def eps(z, t):
+        a = ldm.alpha_bar(t)[:, None, None]
+        torch.testing.assert_close(z, a.sqrt() * z0 + (1 - a).sqrt() * noise)
+        return noise
+    for steps in (1, 7, 50):
+        z, _ = ldm.sample(eps, z_T, 'ddim', steps)
+        torch.testing.assert_close(z, z0, atol=1e-10, rtol=0)
+
+
+@pytest.mark.mutation('ldm.py', 'math.sqrt(variance) *', 'variance *')
+@pytest.mark.mutation('ldm.py', '(1 - ab_next) / (1 - ab) *', '0.9 * (1 - ab_next) / (1 - ab) *')
+def test_ddpm_with_1000_steps_is_ancestral_sampling():
+    g, z_T = Gaussian(), torch.randn(2, 3, 4, dtype=torch.float64)
+    z, nfe = ldm.sample(g.eps, z_T, 'ddpm', 1000, generator=torch.Generator().manual_seed(1))
+    noise, x = torch.Generator().manual_seed(1), z_T
+    beta = np.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, 1000) ** 2
+    ab = np.cumprod(1 - beta)
+    for t in reversed(range(1000)):  # Ho et al., Algorithm 2
+        e = g.eps(x, torch.full((2,), t))
+        x = (x - beta[t] / (1 - ab[t]) ** 0.5 * e) / (1 - beta[t]) ** 0.5
+        if t > 0:
+            spread = (beta[t] * (1 - ab[t - 1]) / (1 - ab[t])) ** 0.5
+            x = x + spread * torch.randn(x.shape, generator=noise, dtype=x.dtype)
+    assert nfe == 1000
+    torch.testing.assert_close(z, x, atol=1e-8, rtol=0)
+
+
+@pytest.mark.mutation('ldm.py', "steps, sampler == 'ddpm'", "steps, sampler == 'ddim'")
+def test_ddpm_recovers_the_moments_of_a_gaussian():
+    g = Gaussian()
+    z, nfe = ldm.sample(g.eps, torch.randn(4000, 3, 4), 'ddpm', 100)
+    mean, std = z.mean((0, 2)), z.std((0, 2))
+    assert z.dtype == torch.float32 and nfe == 100
+    torch.testing.assert_close(mean, g.mean[:, 0].float(), atol=0.06, rtol=0)
+    torch.testing.assert_close(std, g.std[:, 0].float(), atol=0.01, rtol=0.03)
+    assert not torch.equal(z, ldm.sample(g.eps, torch.randn(4000, 3, 4), 'ddim', 100)[0])
+
+
+@pytest.mark.mutation('ldm.py', 'T * i // steps - 1', '(T - 1) * i // steps - 1')
+@pytest.mark.mutation('ldm.py', '1.5 * z_0 - 0.5', '1.4 * z_0 - 0.4')
+@pytest.mark.mutation('ldm.py', 'return beta / 2 *', 'return beta *')
+@pytest.mark.mutation('ldm.py', 'TAU_END = 1e-3', 'TAU_END = 2e-2')
+def test_solvers_follow_the_closed_form_flow():
+    g, z_T = Gaussian(), torch.randn(4, 3, 5, dtype=torch.float64)
+    ends = ldm.alpha_bar(999), ldm.alpha_bar(0)
+    tau_ends = [torch.tensor(ldm.log_alpha_bar(tau)).exp() for tau in (1.0, 1e-3)]
+    for sampler, settings, (start, end), tolerance in (
+            ('ddim', dict(steps=1000), ends, 1e-2), ('dpmpp', dict(steps=500), ends, 1e-3),
+            ('rk45', dict(rtol=1e-7, atol=1e-7), tau_ends, 1e-4)):
+        z, _ = ldm.sample(g.eps, z_T, sampler, **settings)
+        assert (z - g.transport(z_T, start, end)).abs().max() < tolerance, sampler
+
+
+@pytest.mark.mutation('ldm.py', '1.5 * z_0 - 0.5 * previous', 'z_0')
+def test_dpmpp_is_of_second_order():
+    g, z_T = Gaussian(), torch.randn(4, 3, 5, dtype=torch.float64)
+    exact = g.transport(z_T, ldm.alpha_bar(999), ldm.alpha_bar(0))
+    errors = [(ldm.sample(g.eps, z_T, 'dpmpp', n + 1)[0] - exact).abs().max() for n in (100, 200)]
+    assert 3.4 < errors[0] / errors[1] < 4.6
+
+
+@pytest.mark.mutation('ldm.py', 'if i == steps - 1', 'if i == steps - 2')
+@pytest.mark.mutation('ldm.py', 'nfe += 1', 'nfe += 2')
+@pytest.mark.mutation('ldm.py', 'T * i // steps - 1', '(T - 1) * i // steps')
+@pytest.mark.parametrize('steps', [3, 20])
+def test_steps_are_network_calls(steps):
+    grid = [math.floor(-1 + 1000 / steps * i + 1e-9) for i in range(steps, 0, -1)]
+    for sampler in ('ddpm', 'ddim', 'dpmpp'):
+        times = []
+        _, nfe = ldm.sample(lambda z, t: times.append(t[0].item()) or z, torch.randn(1, 2, 3),
+                            sampler, steps)
+        assert nfe == len(times) == steps
+        assert times == grid or sampler == 'dpmpp'
+    log_snr = torch.logit(ldm.alpha_bar(torch.tensor(times, dtype=torch.float64)))
+    assert times[0] == 999 and times[-1] == 0
+    torch.testing.assert_close(log_snr.diff(), log_snr.diff().mean().expand(steps - 1),
+                               rtol=1e-3, atol=0)
+
+
+@pytest.mark.mutation('ldm.py', '71 / 1920', '71 / 1900')
+@pytest.mark.mutation('ldm.py', 'max(0.2, 0.9', 'max(0.2, 0.8')
+@pytest.mark.mutation('ldm.py', 'min(grow, max(', 'min(5.0, max(')
+@pytest.mark.mutation('ldm.py', 'max(d1, d2)) ** 0.2', 'max(d1, d2)) ** 0.25')
+def test_rk45_equals_the_golden_numbers_and_scipy():
+    def decay(t, y):
+        return -y
+
+    def stiff(t, y):
+        return -20 * (y - math.cos(t))
+    for f, y0, tol, nfe, value in (
+            (decay, [1, 0.5], 1e-3, 14, 0.36806053284212015),
+            (decay, [1, 0.5], 1e-5, 26, 0.36788228198472167),
+            (stiff, [0], 1e-3, 80, None), (stiff, [0], 1e-5, 146, None)):
+        y0 = torch.tensor([y0], dtype=torch.float64)
+        y, calls = ldm.rk45(f, y0, 0.0, 1.0, tol, tol)
+        scipy = solve_ivp(f, (0, 1), y0[0].numpy(), rtol=tol, atol=tol)
+        assert calls == nfe == scipy.nfev
+        np.testing.assert_allclose(y[0], scipy.y[:, -1], rtol=1e-12)
+        assert value is None or float(y[0, 0]) == pytest.approx(value, rel=1e-13)
+
+
+@pytest.mark.mutation('ldm.py', '.mean(1).max()', '.mean(1).mean()')
+def test_rk45_steps_for_the_hardest_sample():
+    rate = torch.tensor([[20.0]] + 7 * [[0.01]], dtype=torch.float64)
+    y0 = torch.ones(8, 1, dtype=torch.float64)
+    _, alone = ldm.rk45(lambda t, y: -20 * y, y0[:1], 0.0, 1.0, 1e-4, 1e-4)
+    _, together = ldm.rk45(lambda t, y: -rate * y, y0, 0.0, 1.0, 1e-4, 1e-4)
+    assert together == alone
+
+
+@pytest.mark.mutation('ldm.py', 'nfe += 1', 'nfe += 0')
+def test_rk45_sampling_counts_the_denoise_and_works_in_float32():
+    calls, z_T = [], torch.randn(2, 3, 5)
+
+    def eps(z, t):
+        calls.append(t)
+        return Gaussian().eps(z, t)
+    z, nfe = ldm.sample(eps, z_T, 'rk45', rtol=1e-4, atol=1e-4)
+    assert nfe == len(calls) and nfe % 6 == 3 and z.dtype == torch.float32  # 2 + 6 k + 1
+    z64, nfe64 = ldm.sample(Gaussian().eps, z_T.double(), 'rk45', rtol=1e-4, atol=1e-4)
+    assert nfe == nfe64
+    torch.testing.assert_close(z.double(), z64, atol=1e-4, rtol=0)
+
+
+@pytest.mark.mutation('ldm.py', "('ddpm', 'ddim', 'dpmpp', 'rk45'):", "('ddpm', 'euler'):")
+@pytest.mark.mutation('ldm.py', 'if not 1 <= steps <= T:', 'if steps > T:')
+@pytest.mark.mutation('ldm.py', 'if not (rtol > 0 and atol > 0):', 'if False:')
+def test_sampler_settings_out_of_range():
+    z = torch.randn(1, 2, 3)
+    for settings, word in ((dict(sampler='euler'), 'euler'), (dict(steps=0), '0 sampling'),
+                           (dict(steps=1001), '1001'), (dict(sampler='rk45', rtol=0.0), 'rtol'),
+                           (dict(sampler='rk45', atol=-1.0), 'atol')):
+        with pytest.raises(ValueError, match=word):
+            ldm.sample(lambda z, t: z, z, **settings)
+
+
+@pytest.mark.mutation('ldm.py', 'if not abs(h) > 10', 'if abs(h) < 0 * 10')
+def test_rk45_stops_on_values_that_are_not_finite():
+    calls = []
+
+    def broken(t, y):
+        calls.append(t)
+        assert len(calls) < 2000
+        return y / 0 if t > 0.5 else y
+    with pytest.raises(ValueError, match='not finite'):
+        ldm.rk45(broken, torch.ones(1, 2), 0.0, 1.0, 1e-3, 1e-3)
+    with pytest.raises(ValueError, match='not finite'):
+        ldm.rk45(lambda t, y: y / 0, torch.ones(1, 2), 0.0, 1.0, 1e-3, 1e-3)
+
+
+# ---- network ---------------------------------------------------------------------------------
+
+@pytest.mark.mutation('ldm.py', '2 ** level in config.attn_factors\n            for _ in range(config.'
+                      'num_res_blocks):', 'False\n            for _ in range(config.num_res_blocks):')
+def test_the_paper_network_has_358_million_parameters():
+    with torch.device('meta'):
+        unet = ldm.UNet(ldm.LDMConfig())
+    assert sum(p.numel() for p in unet.parameters()) == pytest.approx(358e6, rel=2e-3)
+
+
+def swapped(z):
+    """Latents of three equal planes with the first two exchanged."""
+    a, b, c = z.chunk(3, dim=2)
+    return torch.cat([b, a, c], dim=2)
+
+
+@pytest.mark.mutation('ldm.py', 'if config.plane_embed and', 'if False and')
+@pytest.mark.mutation('ldm.py', "if config.plane_embed and", "if True and")
+@pytest.mark.mutation('ldm.py', '.unbind(1)))', '.flip(1).unbind(1)))')
+def test_swapping_equal_planes_matters_only_with_plane_embedding():
+    z, t = torch.randn(2, 4, 48), torch.tensor([3, 700])
+    for plane_embed in (True, False):
+        unet = tiny(domain='shape', planes=TRIPLE, plane_embed=plane_embed).unet
+        gap = (unet(swapped(z), t) - swapped(unet(z, t))).abs().max()
+        assert gap > 1e-2 if plane_embed else gap < 1e-5
+
+
+@pytest.mark.mutation('ldm.py', "self.groups.setdefault(tuple(size)", "self.groups.setdefault(i")
+def test_planes_of_one_shape_share_one_batch():
+    unet, batches = tiny(domain='video', planes={'xy': [4, 4], 'yt': [2, 4], 'xt': [2, 4]}).unet, []
+    unet.stem.register_forward_hook(lambda layer, args, out: batches.append(tuple(out.shape)))
+    unet(torch.randn(3, 4, 32), torch.zeros(3))
+    assert batches == [(3, 8, 4, 4), (6, 8, 2, 4)]
+
+
+@pytest.mark.mutation('ldm.py', 'torch.cat(tokens, dim=2)  #', 'torch.cat(2 * tokens[:1] + tokens[2:], 2)  #')
+@pytest.mark.mutation('ldm.py', 'pack({i: planes[i] for i in sorted(planes)})', 'pack(planes)')
+def test_every_plane_hears_of_every_other_and_keeps_its_place():
+    sizes = {'xy': [2, 4], 'yt': [4, 4], 'xt': [2, 4]}
+    unet = tiny(domain='video', planes=sizes, plane_embed=False).unet
+    z, t, parts = torch.randn(1, 4, 32), torch.tensor([500]), (slice(8), slice(8, 24), slice(24, 32))
+    base = unet(z, t)
+    for part in parts:
+        moved = z.clone()
+        moved[..., part] += 1
+        change = (unet(moved, t) - base).abs()
+        assert all(change[..., other].max() > 1e-4 for other in parts)
+        assert max(parts, key=lambda p: change[..., p].mean()) == part
+
+
+@pytest.mark.mutation('ldm.py', 'x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)',
+                      'x.flip(0).unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)')
+def test_attention_over_one_plane_is_self_attention_and_over_three_joint():
+    block = ldm.Block(8, 8, ldm.LDMConfig(ch=8, head_channels=4), attend=True)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.3)
+    xs, embs = [torch.randn(6, 8, 3, 2)], [torch.randn(6, 32)]
+    h = block.res(xs[0], embs[0])
+    single, = block(xs, embs, 6)
+    torch.testing.assert_close(single, block.attention(h.flatten(2)).view(6, 8, 3, 2))
+    joint, = block(xs, embs, 2)  # two items of three planes
+    tokens = torch.stack([torch.cat([h[3 * b + p].flatten(1) for p in range(3)], 1)
+                          for b in range(2)])
+    expected = block.attention(tokens)
+    for b in range(2):
+        for p in range(3):
+            torch.testing.assert_close(joint[3 * b + p].flatten(1), expected[b, :, 6 * p:6 * p + 6])
+
+
+@pytest.mark.mutation('ldm.py', 'layer(x, skip.shape[2:])', 'layer(x)')
+@pytest.mark.parametrize('h, w', [(5, 7), (1, 1), (3, 10), (1, 6)])
+def test_any_plane_size(h, w):
+    model = tiny(planes={'xy': [h, w]}, ch_mult=(1, 2, 2))
+    z = torch.randn(2, 4, h * w)
+    try:
+        out = model.eps(z, torch.tensor([0, 999]))
+    except RuntimeError as error:
+        pytest.fail(str(error))
+    assert out.shape == z.shape and model(z).isfinite()
+
+
+@pytest.mark.mutation('ldm.py', 'if channels % h == 0', 'if h == most')
+def test_heads_divide_the_width():
+    table = [(256, 8), (32, 1), (16, 1), (80, 2), (112, 2), (96, 3)]
+    assert [ldm.heads_for(c, 32) for c, _ in table] == [h for _, h in table]
+
+
+@pytest.mark.mutation('ldm.py', 'angles = t.float()[:, None]', 'angles = t.float().round()[:, None]')
+def test_fractional_times_are_told_apart():
+    e = ldm.time_embedding(torch.tensor([10.0, 10.4]), 9)
+    assert e.shape == (2, 9) and (e[0] - e[1]).abs().max() > 0.1
+    torch.testing.assert_close(e[:, 0], torch.tensor([10.0, 10.4]).cos())
+
+
+# ---- mixing, loss, conditions ----------------------------------------------------------------
+
+@pytest.mark.mutation('ldm.py', 'torch.lerp(sigma * z_t, out,', 'torch.lerp(z_t, out,')
+def test_mixing_at_zero_is_the_standard_normal():
+    model = tiny(mixing_init=-40.0)
+    z, t = torch.randn(3, 4, 16), torch.tensor([0, 500, 999])
+    sigma = (1 - ldm.alpha_bar(t)).sqrt().float()[:, None, None]
+    torch.testing.assert_close(model.eps(z, t), sigma * z)
+    z_0, nfe = ldm.sample(model.eps, z, 'rk45')  # velocity 0, so only the last denoise acts
+    ab = math.exp(ldm.log_alpha_bar(1e-3))
+    assert nfe == 15  # three steps, each ten times the one before
+    torch.testing.assert_close(z_0, ab ** 0.5 * z, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.mutation('ldm.py', 'out, self.mixing_logit.sigmoid())', 'out, self.mixing_logit)')
+def test_mixing_is_per_channel_and_learned():
+    model = tiny()
+    with torch.no_grad():
+        model.mixing_logit[0, :, 0] = torch.tensor([-40.0, 0.0, 40.0, 1.0])
+    z, t = torch.randn(2, 4, 16), torch.tensor([300, 800])
+    z_part = (1 - ldm.alpha_bar(t)).sqrt().float()[:, None, None] * z
+    s = torch.tensor([0.0, 0.5, 1.0, 1 / (1 + math.exp(-1))])[:, None]
+    torch.testing.assert_close(model.eps(z, t), (1 - s) * z_part + s * model.unet(z, t))
+    model(z).backward()
+    assert model.mixing_logit.grad[0, 1] != 0
+    plain = tiny(mixed=False)
+    torch.testing.assert_close(plain.eps(z, t), plain.unet(z, t))
+
+
+@pytest.mark.mutation('ldm.py', 'weight_decay=0.0', 'weight_decay=weight_decay')
+@pytest.mark.mutation('ldm.py', 'list(self.unet.parameters())', 'list(self.parameters())')
+def test_the_mixing_logit_does_not_decay():
+    model = tiny(mixing_init=-6.0)
+    groups = model.param_groups(0.1, 0.5, mixing_lr_mult=10)
+    assert sum(len(g['params']) for g in groups) == len(list(model.parameters()))
+    opt = torch.optim.AdamW(groups)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    before = model.unet.stem.weight.detach().clone()
+    opt.step()
+    assert (model.mixing_logit == -6).all()
+    torch.testing.assert_close(model.unet.stem.weight, 0.95 * before)
+    assert opt.param_groups[1]['lr'] == pytest.approx(1.0)
+
+
+@pytest.mark.mutation('ldm.py', '(1 - ab).sqrt().float() * noise', '(1 - ab).float() * noise')
+@pytest.mark.mutation('ldm.py', 'self.normalise(z0.float())', 'z0.float()')
+def test_loss_is_the_mean_squared_error_of_the_noise():
+    model = tiny(latent_norm='channel')
+    model.set_latent_stats(torch.randn(4), torch.rand(4) + 0.5)
+    z0, given = torch.randn(3, 4, 16), model.draw(3, torch.Generator().manual_seed(1))
+    z = (z0 - model.z_mean) / model.z_std
+    total = 0.0
+    for k in range(3):
+        ab = float(ldm.alpha_bar(given['t'][k]))
+        z_t = ab ** 0.5 * z[k] + (1 - ab) ** 0.5 * given['noise'][k]
+        error = model.eps(z_t[None], given['t'][k:k + 1])[0] - given['noise'][k]
+        total += float((error ** 2).mean()) / 3
+    assert float(model(z0, **given)) == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.mutation('ldm.py', 'torch.randint(T, (batch,), generator', 'torch.randint(T - 9, (batch,), generator')
+@pytest.mark.mutation('ldm.py', 'generator=generator) < self', 'generator=generator) > self')
+def test_draws_depend_on_the_generator_alone():
+    model = tiny(num_classes=3, cond_dropout=0.25)
+    a, b = (model.draw(20_000, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert a['t'].min() == 0 and a['t'].max() == 999 and a['t'].dtype == torch.long
+    assert float(a['drop'].float().mean()) == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.mark.mutation('ldm.py', "* self.z_std + self.z_mean", "* self.z_std")
+def test_latent_normalisation_round_trip():
+    model, z = tiny(latent_norm='channel'), torch.randn(50, 4, 16) * 3 + 1
+    model.set_latent_stats(z.mean((0, 2)), z.std((0, 2)))
+    normal = model.normalise(z)
+    assert normal.mean().abs() < 1e-5 and float(normal.std()) == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(model.denormalise(normal), z)
+    assert tiny().normalise(z) is z
+    assert {'z_mean', 'z_std', 'null_context'} <= set(model.state_dict())
+
+
+def conditional(kind):
+    if kind == 'label':
+        return tiny(num_classes=5), torch.tensor([0, 4, 2])
+    model = tiny(context_channels=6)
+    model.set_null_context(torch.randn(7, 6))
+    return model, torch.randn(3, 7, 6)
+
+
+@pytest.mark.mutation('ldm.py', 'torch.lerp(e_null, e_cond, w)', 'torch.lerp(e_cond, e_null, w)')
+@pytest.mark.mutation('ldm.py', 'cond is None or w == 1', 'cond is None or w == 0')
+@pytest.mark.parametrize('kind', ['label', 'text'])
+def test_guidance(kind):
+    model, cond = conditional(kind)
+    calls, z, t = [], torch.randn(3, 4, 16), torch.tensor([0, 400, 999])
+    model.unet.register_forward_hook(lambda net, args, out: calls.append(len(out)))
+    null, e_cond = model.eps(z, t), model.eps(z, t, cond)
+    assert (null - e_cond).abs().max() > 1e-3
+    calls.clear()
+    assert torch.equal(model.guided(cond, 1)(z, t), e_cond) and calls == [3]
+    torch.testing.assert_close(model.guided(cond, 0)(z, t), null, atol=1e-5, rtol=1e-4)
+    assert calls == [3, 6]  # both branches as one batch
+    torch.testing.assert_close(model.guided(cond, 3)(z, t), null + 3 * (e_cond - null),
+                               atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.guided(None, 3)(z, t), null)
+
+
+@pytest.mark.mutation('ldm.py', 'torch.where(drop, self.null(len(z0)), cond)', 'cond + 0 * drop')
+@pytest.mark.mutation('ldm.py', 'emb + self.label(cond), None', 'emb + 0 * self.label(cond), None')
+@pytest.mark.mutation('ldm.py', 'self.text(self.itself(h), context)', 'self.itself(h)')
+def test_dropped_conditions_do_not_matter_and_others_do():
+    for model, cond in (conditional('label'), conditional('text')):
+        z0, given = torch.randn(3, 4, 16), model.draw(3)
+        none, other, drop = [False] * 3, cond.flip(0), [True] * 3
+
+        def loss(cond, drop):
+            return float(model(z0, cond, given['noise'], given['t'], torch.tensor(drop)))
+        assert abs(loss(cond, none) - loss(other, none)) > 1e-5
+        assert loss(cond, drop) == loss(other, drop)
+        assert loss(cond, drop) == pytest.approx(loss(None, drop), rel=1e-6)
+
+
+@pytest.mark.mutation('ldm.py', 'self.null(len(z0)), cond)', 'self.null(len(z0)), cond.detach())')
+def test_conditions_that_were_kept_get_gradients():
+    drop = torch.tensor([False, True, False])
+    model, labels = conditional('label')
+    model(torch.randn(3, 4, 16), labels, drop=drop).backward()
+    rows = model.unet.label.weight.grad.abs().sum(1) > 0
+    assert rows.tolist() == [True, False, True, False, False, True]  # 0, 2 and none
+    model, text = conditional('text')
+    model(torch.randn(3, 4, 16), text.requires_grad_(), drop=drop).backward()
+    assert text.grad is not None and (text.grad.abs().sum((1, 2)) > 0).tolist() == [True, False, True]
+
+
+@pytest.mark.mutation('ldm.py', 'cond.max() > classes', 'False')
+@pytest.mark.mutation('ldm.py', 'cond.shape[2] != width', 'False')
+@pytest.mark.mutation('ldm.py', 'if not classes and not width:', 'if False:')
+def test_wrong_conditions_are_refused():
+    for model, cond in ((tiny(), torch.zeros(1).long()), (tiny(num_classes=3), torch.tensor([4])),
+                        (tiny(num_classes=3), torch.tensor([-1])),
+                        (tiny(context_channels=6), torch.randn(1, 7, 5))):
+        with pytest.raises(ValueError):
+            model.guided(cond, 2.0)
+    with pytest.raises(ValueError, match='not both'):
+        tiny(num_classes=3, context_channels=6)
+    with pytest.raises(ValueError, match='domain'):
+        tiny(domain='shape')
+
+
+# ---- generation and loading ------------------------------------------------------------------
+
+@pytest.mark.mutation('ldm.py', "sampler, steps, rtol, atol, generators)", "sampler, steps, rtol, atol)")
+@pytest.mark.mutation('ldm.py', "torch_seeded('z_T', s)", "torch_seeded('z_T', len(seeds))")
+def test_a_sample_depends_on_its_seed_alone():
+    model, vae, seeds = tiny(num_classes=3), nn.Linear(1, 1), [7, 0, 99, 3]
+    labels = torch.tensor([0, 2, 1, 0])
+
+    def run(k, batch):
+        return ldm.generate(vae, model, [seeds[i] for i in k], labels[k], 2.0, 'ddpm', 4,
+                            batch=batch)
+    together = run([0, 1, 2, 3], 4)
+    torch.testing.assert_close(run([0, 1, 2, 3], 3), together, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(run([2], 1), together[2:3], atol=1e-4, rtol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+@pytest.mark.mutation('ldm.py', 'out.append(ldm.denormalise(z))', 'out.append(z)')
+@pytest.mark.mutation('ldm.py', 'nfe.append(calls)', 'nfe.append(0)')
+def test_generate_returns_latents_of_the_vae_and_its_calls():
+    model, z_T = tiny(latent_norm='channel'), torch.randn(3, 4, 16)
+    model.set_latent_stats([1.0, 2, 3, 4], [0.5, 1, 1.5, 2])
+    z, nfe = ldm.generate(nn.Linear(1, 1), model, range(3), steps=5, batch=2, z_T=z_T,
+                          return_nfe=True)
+    raw, _ = ldm.sample(model.eps, z_T, 'dpmpp', 5)
+    torch.testing.assert_close(z, raw * model.z_std + model.z_mean, atol=1e-4, rtol=1e-4)
+    assert nfe == [5, 5]
+    with pytest.raises(ValueError, match='3 initial noises for 2 seeds'):
+        ldm.generate(nn.Linear(1, 1), model, range(2), z_T=z_T)
+
+
+@pytest.mark.mutation('ldm.py', 'torch.sin(w * angle) * b', 'w * torch.sin(angle) * b')
+def test_slerp_stays_on_the_sphere():
+    a, b = ldm.initial_noise([1, 2], (8, 64))
+    assert torch.equal(a, ldm.initial_noise([1], (8, 64))[0])
+    a, b = a / a.norm(), b / b.norm()
+    for w in (0.0, 0.3, 1.0):
+        assert float(ldm.slerp(a, b, w).norm()) == pytest.approx(1, abs=1e-5)
+    angle = torch.arccos((a * b).sum())
+    assert float((ldm.slerp(a, b, 0.25) * a).sum()) == pytest.approx(float((angle / 4).cos()),
+                                                                     abs=1e-5)
+    torch.testing.assert_close(ldm.slerp(a, a, 0.4), a, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A run folder with a small second stage in half precision."""
+    import dataclasses
+    import vae
+    vae_config = vae.VAEConfig(resolution=8, ch=8, ch_mult=(1, 1), num_res_blocks=1, z_channels=4,
+                               decoder_ch=8, field_channels=4, mlp_width=8, mlp_blocks=4)
+    first, model = vae.D2CVAE(vae_config), tiny(context_channels=6)
+    model.set_null_context(torch.randn(7, 6))
+    state = dict(kind='ldm', vae_config=dataclasses.asdict(vae_config), step=3, args=dict(seed=1),
+                 ldm_config=dataclasses.asdict(model.config), splits=None, vae_args=None,
+                 **{k: {n: v.half() if v.is_floating_point() else v
+                        for n, v in m.state_dict().items()}
+                    for k, m in (('vae', first), ('ema', model))})
+    common.save_checkpoint(tmp_path / 'ldm.pt', state)
+    return tmp_path, state, model
+
+
+@pytest.mark.mutation('ldm.py', "ldm.load_state_dict(in_float32(state['ema']))", 'pass')
+@pytest.mark.mutation('ldm.py', '.eval().requires_grad_(False)', '.train()')
+def test_load_gives_back_what_was_saved(checkpoint):
+    folder, state, model = checkpoint
+    for path in (folder, folder / 'ldm.pt'):
+        vae, loaded, info = ldm.load(path)
+        assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+        assert info['step'] == 3 and info['args'] == dict(seed=1)
+        weights = loaded.state_dict()
+        assert all(torch.equal(weights[k], v.float()) for k, v in state['ema'].items())
+        assert loaded.config == model.config and loaded.null_context.shape == (7, 6)
+
+
+@pytest.mark.mutation('ldm.py', "if state['kind'] == 'vae':", 'if False:')
+@pytest.mark.mutation('ldm.py', "if state['kind'] != 'ldm':", 'if False:')
+@pytest.mark.mutation('ldm.py', "'vae.pt' if only_vae else", "'ldm.pt' if only_vae else")
+def test_load_refuses_other_files(checkpoint, tmp_path):
+    folder, state, _ = checkpoint
+
+    def message(path):
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            ldm.load(path)
+        assert '\n' not in str(error.value)
+        return str(error.value)
+    stage1 = tmp_path / 'stage1'
+    stage1.mkdir()
+    assert 'no such' in message(stage1)
+    common.save_checkpoint(stage1 / 'vae.pt', dict(kind='vae'))
+    assert 'train_ldm.py --vae' in message(stage1) and 'stage 1 only' in message(stage1 / 'vae.pt')
+    common.save_checkpoint(folder / 'ldm.pt', dict(kind='inception'))
+    assert 'holds a inception' in message(folder)
+    common.save_checkpoint(folder / 'ldm.pt', {k: v for k, v in state.items() if k != 'ema'})
+    assert 'another version' in message(folder)
+    (folder / 'ldm.pt').write_bytes((stage1 / 'vae.pt').read_bytes()[:100])
+    assert 'truncated' in message(folder)

@@ -1,0 +1,292 @@
+"""Stage 1, the D2C-VAE: discrete data -> latent plane -> continuous function.
+
+    q(z|x) = N(mu, sigma^2)      encoder                             Section 3.1, Eq. 5
+    Xi^1..Xi^n = D(z)            hierarchically-decomposed basis fields (HDBF), Section 3.2
+    omega(c) = pi(gamma(c; Xi))  read-out, in inr.py
+    L = mean |omega(c) - x| + (lambda_kl sum KL + lambda_sn SN) / N_ref          Eq. 9
+
+The paper averages the reconstruction and the KL, the authors' code sums both; this is the code's
+balance divided by the constant N_ref, the number of values of a full training signal, so the number
+of coordinates drawn a step does not matter. `kl_mode='paper'` is the literal Table 10. Unlike the
+code there is no LPIPS (inert at its weight) and no adversarial phase (not in the paper).
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import flag, require
+from encoders import ConvEncoder, PlaneAttention, ResBlock, Upsample, conv3x3, norm
+from inr import (CFCMLP, cell_centres, grid_scale, pack, plane_sizes, sample_field, sample_grid,
+                 unpack, PLANES)
+
+
+@dataclass
+class VAEConfig:
+    """Architecture and objective of the first stage; the defaults are Table 9's AFHQ at 256."""
+    domain: str = 'image'
+    resolution: int = flag(256, 'r: pixels a side the encoder sees and the anchor s = 1')
+    channels: int = 3
+    ch: int = flag(128, "encoder's base width")
+    ch_mult: tuple = flag((1, 2, 4), 'encoder width of each level over the base, fine to coarse')
+    num_res_blocks: int = flag(2, 'ResBlocks a level in the encoder; the decoder has one more')
+    z_channels: int = flag(64, 'channels of the latent plane')
+    decoder_ch: int = flag(64, "decoder's base width (Table 9: head channel)")
+    decoder_mult: tuple = flag((4, 2, 1), 'decoder width of each level over the base, coarse to fine')
+    fields: tuple = flag((1, 2, 4), 'sizes of the basis fields over the latent plane, coarse to fine')
+    field_channels: int = flag(64, 'channels of each basis field')
+    mlp_width: int = flag(256, 'w_pi: width of the MLP')
+    mlp_blocks: int = flag(4, 'n_pi: residual blocks of the MLP')
+    mlp_layers: int = flag(2, 'linear layers in a block of the MLP')
+    conditioning: str = flag('cfc', 'which fields the MLP reads where (Table 8)',
+                             choices=('cfc', 'concat', 'single'))
+    cfc_merge: str = flag('concat', 'how CFC joins a field to the hidden state',
+                          choices=('concat', 'sum'))
+    scale_injection: bool = flag(True, 'modulate the MLP by the sampling period s, Eq. 13')
+    loss: str = flag('l1', 'reconstruction loss', choices=('l1', 'l2'))
+    kl_weight: float = flag(0.5, 'lambda_kl at the end of its annealing')
+    kl_start: float = flag(1e-4, 'lambda_kl at the start')
+    kl_mode: str = flag('code', 'code: sum KL over N_ref; paper: mean KL',
+                        choices=('code', 'paper'))
+    sn_start: float = flag(10.0, 'weight of the spectral regularisation at the start, 0 = off')
+    sn_end: float = flag(0.1, 'the same at the end of its log-linear annealing')
+    sn_scope: str = flag('all', 'whose convolutions it covers', choices=('all', 'encoder'))
+    anneal: float = flag(0.9, 'share of the steps over which both weights are annealed')
+
+    def __post_init__(self):
+        top = 2 ** (len(self.decoder_mult) - 1)
+        require(self.resolution >= 2 ** (len(self.ch_mult) - 1), f'--resolution {self.resolution}: '
+                f'too small for {len(self.ch_mult)} encoder levels')
+        require(self.fields and self.fields[-1] == top and all(
+            f in [2 ** i for i in range(len(self.decoder_mult))] for f in self.fields)
+            and list(self.fields) == sorted(set(self.fields)),
+            f'--fields {self.fields}: increasing powers of two that end at {top}, '
+            f'the factor of {len(self.decoder_mult)} decoder levels')
+
+    @property
+    def n_ref(self):
+        """N_ref: values of a full training signal."""
+        return self.channels * self.resolution ** 2
+
+    def latent_sizes(self, height=None, width=None):
+        """Plane name -> (h, w) of the latent for a picture of this size (default r x r)."""
+        factor = 2 ** (len(self.ch_mult) - 1)
+        extent = [-(-(n or self.resolution) // factor) for n in (width, height)]
+        return plane_sizes(self.domain, extent)
+
+
+def annealed(step, steps, config):
+    """(lambda_kl, lambda_sn) of a step, float32 tensor (2,): linear, and log-linear; pure in `step`."""
+    p = (step - 1e-4 * steps) / (config.anneal * steps)
+    kl = config.kl_start + (config.kl_weight - config.kl_start) * p
+    kl = min(max(kl, min(config.kl_start, config.kl_weight)), max(config.kl_start, config.kl_weight))
+    sn = 0.0
+    if config.sn_start:
+        p = min(step / (config.anneal * steps), 1)
+        sn = math.exp((1 - p) * math.log(config.sn_start) + p * math.log(config.sn_end))
+    return torch.tensor([kl, sn])
+
+
+class Posterior:
+    """Diagonal Gaussian q(z|x) from packed moments (B,2C,L); `sizes` names its planes."""
+
+    def __init__(self, moments, sizes):
+        mean, logvar = moments.float().chunk(2, dim=1)
+        self.mean, self.logvar, self.sizes = mean, logvar.clamp(-30, 20), sizes
+
+    def sample(self, noise=None):
+        """mean + std * noise, (B,C,L); fresh standard normal noise if none is given."""
+        noise = torch.randn_like(self.mean) if noise is None else noise
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def kl(self):
+        """KL(q || N(0, I)) in nats, summed over the latent, (B,)."""
+        terms = self.mean.square() + self.logvar.exp() - 1 - self.logvar
+        return 0.5 * terms.flatten(1).sum(1)
+
+
+class HDBFDecoder(nn.Module):
+    """One latent plane (B,z,h,w) -> its basis fields, coarse to fine, each (B,field,f*h,f*w).
+
+    The reverse of the encoder; wherever a level's factor is in `fields`, a 1x1 convolution branches
+    off a field. The finest one has its own norm, SiLU and 3x3 convolution, as in the authors' code.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c, width = config, config.decoder_ch * config.decoder_mult[0]
+        self.fields = c.fields
+        self.stem = nn.Sequential(
+            nn.Conv2d(c.z_channels, c.z_channels, 1), conv3x3(c.z_channels, width),
+            ResBlock(width, width), PlaneAttention(width), ResBlock(width, width))
+        self.levels, self.heads, self.ups = nn.ModuleList(), nn.ModuleDict(), nn.ModuleList()
+        for i, mult in enumerate(c.decoder_mult):
+            blocks = [ResBlock(width if j == 0 else c.decoder_ch * mult, c.decoder_ch * mult)
+                      for j in range(c.num_res_blocks + 1)]
+            width = c.decoder_ch * mult
+            self.levels.append(nn.Sequential(*blocks))
+            last = i == len(c.decoder_mult) - 1
+            if last:
+                self.heads[str(2 ** i)] = nn.Sequential(
+                    norm(width), nn.SiLU(inplace=True), conv3x3(width, c.field_channels))
+            else:
+                self.ups.append(Upsample(width))
+                if 2 ** i in c.fields:
+                    self.heads[str(2 ** i)] = nn.Conv2d(width, c.field_channels, 1)
+
+    def forward(self, z):
+        h, xi = self.stem(z), []
+        for i, level in enumerate(self.levels):
+            h = level(h)
+            if 2 ** i in self.fields:
+                xi.append(self.heads[str(2 ** i)](h))
+            if i < len(self.ups):
+                h = self.ups[i](h)
+        return xi
+
+
+class SpectralPenalty:
+    """SN: sum of the largest singular values of all convolutions + sum of max |gamma| of all norms.
+
+    As in LSGM and the authors' code. Convolutions of one shape share a batched power iteration, 4
+    rounds a call and 40 the first time; its vectors are buffers of `owner`, so they resume exactly.
+    """
+
+    def __init__(self, owner, modules):
+        self.owner, self.groups = owner, {}
+        layers = [m for module in modules for m in module.modules()]
+        self.gammas = [m.weight for m in layers if isinstance(m, nn.GroupNorm)]
+        for m in layers:
+            if isinstance(m, nn.Conv2d):
+                self.groups.setdefault(tuple(m.weight.flatten(1).shape), []).append(m.weight)
+        generator = torch.Generator().manual_seed(0)
+        for (rows, columns), weights in self.groups.items():
+            u = F.normalize(torch.randn(len(weights), rows, 1, generator=generator), dim=1)
+            owner.register_buffer(f'sn_u_{rows}x{columns}', u)
+        owner.register_buffer('sn_started', torch.zeros((), dtype=torch.bool))
+
+    def __call__(self):
+        rounds = 4 if self.owner.sn_started else 40
+        total = sum(g.float().abs().max() for g in self.gammas)
+        for (rows, columns), weights in self.groups.items():
+            w = torch.stack([p.flatten(1) for p in weights]).float()  # (n, rows, columns)
+            u = getattr(self.owner, f'sn_u_{rows}x{columns}')
+            with torch.no_grad():
+                for _ in range(rounds):
+                    v = F.normalize(w.mT @ u, dim=1)
+                    u.copy_(F.normalize(w @ v, dim=1))
+            total = total + (u.mT.clone() @ w @ v).sum()
+        self.owner.sn_started.fill_(True)
+        return total
+
+
+class D2CVAE(nn.Module):
+    """The first stage. `forward` is the whole training step, so that DDP sees one call."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.encoder = ConvEncoder(c.channels, c.ch, c.ch_mult, c.num_res_blocks, c.z_channels)
+        self.decoder = HDBFDecoder(c)
+        self.mlp = CFCMLP([c.field_channels * len(PLANES[c.domain])] * len(c.fields), c.channels,
+                          c.mlp_width, c.mlp_blocks, c.mlp_layers, c.conditioning, c.cfc_merge,
+                          c.scale_injection, c.resolution)
+        scope = [self.encoder] if c.sn_scope == 'encoder' else [self.encoder, self.decoder]
+        self.spectral = SpectralPenalty(self, scope)
+        self.to(memory_format=torch.channels_last)  # about twice the speed of NCHW on CPU
+
+    def encode(self, batch):
+        """Data, a dict with 'image' or the tensor itself (B,3,H,W) in [-1,1] -> Posterior."""
+        x = batch['image'] if isinstance(batch, dict) else batch
+        moments = self.encoder(x.contiguous(memory_format=torch.channels_last))
+        return Posterior(pack(dict(xy=moments)), dict(xy=tuple(moments.shape[2:])))
+
+    def decode(self, z, sizes=None):
+        """z (B,C,L) -> xi, a list coarse to fine of dicts plane name -> (B,C,H,W)."""
+        planes = unpack(z, sizes or self.config.latent_sizes())
+        fields = {name: self.decoder(plane) for name, plane in planes.items()}
+        return [dict(zip(fields, level)) for level in zip(*fields.values())]
+
+    def query(self, xi, coords, scale=None):
+        """omega(c) at any points: coords (N,D), (B,N,D) or a grid (..., D) -> (B,N,3) or (B,...,3).
+
+        `scale` is s, a float or (B,); None derives it from a regular grid and takes the training
+        period 1 for scattered points.
+        """
+        batch, shape = len(next(iter(xi[0].values()))), coords.shape
+        batched = coords.dim() == 3 and shape[0] == batch or coords.dim() > 3 and shape[0] == batch
+        points = coords if batched else coords[None].expand(batch, *shape)
+        points = points.flatten(1, -2)  # (B, N, D)
+        pe = [torch.cat([sample_field(field, points[..., PLANES[self.config.domain][name]])
+                         for name, field in level.items()], dim=-1) for level in xi]
+        if scale is not None:
+            scale = torch.as_tensor(scale, dtype=torch.float32, device=coords.device).reshape(-1)
+        values = self.mlp(pe, points, scale)
+        return values.unflatten(1, shape[1:-1] if batched else shape[:-1])
+
+    def read_grid(self, xi, xs, ys, scale):
+        """omega on pixel grids: column centres xs (b,w), row centres ys (b,h), s (b,) -> (B,3,h,w)."""
+        pe = [sample_grid(level['xy'], xs, ys) for level in xi]
+        values = self.mlp(pe, scale=scale)
+        return values.mT.unflatten(2, (ys.shape[1], xs.shape[1]))
+
+    def render(self, xi, size, box=None, antialias=True, chunk=None):
+        """Pictures (B,3,h,w) of `size` (h, w) over `box` ((x_lo,x_hi),(y_lo,y_hi)), default all.
+
+        Evaluates at most about `chunk` points at a time, so the memory beyond the result does not
+        grow with `size`. Where a grid is coarser than r, the function is evaluated at a multiple
+        of it that is at least r and area-averaged, since the MLP never saw s > 1 and point samples
+        would alias; `antialias=False` gives the raw values.
+        """
+        field = xi[0]['xy']
+        box = torch.as_tensor([(-1.0, 1.0)] * 2 if box is None else box, device=field.device).float()
+        size, r = tuple(size), self.config.resolution
+        if min(size) < 1 or (box[:, 0] >= box[:, 1]).any():
+            raise ValueError(f'cannot render {size} pixels over the box {box.tolist()}')
+        chunk = chunk or (8192 if field.device.type == 'cpu' else 262144)
+        extent = ((box[:, 1] - box[:, 0]) / 2).tolist()[::-1]  # share of the height, width
+        fold = [math.ceil(r * e / n - 1e-6) if antialias else 1 for n, e in zip(size, extent)]
+        fold = [max(f, 1) for f in fold]
+        fine = [n * f for n, f in zip(size, fold)]
+        scale = grid_scale(r, fine, box)[None]
+        xs, ys = cell_centres(fine[1], box[0])[None], cell_centres(fine[0], box[1])[None]
+        rows = max(1, chunk // (fine[1] * fold[0])) * fold[0]
+        samples = max(1, chunk // (fine[0] * fine[1]))
+        result = field.new_empty(len(field), self.config.channels, *size)
+        for i in range(0, len(field), samples):
+            part = [{k: f[i:i + samples] for k, f in level.items()} for level in xi]
+            for j in range(0, fine[0], rows):
+                strip = self.read_grid(part, xs, ys[:, j:j + rows], scale)
+                strip = F.avg_pool2d(strip, fold) if max(fold) > 1 else strip
+                result[i:i + samples, :, j // fold[0]:(j + rows) // fold[0]] = strip
+        return result
+
+    def reconstruct(self, batch, weights=None, noise=None):
+        """Posterior and the function it decodes to, read on the targets' grids: (B,3,h,w)."""
+        posterior = self.encode(batch)
+        xi = self.decode(posterior.sample(noise), posterior.sizes)
+        h, w = batch['target'].shape[2:]
+        xs, ys = cell_centres(w, batch['box'][:, 0]), cell_centres(h, batch['box'][:, 1])
+        return posterior, self.read_grid(xi, xs, ys, batch['scale'])
+
+    def forward(self, batch, weights, noise=None):
+        """Losses of a batch (`image`, `target`, `box`, `scale`; see data.py) as a dict of scalars.
+
+        `weights` (2,) is (lambda_kl, lambda_sn), see `annealed`; `noise` (B,C,L) fixes the
+        posterior sample. Key 'total' is what to minimise; 'kl' is in nats a sample.
+        """
+        c = self.config
+        posterior, values = self.reconstruct(batch, noise=noise)
+        with torch.autocast(values.device.type, enabled=False):
+            error = values.float() - batch['target']
+            reconstruction = (error.abs() if c.loss == 'l1' else error.square()).mean()
+            kl = posterior.kl().mean()
+            n = c.n_ref if c.kl_mode == 'code' else posterior.mean[0].numel()
+            total = reconstruction + weights[0] * kl / n
+            losses = dict(reconstruction=reconstruction, kl=kl)
+            if c.sn_start:
+                losses['sn'] = self.spectral()
+                total = total + weights[1] * losses['sn'] / c.n_ref
+        return dict(total=total, **losses)
