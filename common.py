@@ -70,16 +70,14 @@ class Parser(argparse.ArgumentParser):
                                default=field.default, help=field.metadata['help'],
                                choices=field.metadata.get('choices'))
 
-    def parse_preset(self, presets, argv=None):
-        """Arguments with typed flags over preset over defaults; `args.typed` names those typed.
+    def known(self, argv=None):
+        """The flags typed so far as the defaults stand, without failing on others or on -h."""
+        argv = sys.argv[1:] if argv is None else argv
+        return self.parse_known_args([a for a in argv if a not in ('-h', '--help')])[0]
 
-        The preset is --preset, else the one named by --dataset, else 'toy_image'.
-        """
-        known, _ = self.parse_known_args([a for a in sys.argv[1:] if a not in ('-h', '--help')]
-                                         if argv is None else argv)
-        name = known.preset or (known.dataset if known.dataset in presets else None)
-        if name is None:
-            name = {'image': 'image_64'}.get(known.dataset, known.dataset or 'toy_image')
+    def parse_preset(self, presets, default, argv=None):
+        """Arguments: typed flags over the preset (--preset, else `default`) over the defaults."""
+        name = self.known(argv).preset or default
         if name not in presets:
             raise ValueError(f'--preset {name}: unknown; one of {", ".join(presets)}')
         actions = {a.dest for a in self._actions}
@@ -92,10 +90,10 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def pick(args, config):
-    """An instance of dataclass `config` from the flags of the same names."""
-    names = {f.name for f in dataclasses.fields(config)}
-    return config(**{k: v for k, v in vars(args).items() if k in names})
+def pick(args, config, **more):
+    """An instance of dataclass `config` from the flags of the same names, and `more` fields."""
+    names = {f.name for f in dataclasses.fields(config)} - set(more)
+    return config(**{k: v for k, v in vars(args).items() if k in names}, **more)
 
 
 def require(condition, message):
@@ -341,27 +339,29 @@ def resume(path, args, kind):
 
 
 class Log:
-    """log.jsonl of a run; lines after the step a run continues from are dropped."""
+    """log.jsonl of a run; this stage's lines after the step it continues from are dropped."""
 
-    def __init__(self, path, step):
-        self.path = path
-        lines = path.read_text().splitlines() if step and path.exists() else []
-        kept = [line for line in lines  # a kill may have torn the last one
-                if line.endswith('}') and json.loads(line)['step'] <= step]
-        path.write_text(''.join(line + '\n' for line in kept))
+    def __init__(self, path, stage, step):
+        self.path, self.stage = path, stage
+        lines = path.read_text().splitlines() if path.exists() else []
+        lines = [json.loads(s) for s in lines if s.endswith('}')]  # a kill may tear the last one
+        kept = [v for v in lines if v['stage'] != stage or v['step'] <= step]
+        path.write_text(''.join(json.dumps(v) + '\n' for v in kept))
 
     def write(self, **values):
         values = {k: v.item() if hasattr(v, 'item') else v for k, v in values.items()}
         with self.path.open('a') as file:
-            file.write(json.dumps(values) + '\n')
+            file.write(json.dumps(dict(stage=self.stage, **values)) + '\n')
 
 
-def start(folder, args, step, rank, world, device, amp, dataset, model, more):
+def start(folder, stage, args, step, rank, world, device, amp, dataset, model, more):
     """Make the run's folder, write args.json, print the first line; the run's Log (rank 0)."""
     if rank > 0:
         return None
     (folder / 'samples').mkdir(parents=True, exist_ok=True)
-    (folder / 'args.json').write_text(json.dumps(vars(args), indent=1))
+    path = folder / 'args.json'  # of both stages
+    stages = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**stages, stage: vars(args)}, indent=1))
     where = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'
     print(f'{folder}: {args.dataset}, {len(dataset)} training items, {world} x {where}, '
           f'{"bfloat16" if amp else "float32"}, {parameters_of(model)}, {more}, '
@@ -370,7 +370,7 @@ def start(folder, args, step, rank, world, device, amp, dataset, model, more):
         print(f'note: {line}')
     for file, why in getattr(dataset, 'bad', [])[:20]:
         print(f'skipped: {file}: {why}')
-    return Log(folder / 'log.jsonl', step)
+    return Log(folder / 'log.jsonl', stage, step)
 
 
 def load_weights(module, weights, path):

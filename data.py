@@ -201,7 +201,8 @@ MIN_SIDE = 8  # pixels; anything smaller is no picture
 
 def natural(name):
     """Sort key in which a2 comes before a10."""
-    return [int(p) if p.isdecimal() else p for p in re.split('([0-9]+)', name)], name
+    parts = re.split('([0-9]+)', name)  # odd parts are numbers
+    return [int(p) if k % 2 else p for k, p in enumerate(parts)], name
 
 
 def picture_names(names):
@@ -213,14 +214,18 @@ def picture_names(names):
 class Folder:
     """Pictures below a folder, at any depth, links followed; names are relative, with '/'."""
 
-    def __init__(self, root):
+    def __init__(self, root, names=None):
+        self.root, self.names = root, names or self.walk(root)
+
+    @staticmethod
+    def walk(root):
         found, seen = [], set()
         for folder, below, files in os.walk(root, followlinks=True):
             seen.add(os.path.realpath(folder))
             below[:] = [d for d in below if os.path.realpath(os.path.join(folder, d)) not in seen]
             inner = Path(folder).relative_to(root)
             found += [(inner / f).as_posix() for f in files]
-        self.root, self.names = root, picture_names(found)
+        return picture_names(found)
 
     def open(self, name):
         return Image.open(self.root / name)
@@ -238,7 +243,11 @@ class Zip:
 
     def file(self):
         if self.opened[0] != os.getpid():  # processes that share a descriptor share its position
-            self.opened = os.getpid(), zipfile.ZipFile(self.root)
+            try:
+                self.opened = os.getpid(), zipfile.ZipFile(self.root)
+            except zipfile.BadZipFile as error:
+                raise ValueError(f'{self.root}: neither a folder nor a zip that can be read '
+                                 f'({error})') from None
         return self.opened[1]
 
     def open(self, name):
@@ -271,7 +280,7 @@ class Lmdb:
 
 
 def find_files(root):
-    """Folder, Zip or Lmdb at `root`; FileNotFoundError, ValueError if nothing of use is there."""
+    """Folder (of one if a picture), Zip or Lmdb at `root`; FileNotFoundError, ValueError if nothing of use is there."""
     root = Path(root)
     if not root.exists() and root.with_name(root.name + '.zip').exists():
         root = root.with_name(root.name + '.zip')
@@ -282,8 +291,8 @@ def find_files(root):
                    if p.exists()) if root.is_dir() else []
     if lmdbs:
         return Lmdb(lmdbs[0])
-    if not root.is_dir() and not zipfile.is_zipfile(root):
-        raise ValueError(f'{root}: neither a folder nor a zip')
+    if root.is_file() and root.suffix.lower() in SUFFIXES:
+        return Folder(root.parent, [root.name])
     files = Folder(root) if root.is_dir() else Zip(root)
     if not files.names:
         raise ValueError(f'{root}: no pictures ({" ".join(SUFFIXES)}) in it; put some there or '
@@ -630,7 +639,7 @@ class FilePictures(Pictures):
         if bad == total or not self.tolerant and bad >= 3 and bad > total / 100:
             name, why = self.bad[0]
             raise ValueError(f'{self.place}: {bad} of {total} pictures cannot be used, '
-                             f'e.g. {name}: {why}; list them with: python data.py check {self.place}')
+                             f'e.g. {name}: {why}; all of them: python data.py check {self.place}')
 
     def splits(self):
         """{'train': names, 'test': names} of the whole data set, for splits.json."""
@@ -751,13 +760,14 @@ def make_dataset(name, root=None, split='train', **options):
     return READERS[name](name, Path(root or Path('data') / name), split, **options)
 
 
-def open_run_data(info, split, root=None):
+def open_run_data(info, split, root=None, **options):
     """The data set of a finished run, split as it was: info has `args` (its flags) and `splits`.
 
-    root: where the data are now, if they have moved.
+    root: where the data are now, if they have moved; options override the run's own.
     """
     args = info['args']
-    options = {k: args[k] for k in ('resolution', 'scales', 'flip', 'group', 'seed')}
+    kept = ('resolution', 'scales', 'scale_probs', 'continuous', 'flip', 'group', 'seed')
+    options = {**{k: args[k] for k in kept}, **options}
     try:
         return make_dataset(args['dataset'], root or args['data'], split, **options,
                             holdout=info.get('splits') or args['split'])

@@ -331,8 +331,9 @@ class LDM(nn.Module):
 
         noise, t and drop are this batch's rows of `draw`; what is not given is drawn here.
         """
-        noise, t, drop = (drawn.to(z0.device) if given is None else given for given, drawn
-                          in zip((noise, t, drop), self.draw(len(z0)).values()))
+        if noise is None or t is None or drop is None:
+            drawn = (x.to(z0.device) for x in self.draw(len(z0)).values())
+            noise, t, drop = (d if x is None else x for x, d in zip((noise, t, drop), drawn))
         if cond is not None:
             drop = drop.view(-1, *[1] * (cond.ndim - 1))
             cond = torch.where(drop, self.null(len(z0)), cond)
@@ -506,8 +507,8 @@ def rk45(f, y, t0, t1, rtol, atol):
     h, grow = initial_step(f, y, k, t0, t1, rtol, atol), 10.0
     while t != t1:
         if not abs(h) > 10 * np.spacing(abs(t)):
-            raise ValueError(f'rk45: step below rounding at t = {t:g}: the derivative is not finite, '
-                             ' or rtol and atol are too small')
+            raise ValueError(f'rk45: step below rounding at t = {t:g}: the derivative is not '
+                             'finite, or rtol and atol are too small')
         h = h if abs(h) < abs(t1 - t) else t1 - t
         stages = [k]
         for c, a in zip(RK_C, RK_A):
@@ -529,6 +530,8 @@ def initial_step(f, y, k, t0, t1, rtol, atol):
     scale, span = atol + rtol * y.abs(), abs(t1 - t0)
     sign = math.copysign(1.0, t1 - t0)
     d0, d1 = largest_rms(y / scale), largest_rms(k / scale)
+    if not math.isfinite(d1):
+        return math.nan  # which rk45 refuses
     h0 = min(1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1, span)
     d2 = largest_rms((f(t0 + sign * h0, y + sign * h0 * k) - k) / scale) / h0
     h1 = max(1e-6, 1e-3 * h0) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2)) ** 0.2

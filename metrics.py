@@ -8,9 +8,9 @@
 
 The networks are written from their descriptions and filled from files that others publish; without
 the file there is no number. Statistics are float64, features float32.
-Departures from the authors' evaluation: fakes are rounded to uint8 (`--float` leaves them), pictures
-are resized as TensorFlow 1 did (`--resize pytorch` is theirs), reals are neither flipped nor
-shuffled, and every result prints its whole protocol as one line of JSON.
+Departures from the authors' evaluation: fakes are rounded to uint8 (`--float` leaves them),
+pictures are resized as TensorFlow 1 did (`--resize pytorch` is theirs), reals are neither flipped
+nor shuffled, and every result prints its whole protocol as one line of JSON.
 """
 import hashlib
 import json
@@ -29,10 +29,10 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
+import data
 from common import Parser, require, run, save_checkpoint, torch_seeded
 
 # ---- distances between feature sets ------------------------------------------------------------
@@ -42,8 +42,8 @@ class FeatureStats:
     """Mean and covariance of feature rows that come in batches, in float64 sums.
 
     The sums are taken about the mean of the first batch, so that a large common offset costs no
-    digits. `ddof` 1 divides by n - 1 (np.cov), 0 by n (NVIDIA). As long as there are fewer rows than
-    dimensions the rows are kept as well, in `rows`; afterwards `rows` is None.
+    digits. `ddof` 1 divides by n - 1 (np.cov), 0 by n (NVIDIA). While there are fewer rows than
+    dimensions they are kept as well, in `rows`; afterwards `rows` is None.
     """
 
     def __init__(self, dim, ddof=1):
@@ -128,7 +128,7 @@ def frechet_distance_features(x, y, ddof=1):
 
     tr (S1 S2)^(1/2) is the nuclear norm of Xc Yc^T / sqrt((N - ddof)(M - ddof)).
     """
-    x, y = (torch.as_tensor(v).double() for v in (x, y))
+    x, y = (torch.as_tensor(v).double().cpu() for v in (x, y))
     require(min(len(x), len(y)) > ddof, f'a covariance needs more than {ddof} pictures')
     mean_term = (x.mean(0) - y.mean(0)).square().sum()
     x, y = ((v - v.mean(0)) / (len(v) - ddof) ** 0.5 for v in (x, y))
@@ -229,7 +229,7 @@ def psnr(x, y):
     return finite.mean().item() if len(finite) else torch.inf
 
 
-# ---- input of the networks -----------------------------------------------------------------------
+# ---- input of the networks ---------------------------------------------------------------------
 
 def resize_tf(x, size):
     """Bilinear as in TensorFlow 1: source = target * in / out (corners kept), no antialiasing."""
@@ -276,10 +276,10 @@ def full_precision():
         torch.set_float32_matmul_precision(before)
 
 
-# ---- Inception, the 2015 TensorFlow graph ----------------------------------------------------------
+# ---- Inception, the 2015 TensorFlow graph ------------------------------------------------------
 
 class ConvNormReLU(nn.Module):
-    """Convolution without bias, batch norm, ReLU; inference only, the norm folded into the weights."""
+    """Convolution without bias, batch norm folded into its weights, ReLU; inference only."""
 
     def __init__(self, c_in, c_out, kernel, stride=1, padding=None):
         super().__init__()
@@ -404,7 +404,8 @@ class InceptionV3(nn.Module):
 
 
 # NVIDIA's names, in the order of MIXED and of the blocks' graphs.
-NVIDIA_STEM = dict(conv='1a_3x3', conv_1='2a_3x3', conv_2='2b_3x3', conv_3='3b_1x1', conv_4='4a_3x3')
+NVIDIA_STEM = dict(conv='1a_3x3', conv_1='2a_3x3', conv_2='2b_3x3', conv_3='3b_1x1',
+                   conv_4='4a_3x3')
 NVIDIA_A = ('conv', 'tower.conv', 'tower.conv_1', 'tower_1.conv', 'tower_1.conv_1',
             'tower_1.conv_2', 'tower_2.conv')
 NVIDIA_B = 'conv', 'tower.conv', 'tower.conv_1', 'tower.conv_2'
@@ -423,8 +424,9 @@ def inception_names():
     names = {theirs: f'Conv2d_{ours}' for theirs, ours in NVIDIA_STEM.items()}
     blocks = 3 * [NVIDIA_A] + [NVIDIA_B] + 4 * [NVIDIA_C] + [NVIDIA_D] + 2 * [NVIDIA_E]
     for i, (layers, (ours, (graph, _))) in enumerate(zip(blocks, MIXED.items())):
+        block = f'mixed_{i}' if i else 'mixed'
         for theirs, branch in zip(layers, graph):
-            names[f'mixed_{i}.{theirs}' if i else f'mixed.{theirs}'] = f'Mixed_{ours}.branch{branch}'
+            names[f'{block}.{theirs}'] = f'Mixed_{ours}.branch{branch}'
     return names
 
 
@@ -444,7 +446,7 @@ def inception_state(state):
     return out
 
 
-# ---- VGG16 -------------------------------------------------------------------------------------------
+# ---- VGG16 -------------------------------------------------------------------------------------
 
 VGG_WIDTHS = (1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8)  # a pool after each group
 
@@ -498,7 +500,7 @@ def vgg_state(state):
     return out
 
 
-# ---- weight files ------------------------------------------------------------------------------------
+# ---- weight files ------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Published:
@@ -536,7 +538,8 @@ NETWORKS = dict(
 
 def wanted(kind):
     """The files of a kind, for error messages."""
-    return 'wanted: ' + ', or '.join(f'{f.file} ({f.publisher})' for f in NETWORKS[kind].files)
+    return 'wanted: ' + ', or '.join(f'{f.file} ({f.publisher}, sha256 {f.sha256[:12]}...)'
+                                     for f in NETWORKS[kind].files)
 
 
 def find_weights(kind, path):
@@ -635,7 +638,7 @@ def identify(path, files):
     return dict(weights=path.name, sha256=digest, publisher=publisher)
 
 
-# ---- features of pictures --------------------------------------------------------------------------
+# ---- features of pictures ----------------------------------------------------------------------
 
 def feature_batches(net, batches, total=None, desc='features'):
     """Features (B, D), on the network's device, of each batch of pictures (B,3,H,W) in 0..255."""
@@ -671,73 +674,62 @@ class Pictures:
     key: dict = field(default_factory=dict)  # what its content depends on, for the cache
 
 
-EXTENSIONS = '.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff'
+def chunks(n, size):
+    """range(n) in pieces of `size`."""
+    return (range(i, min(i + size, n)) for i in range(0, n, size))
 
 
-def picture_files(folder):
-    """Every picture below `folder`, sorted by path."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f'{folder}: no such folder')
-    files = sorted(p for p in folder.rglob('*') if p.suffix.lower() in EXTENSIONS and p.is_file())
-    require(files, f'{folder}: no pictures in it ({", ".join(EXTENSIONS)})')
-    return files
-
-
-def read_picture(file, resolution=0):
+def read_picture(files, name, resolution=0):
     """uint8 (3,H,W); with a resolution the centre square, reduced once with antialiasing.
 
     ValueError for a picture smaller than that; OSError for one that cannot be read.
     """
-    with Image.open(file) as image:
-        image = ImageOps.exif_transpose(image).convert('RGB')
-    if resolution and image.size != (resolution, resolution):
-        require(min(image.size) >= resolution, f'{file}: {image.size[0]} x {image.size[1]} is '
-                                               f'smaller than --res {resolution}')
-        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
+    with files.open(name) as image:
+        image = data.to_rgb(image)
+    if resolution:
+        require(min(image.size) >= resolution, f'{name}: {image.size[0]} x {image.size[1]} pixels '
+                                               f'are less than --res {resolution}')
+        image = data.resize(data.square(image), resolution)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def try_picture(file, resolution, bad):
-    """read_picture, or None for an unreadable file, which `bad` then lists."""
-    try:
-        return read_picture(file, resolution)
-    except OSError:
-        bad.append(str(file))
-        return None
+def folder_batches(files, names, resolution, size):
+    """Batches of at most `size` pictures of one height and width; unreadable ones are skipped.
 
+    ValueError when these are at least three and more than 1 %, or all.
+    """
+    bad = []
 
-def check_bad(bad, total):
-    """List unreadable files; ValueError if they are many or all."""
+    def attempt(name):
+        try:
+            return read_picture(files, name, resolution)
+        except OSError:
+            bad.append(name)
+
+    with ThreadPoolExecutor(4) as pool:
+        for part in chunks(len(names), size):
+            read = [p for p in pool.map(attempt, [names[i] for i in part]) if p is not None]
+            for _, same in groupby(read, lambda p: p.shape):
+                yield torch.stack(list(same))
     if bad:
         print(f'skipped {len(bad)} unreadable pictures: {", ".join(bad[:3])}', file=sys.stderr)
-    require(len(bad) < total and (len(bad) < 3 or len(bad) <= total / 100),
-            f'{len(bad)} of {total} pictures cannot be read, the first is {(bad or [""])[0]}')
+    require(len(bad) < len(names) and (len(bad) < 3 or len(bad) <= len(names) / 100),
+            f'{files.root}: {len(bad)} of {len(names)} pictures cannot be read')
 
 
-def folder_batches(files, resolution, size):
-    """Batches of at most `size` pictures of equal height and width."""
-    bad = []
-    with ThreadPoolExecutor(4) as pool:
-        for start in range(0, len(files), size):
-            read = pool.map(partial(try_picture, resolution=resolution, bad=bad),
-                            files[start:start + size])
-            for _, same in groupby((p for p in read if p is not None), lambda p: p.shape):
-                yield torch.stack(list(same))
-    check_bad(bad, len(files))
-
-
-def folder_pictures(folder, resolution=0, limit=0):
-    """The first `limit` (0: all) pictures below a folder, as Pictures."""
-    files = picture_files(folder)[:limit or None]
-    facts = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return Pictures(len(files), partial(folder_batches, files, resolution),
+def folder_pictures(folder, resolution=0, limit=None):
+    """The first `limit` pictures of a folder, at any depth, or of a zip, as Pictures."""
+    files = data.find_files(folder)
+    names, root = files.names[:limit], Path(files.root)
+    stats = [p.stat() for p in ([root / n for n in names] if root.is_dir() else [root])]
+    return Pictures(len(names), partial(folder_batches, files, names, resolution),
                     dict(source=str(folder), resolution=resolution or 'as stored',
-                         real_resize='Pillow bicubic, antialiased' if resolution else 'none'),
-                    dict(files=facts, resolution=resolution))
+                         resized='Pillow bicubic, antialiased' if resolution else 'no'),
+                    dict(names=names, facts=[(f.st_size, f.st_mtime_ns) for f in stats],
+                         resolution=resolution))
 
 
-# ---- runs: everything that asks a trained model or its data set -------------------------------------
+# ---- runs: everything that asks a trained model or its data set --------------------------------
 
 def is_run(path):
     """A run's folder or one of its checkpoints, rather than a folder of pictures."""
@@ -755,7 +747,6 @@ def open_run(path, args):
 
 def open_data(opened, split):
     """The run's own data set, of which it is what `split` says."""
-    import data
     return data.open_run_data(opened.info, split)
 
 
@@ -763,7 +754,7 @@ def quantise(x, as_float=False):
     """[-1, 1] -> 0..255: uint8 as floor(127.5 x + 128), or float as 127.5 x + 127.5, unrounded."""
     if as_float:
         return (x * 127.5 + 127.5).clamp(0, 255)
-    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return data.to_uint8(x)
 
 
 def stacked(dataset, indices, resolution):
@@ -771,15 +762,10 @@ def stacked(dataset, indices, resolution):
     return torch.stack([dataset.picture(i, resolution) for i in indices])
 
 
-def chunks(n, size):
-    """range(n) in pieces of `size`."""
-    return (range(i, min(i + size, n)) for i in range(0, n, size))
-
-
 def run_reals(opened, args, limit):
     """The first `limit` pictures of the run's split, at R, as Pictures."""
     dataset = open_data(opened, args.split)
-    n = min(len(dataset), limit) if limit else len(dataset)
+    n = min(len(dataset), limit)
 
     def batches(size):
         return (quantise(stacked(dataset, part, opened.R)) for part in chunks(n, size))
@@ -849,7 +835,7 @@ def run_reconstructions(opened, args, n):
                                      resolution=opened.R, quantised=not args.float))
 
 
-# ---- statistics kept on disk ---------------------------------------------------------------------------
+# ---- statistics kept on disk -------------------------------------------------------------------
 
 CACHE_VERSION = 1  # raise it when features of the same pictures change
 
@@ -879,7 +865,7 @@ def read_stats(path, dim):
         return None
 
 
-# ---- command line ---------------------------------------------------------------------------------------
+# ---- command line ------------------------------------------------------------------------------
 
 def report(args, line, manifest):
     """One line to read and one of JSON; the latter is also appended to --out."""
@@ -917,7 +903,6 @@ def fid_between(net, real, fake, args):
     a = real_stats(net, real, args)
     b = image_stats(net, fake.batches(args.batch), fake.size)
     a.ddof = b.ddof = args.ddof
-    a.outer, a.sum, a.shift = (v.to(b.shift) for v in (a.outer, a.sum, a.shift))
     value = stats_distance(a, b)
     return value, dict(fid=value, n_real=a.n, n_fake=b.n, ddof=args.ddof, resize=net.resize,
                        **net.source, real=real.about, fake=fake.about)
@@ -965,7 +950,7 @@ def run_psnr(args):
     """PSNR of each picture of a run's split against its reconstruction, and the protocol."""
     opened = open_run(args.a, args)
     dataset = open_data(opened, args.split)
-    n, values = min(len(dataset), args.num or len(dataset)), []
+    n, values = min(len(dataset), args.num), []
     for part in tqdm(list(chunks(n, args.batch)), desc='reconstructing', unit='batch'):
         x = stacked(dataset, part, opened.R).to(args.device)
         values.append(psnr_each((reconstruct(opened, dataset, part, args) + 1) / 2, (x + 1) / 2))
@@ -976,12 +961,12 @@ def run_psnr(args):
 
 def folder_psnr(args):
     """PSNR of pictures paired by sorted name, and the protocol."""
-    files = [picture_files(f)[:args.num or None] for f in (args.a, args.b)]
-    require(len(files[0]) == len(files[1]),
-            f'{args.a} has {len(files[0])} pictures, {args.b} has {len(files[1])}: no pairs')
-    values = []
-    for pair in tqdm(list(zip(*files)), desc='reading', unit='pair'):
-        x, y = (read_picture(f, args.res)[None] / 255 for f in pair)
+    sets, values = [data.find_files(f) for f in (args.a, args.b)], []
+    names = [f.names[:args.num] for f in sets]
+    require(len(names[0]) == len(names[1]),
+            f'{args.a} has {len(names[0])} pictures, {args.b} has {len(names[1])}: no pairs')
+    for pair in tqdm(list(zip(*names)), desc='reading', unit='pair'):
+        x, y = (read_picture(f, n, args.res)[None] / 255 for f, n in zip(sets, pair))
         require(x.shape == y.shape, f'{pair[0]} and {pair[1]} have different sizes; try --res')
         values.append(psnr_each(x, y))
     return torch.cat(values), dict(source=[args.a, args.b], quantised=True, pairs='by sorted name',
@@ -1015,11 +1000,11 @@ def parse_samplers(text):
 
 def nfe_command(args):
     """Network calls of samplers on the same seeds, and with --fid the FID of each."""
-    opened, rows = open_run(args.a, args), []
+    opened = open_run(args.a, args)
     net = open_network('inception', args) if args.fid else None
     real = run_reals(opened, args, args.num_real) if args.fid else None
     for name, settings in parse_samplers(args.samplers):
-        vars(args).update(sampler=name, **settings)
+        vars(args).update(dict(steps=0, rtol=0, atol=0, sampler=name), **settings)
         fake = run_samples(opened, args)
         if args.fid:
             _, manifest = fid_between(net, real, fake, args)
@@ -1030,13 +1015,11 @@ def nfe_command(args):
         setting = '  '.join(f'{k} {v:g}' for k, v in settings.items())
         line = f'{name:8} {setting:26} NFE {fake.about["nfe"]:7.1f}'
         report(args, line + (f'   FID {manifest["fid"]:.4f}' if args.fid else ''), manifest)
-        rows.append(manifest)
-    return rows
 
 
 FLAGS = dict(
     weights=dict(default='weights', help='weight file, or folder with it under its published name'),
-    resize=dict(default='tf', choices=tuple(RESIZE), help='how pictures come to the network\'s size'),
+    resize=dict(default='tf', choices=tuple(RESIZE), help='how pictures come to the net\'s size'),
     features=dict(default='vgg16', choices=('vgg16', 'inception'), help='network of the features'),
     res=dict(default=0, type=int, help='resolution to compare at; 0: as stored, or the run\'s own'),
     num=dict(default=50_000, type=int, help='fakes: samples to draw, or the first so many files'),
@@ -1065,25 +1048,18 @@ COMMANDS = dict(  # name: (function, flags, positional arguments, defaults of it
     fid=(fid_command, (*SETS, 'ddof', 'no_cache'), 'A [B]', {}),
     pr=(pr_command, (*SETS, 'features', 'k'), 'A [B]', {}),
     psnr=(psnr_command, ('res', 'num', 'split', 'posterior', 'seed'), 'A [B]',
-          dict(split='test', num=0)),
+          dict(split='test')),
     rfid=(rfid_command, ('weights', 'resize', 'res', 'num', 'split', 'posterior', 'seed', 'float',
                          'ddof', 'no_cache'), 'A', {}),
     nfe=(nfe_command, ('samplers', 'fid', 'weights', 'resize', 'res', 'num', 'num_real', 'split',
                        'seed', 'float', 'ddof', 'no_cache'), 'A', dict(num=32)))
 
 
-class CommandParser(Parser):
-    """common.Parser as argparse makes it for subcommands."""
-
-    def __init__(self, description, prog):
-        super().__init__(description)
-        self.prog = prog
-
-
 def build_parser():
     """One subcommand for each metric, each with only the flags it reads."""
     parser = Parser(__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest='command', required=True, parser_class=CommandParser)
+    commands = parser.add_subparsers(dest='command', required=True,
+                                     parser_class=data.command_parser)
     for name, (function, flags, positional, defaults) in COMMANDS.items():
         about = function.__doc__.splitlines()[0]
         command = commands.add_parser(name, help=about, description=about)
@@ -1099,7 +1075,7 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    for name, least in dict(batch=1, num=0, num_real=0, res=0, k=1, steps=1).items():
+    for name, least in dict(batch=1, num=1, num_real=1, res=0, k=1, steps=1).items():
         value = getattr(args, name, least)
         require(value >= least, f'--{name} {value}: must be at least {least}')
     if args.device == 'auto':

@@ -52,7 +52,8 @@ def build_parser():
     parser.add_argument('--preset', default='', help='settings to start from; empty = those of '
                         f'--dataset. One of {", ".join(PRESETS)}')
     parser.add_argument('--name', default='', help='run folder below runs/; empty = the preset')
-    parser.add_argument('--split', default='0.1', help='held-out fraction, or a file of names')
+    parser.add_argument('--split', default='', help='held-out fraction, or a file of names; empty = '
+                        "the data set's own split, 0.1 where it has none")
     parser.add_argument('--group', default='', help='regular expression: names equal without what '
                         'it matches stay on one side (--group=REGEX if it begins with -)')
     parser.add_argument('--scales', type=common.parse_tuple(float), default=(1.0, 1.5, 2.0),
@@ -109,7 +110,8 @@ def save(path, step, args, model, opt, dataset):
 
 
 def main():
-    args = build_parser().parse_preset(PRESETS)
+    parser = build_parser()
+    args = parser.parse_preset(PRESETS, parser.known().dataset)
     args.name = args.name or args.preset
     rank, world, device = common.dist_init(args.device)
     common.check_run_flags(args, world)
@@ -132,7 +134,7 @@ def main():
     elif args.init:
         common.load_weights(model, common.load_checkpoint(args.init)['vae'], args.init)
     amp = common.switch(args.amp, device)
-    log = common.start(folder, args, step, rank, world, device, amp, train, model,
+    log = common.start(folder, 'vae', args, step, rank, world, device, amp, train, model,
                        f'latent {config.z_channels} x {config.latent_sizes()["xy"]}, '
                        f'{config.n_ref} values a picture')
     if rank == 0 and not state:

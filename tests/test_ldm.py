@@ -113,15 +113,14 @@ def test_ddpm_with_1000_steps_is_ancestral_sampling():
 @pytest.mark.mutation('ldm.py', "steps, sampler == 'ddpm'", "steps, sampler == 'ddim'")
 def test_ddpm_recovers_the_moments_of_a_gaussian():
     g = Gaussian()
-    z, nfe = ldm.sample(g.eps, torch.randn(4000, 3, 4), 'ddpm', 100)
-    mean, std = z.mean((0, 2)), z.std((0, 2))
-    assert z.dtype == torch.float32 and nfe == 100
-    torch.testing.assert_close(mean, g.mean[:, 0].float(), atol=0.06, rtol=0)
-    torch.testing.assert_close(std, g.std[:, 0].float(), atol=0.01, rtol=0.03)
-    assert not torch.equal(z, ldm.sample(g.eps, torch.randn(4000, 3, 4), 'ddim', 100)[0])
+    z_T = torch.randn(1, 3, 4).expand(2000, -1, -1)  # all spread comes from the steps' own noise
+    z, nfe = ldm.sample(g.eps, z_T, 'ddpm', 1000)
+    assert z.dtype == torch.float32 and nfe == 1000
+    torch.testing.assert_close(z.mean((0, 2)), g.mean[:, 0].float(), atol=0.08, rtol=0)
+    torch.testing.assert_close(z.std((0, 2)), g.std[:, 0].float(), atol=0.015, rtol=0.05)
 
 
-@pytest.mark.mutation('ldm.py', 'T * i // steps - 1', '(T - 1) * i // steps - 1')
+@pytest.mark.mutation('ldm.py', '- variance) * e', '- variance) * 0.99 * e')
 @pytest.mark.mutation('ldm.py', '1.5 * z_0 - 0.5', '1.4 * z_0 - 0.4')
 @pytest.mark.mutation('ldm.py', 'return beta / 2 *', 'return beta *')
 @pytest.mark.mutation('ldm.py', 'TAU_END = 1e-3', 'TAU_END = 2e-2')
@@ -146,7 +145,7 @@ def test_dpmpp_is_of_second_order():
 
 @pytest.mark.mutation('ldm.py', 'if i == steps - 1', 'if i == steps - 2')
 @pytest.mark.mutation('ldm.py', 'nfe += 1', 'nfe += 2')
-@pytest.mark.mutation('ldm.py', 'T * i // steps - 1', '(T - 1) * i // steps')
+@pytest.mark.mutation('ldm.py', 'T * i // steps - 1', '(T + 7) * i // steps - 8')
 @pytest.mark.parametrize('steps', [3, 20])
 def test_steps_are_network_calls(steps):
     grid = [math.floor(-1 + 1000 / steps * i + 1e-9) for i in range(steps, 0, -1)]
@@ -157,7 +156,7 @@ def test_steps_are_network_calls(steps):
         assert nfe == len(times) == steps
         assert times == grid or sampler == 'dpmpp'
     log_snr = torch.logit(ldm.alpha_bar(torch.tensor(times, dtype=torch.float64)))
-    assert times[0] == 999 and times[-1] == 0
+    assert times[0] == 999 and times[-1] == pytest.approx(0, abs=1e-9)
     torch.testing.assert_close(log_snr.diff(), log_snr.diff().mean().expand(steps - 1),
                                rtol=1e-3, atol=0)
 
@@ -186,10 +185,10 @@ def test_rk45_equals_the_golden_numbers_and_scipy():
 
 @pytest.mark.mutation('ldm.py', '.mean(1).max()', '.mean(1).mean()')
 def test_rk45_steps_for_the_hardest_sample():
-    rate = torch.tensor([[20.0]] + 7 * [[0.01]], dtype=torch.float64)
-    y0 = torch.ones(8, 1, dtype=torch.float64)
-    _, alone = ldm.rk45(lambda t, y: -20 * y, y0[:1], 0.0, 1.0, 1e-4, 1e-4)
-    _, together = ldm.rk45(lambda t, y: -rate * y, y0, 0.0, 1.0, 1e-4, 1e-4)
+    rate = torch.tensor([[3.0]] + 63 * [[0.01]], dtype=torch.float64)
+    y0 = torch.ones(64, 1, dtype=torch.float64)
+    _, alone = ldm.rk45(lambda t, y: -3 * y, y0[:1], 0.0, 1.0, 1e-7, 1e-7)
+    _, together = ldm.rk45(lambda t, y: -rate * y, y0, 0.0, 1.0, 1e-7, 1e-7)
     assert together == alone
 
 
@@ -202,9 +201,8 @@ def test_rk45_sampling_counts_the_denoise_and_works_in_float32():
         return Gaussian().eps(z, t)
     z, nfe = ldm.sample(eps, z_T, 'rk45', rtol=1e-4, atol=1e-4)
     assert nfe == len(calls) and nfe % 6 == 3 and z.dtype == torch.float32  # 2 + 6 k + 1
-    z64, nfe64 = ldm.sample(Gaussian().eps, z_T.double(), 'rk45', rtol=1e-4, atol=1e-4)
-    assert nfe == nfe64
-    torch.testing.assert_close(z.double(), z64, atol=1e-4, rtol=0)
+    ends = (torch.tensor(ldm.log_alpha_bar(tau)).exp() for tau in (1.0, 1e-3))
+    torch.testing.assert_close(z.double(), Gaussian().transport(z_T, *ends), atol=1e-2, rtol=0)
 
 
 @pytest.mark.mutation('ldm.py', "('ddpm', 'ddim', 'dpmpp', 'rk45'):", "('ddpm', 'euler'):")
@@ -235,8 +233,7 @@ def test_rk45_stops_on_values_that_are_not_finite():
 
 # ---- network ---------------------------------------------------------------------------------
 
-@pytest.mark.mutation('ldm.py', '2 ** level in config.attn_factors\n            for _ in range(config.'
-                      'num_res_blocks):', 'False\n            for _ in range(config.num_res_blocks):')
+@pytest.mark.mutation('ldm.py', 'elif attend:', 'elif False:')
 def test_the_paper_network_has_358_million_parameters():
     with torch.device('meta'):
         unet = ldm.UNet(ldm.LDMConfig())
@@ -268,12 +265,13 @@ def test_planes_of_one_shape_share_one_batch():
     assert batches == [(3, 8, 4, 4), (6, 8, 2, 4)]
 
 
-@pytest.mark.mutation('ldm.py', 'torch.cat(tokens, dim=2)  #', 'torch.cat(2 * tokens[:1] + tokens[2:], 2)  #')
+@pytest.mark.mutation('ldm.py', 'torch.cat(tokens, dim=2)', 'torch.cat([0 * t for t in tokens], 2)')
 @pytest.mark.mutation('ldm.py', 'pack({i: planes[i] for i in sorted(planes)})', 'pack(planes)')
 def test_every_plane_hears_of_every_other_and_keeps_its_place():
     sizes = {'xy': [2, 4], 'yt': [4, 4], 'xt': [2, 4]}
     unet = tiny(domain='video', planes=sizes, plane_embed=False).unet
-    z, t, parts = torch.randn(1, 4, 32), torch.tensor([500]), (slice(8), slice(8, 24), slice(24, 32))
+    z, t = torch.randn(1, 4, 32), torch.tensor([500])
+    parts = slice(8), slice(8, 24), slice(24, 32)
     base = unet(z, t)
     for part in parts:
         moved = z.clone()
@@ -320,7 +318,7 @@ def test_heads_divide_the_width():
     assert [ldm.heads_for(c, 32) for c, _ in table] == [h for _, h in table]
 
 
-@pytest.mark.mutation('ldm.py', 'angles = t.float()[:, None]', 'angles = t.float().round()[:, None]')
+@pytest.mark.mutation('ldm.py', 't.float()[:, None]', 't.float().round()[:, None]')
 def test_fractional_times_are_told_apart():
     e = ldm.time_embedding(torch.tensor([10.0, 10.4]), 9)
     assert e.shape == (2, 9) and (e[0] - e[1]).abs().max() > 0.1
@@ -335,9 +333,8 @@ def test_mixing_at_zero_is_the_standard_normal():
     z, t = torch.randn(3, 4, 16), torch.tensor([0, 500, 999])
     sigma = (1 - ldm.alpha_bar(t)).sqrt().float()[:, None, None]
     torch.testing.assert_close(model.eps(z, t), sigma * z)
-    z_0, nfe = ldm.sample(model.eps, z, 'rk45')  # velocity 0, so only the last denoise acts
+    z_0, _ = ldm.sample(model.eps, z, 'rk45')  # velocity 0, so only the last denoise acts
     ab = math.exp(ldm.log_alpha_bar(1e-3))
-    assert nfe == 15  # three steps, each ten times the one before
     torch.testing.assert_close(z_0, ab ** 0.5 * z, atol=1e-5, rtol=1e-5)
 
 
@@ -383,12 +380,12 @@ def test_loss_is_the_mean_squared_error_of_the_noise():
     for k in range(3):
         ab = float(ldm.alpha_bar(given['t'][k]))
         z_t = ab ** 0.5 * z[k] + (1 - ab) ** 0.5 * given['noise'][k]
-        error = model.eps(z_t[None], given['t'][k:k + 1])[0] - given['noise'][k]
-        total += float((error ** 2).mean()) / 3
-    assert float(model(z0, **given)) == pytest.approx(total, rel=1e-4)
+        error = (model.eps(z_t[None], given['t'][k:k + 1])[0] - given['noise'][k]).detach()
+        total += error.square().mean().item() / 3
+    assert model(z0, **given).item() == pytest.approx(total, rel=1e-4)
 
 
-@pytest.mark.mutation('ldm.py', 'torch.randint(T, (batch,), generator', 'torch.randint(T - 9, (batch,), generator')
+@pytest.mark.mutation('ldm.py', 'torch.randint(T, (batch', 'torch.randint(T - 9, (batch')
 @pytest.mark.mutation('ldm.py', 'generator=generator) < self', 'generator=generator) > self')
 def test_draws_depend_on_the_generator_alone():
     model = tiny(num_classes=3, cond_dropout=0.25)
@@ -444,7 +441,7 @@ def test_dropped_conditions_do_not_matter_and_others_do():
         none, other, drop = [False] * 3, cond.flip(0), [True] * 3
 
         def loss(cond, drop):
-            return float(model(z0, cond, given['noise'], given['t'], torch.tensor(drop)))
+            return model(z0, cond, given['noise'], given['t'], torch.tensor(drop)).item()
         assert abs(loss(cond, none) - loss(other, none)) > 1e-5
         assert loss(cond, drop) == loss(other, drop)
         assert loss(cond, drop) == pytest.approx(loss(None, drop), rel=1e-6)
@@ -459,7 +456,8 @@ def test_conditions_that_were_kept_get_gradients():
     assert rows.tolist() == [True, False, True, False, False, True]  # 0, 2 and none
     model, text = conditional('text')
     model(torch.randn(3, 4, 16), text.requires_grad_(), drop=drop).backward()
-    assert text.grad is not None and (text.grad.abs().sum((1, 2)) > 0).tolist() == [True, False, True]
+    assert text.grad is not None
+    assert (text.grad.abs().sum((1, 2)) > 0).tolist() == [True, False, True]
 
 
 @pytest.mark.mutation('ldm.py', 'cond.max() > classes', 'False')
@@ -470,7 +468,7 @@ def test_wrong_conditions_are_refused():
                         (tiny(num_classes=3), torch.tensor([-1])),
                         (tiny(context_channels=6), torch.randn(1, 7, 5))):
         with pytest.raises(ValueError):
-            model.guided(cond, 2.0)
+            model.check_condition(cond)
     with pytest.raises(ValueError, match='not both'):
         tiny(num_classes=3, context_channels=6)
     with pytest.raises(ValueError, match='domain'):
@@ -479,7 +477,7 @@ def test_wrong_conditions_are_refused():
 
 # ---- generation and loading ------------------------------------------------------------------
 
-@pytest.mark.mutation('ldm.py', "sampler, steps, rtol, atol, generators)", "sampler, steps, rtol, atol)")
+@pytest.mark.mutation('ldm.py', "rtol, atol, generators)", "rtol, atol)")
 @pytest.mark.mutation('ldm.py', "torch_seeded('z_T', s)", "torch_seeded('z_T', len(seeds))")
 def test_a_sample_depends_on_its_seed_alone():
     model, vae, seeds = tiny(num_classes=3), nn.Linear(1, 1), [7, 0, 99, 3]

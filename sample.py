@@ -1,0 +1,163 @@
+"""Draw pictures from a trained run, at any size: the samples are functions of (x, y).
+
+    python sample.py --res 512                        # newest run
+    python sample.py --run runs/NAME --sweep 64,128,512 --num 4 --seed 7
+    python sample.py --res 1024 --box=-0.5,0,-0.5,0   # zoom: a quarter of the width and height
+    python sample.py --num 5 --interpolate 8          # between neighbouring seeds
+    python sample.py --reconstruct PICTURE_OR_FOLDER --res 256x384
+
+Every size is rendered from the same latents. Pictures go to --out, one PNG each, and a grid.
+"""
+import re
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import common
+import data
+import ldm as stage2
+
+
+def parse_sizes(text):
+    """'512', '256x384' (height x width) or a list '64,128x96' -> [(h, w), ...]."""
+    sizes = []
+    for part in text.split(','):
+        match = re.fullmatch(r'(\d+)(?:x(\d+))?', part.strip())
+        if not match:
+            raise ValueError(f'--res {text}: sizes look like 512 or 256x384')
+        sizes.append((int(match[1]), int(match[2] or match[1])))
+        common.require(1 <= min(sizes[-1]) and max(sizes[-1]) <= 65535,
+                       f'--res {part}: each side must be 1 to 65535 pixels')
+    return sizes
+
+
+def parse_box(values):
+    """(x_lo, x_hi, y_lo, y_hi) in [-1, 1] -> ((x_lo, x_hi), (y_lo, y_hi)); None for none."""
+    if not values:
+        return None
+    good = len(values) == 4 and values[0] < values[1] and values[2] < values[3]
+    common.require(good and min(values) >= -1 and max(values) <= 1, f'--box {values}: '
+                   'x_lo,x_hi,y_lo,y_hi, each pair increasing and within -1..1')
+    return (values[0], values[1]), (values[2], values[3])
+
+
+def build_parser():
+    parser = common.Parser(__doc__.split('\n')[0])
+    parser.add_argument('--run', default='', help='run folder, its name, or a checkpoint file; '
+                        'empty = the newest run')
+    parser.add_argument('--out', default='out', help='folder for the pictures')
+    parser.add_argument('--res', default='', help='size N or HxW; empty = the training resolution')
+    parser.add_argument('--sweep', default='', help='several sizes of the same samples, 64,128,512')
+    parser.add_argument('--box', type=common.parse_tuple(float), default=(),
+                        help='x_lo,x_hi,y_lo,y_hi in -1..1: render this region only '
+                        '(--box=-1,0,-1,0 is the upper left quarter)')
+    parser.add_argument('--antialias', type=common.parse_bool, default=True,
+                        help='below the training resolution, average instead of point-sampling')
+    parser.add_argument('--num', type=int, default=16, help='samples')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the first; the next count up')
+    parser.add_argument('--sampler', default='dpmpp', choices=('dpmpp', 'ddim', 'ddpm', 'rk45'),
+                        help='solver of the reverse process')
+    parser.add_argument('--steps', type=int, default=None,
+                        help='network calls; default 20, for ddpm 1000')
+    parser.add_argument('--tol', type=float, default=1e-3, help='rtol and atol of rk45')
+    parser.add_argument('--label', type=int, default=None, help='class, for a class-conditional run')
+    parser.add_argument('--guidance', type=float, default=1.0,
+                        help='weight w of classifier-free guidance, 1 = none')
+    parser.add_argument('--interpolate', type=int, default=0, metavar='K',
+                        help='K pictures from each seed to the next')
+    parser.add_argument('--reconstruct', default='', metavar='PATH',
+                        help='encode this picture, or those of this folder, instead of sampling')
+    parser.add_argument('--batch', type=int, default=16, help='samples denoised at a time')
+    parser.add_argument('--device', default='auto', help='cpu, cuda, ...')
+    return parser
+
+
+def find_run(text):
+    """Path of the run or checkpoint --run names."""
+    if text:
+        return next((p for p in (Path(text), common.RUNS / text) if p.exists()), Path(text))
+    run = common.newest_run('ldm.pt')
+    common.require(run, 'no finished run in runs/: train one with python train_vae.py and then '
+                   'python train_ldm.py, or name one with --run')
+    return run
+
+
+def condition(args, ldm, count):
+    """Class labels (count,) from --label, None without."""
+    if args.label is None:
+        return None
+    common.require(0 <= args.label < ldm.config.num_classes, f'--label {args.label}: this run has '
+                   f'{ldm.config.num_classes} classes')
+    return torch.full((count,), args.label)
+
+
+def draw(args, vae, ldm):
+    """Names and latents of the samples or interpolations asked for."""
+    seeds, z_T = list(range(args.seed, args.seed + args.num)), None
+    names = [f'{s:06d}' for s in seeds]
+    if args.interpolate:
+        common.require(args.num > 1 and args.interpolate > 1 and args.sampler != 'ddpm',
+                       '--interpolate K: needs --num and K of at least 2 and a deterministic '
+                       'sampler')
+        noise = stage2.initial_noise(seeds, ldm.shape)
+        steps = torch.linspace(0, 1, args.interpolate)
+        z_T = torch.stack([stage2.slerp(a, b, w) for a, b in zip(noise, noise[1:]) for w in steps])
+        names = [f'{a:06d}_{k:03d}' for a in seeds[:-1] for k in range(args.interpolate)]
+        seeds = seeds[:1] * len(z_T)  # no noise is drawn from them
+    steps = args.steps or (1000 if args.sampler == 'ddpm' else 20)
+    z, nfe = stage2.generate(vae, ldm, seeds, condition(args, ldm, len(seeds)), args.guidance,
+                             args.sampler, steps, args.tol, args.tol, args.batch, z_T,
+                             return_nfe=True, progress=True)
+    print(f'{len(z)} latents, {args.sampler}, {sum(nfe) / len(nfe):g} network calls each')
+    return names, z
+
+
+@torch.no_grad()
+def encode_pictures(path, vae, device):
+    """Names and posterior means of a picture, or of all pictures of a folder or zip."""
+    r = vae.config.resolution
+    pictures = data.make_dataset('image', path, 'all', resolution=r, tolerant=True)
+    for file, why in pictures.bad:
+        print(f'skipped: {file}: {why}')
+    z = torch.cat([vae.encode(pictures.picture(i, r)[None].to(device)).mean
+                   for i in range(len(pictures))])
+    return [re.sub(r'[^\w.-]', '_', name) for name in pictures.names], z
+
+
+@torch.no_grad()
+def write_pictures(vae, z, names, sizes, box, antialias, out):
+    """Render each latent at each size to OUT/NAME_HxW.png, and a grid of all, at most 256 wide."""
+    for h, w in sizes:
+        shrink = min(1, 256 / max(h, w))
+        small = max(1, round(h * shrink)), max(1, round(w * shrink))
+        thumbnails = []
+        for name, latent in zip(common.tqdm(names, desc=f'{h}x{w}', unit='picture'), z):
+            xi = vae.decode(latent[None])
+            picture = data.to_uint8(vae.render(xi, (h, w), box, antialias)[0])
+            data.save_png(out / f'{name}_{h}x{w}.png', picture)
+            thumbnails.append(picture if small == (h, w) else
+                              data.to_uint8(vae.render(xi, small, box, antialias)[0]))
+        data.save_grid(out / f'grid_{h}x{w}.png', torch.stack(thumbnails))
+    print(f'{len(names) * len(sizes)} pictures and {len(sizes)} grids in {out}')
+
+
+def main():
+    args = build_parser().parse_args()
+    common.require(args.num >= 1 and args.batch >= 1, '--num and --batch: must be at least 1')
+    box, path = parse_box(args.box), find_run(args.run)
+    wanted = args.sweep or args.res
+    sizes = parse_sizes(wanted) if wanted else None
+    _, _, device = common.dist_init(args.device)
+    if args.reconstruct:
+        vae, _ = stage2.load_vae(path, device)
+        names, z = encode_pictures(args.reconstruct, vae, device)
+    else:
+        vae, ldm, _ = stage2.load(path, device)
+        names, z = draw(args, vae, ldm)
+    write_pictures(vae, z, names, sizes or [(vae.config.resolution,) * 2], box, args.antialias,
+                   Path(args.out))
+
+
+if __name__ == '__main__':
+    common.run(main)

@@ -1,0 +1,226 @@
+"""The read-out against closed forms and slow versions of itself."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import inr
+
+
+# ---- coordinates -------------------------------------------------------------------------------
+
+@pytest.mark.mutation('inr.py', '+ 0.5) / n', '+ 0.0) / n')
+@pytest.mark.mutation('inr.py', "indexing='ij')[::-1]", "indexing='ij')")
+def test_grid_is_cell_centres_x_first():
+    grid = inr.make_grid(2, 3)  # 2 rows, 3 columns
+    assert grid.shape == (2, 3, 2)
+    torch.testing.assert_close(grid[0, :, 0], torch.tensor([-2 / 3, 0, 2 / 3]))
+    torch.testing.assert_close(grid[:, 0, 1], torch.tensor([-0.5, 0.5]))
+    assert inr.make_grid(2, 3, 4).shape == (2, 3, 4, 3)
+    torch.testing.assert_close(inr.make_grid(2, 3, 4)[:, 0, 0, 2], torch.tensor([-0.5, 0.5]))
+
+
+@pytest.mark.mutation('inr.py', 'lo + (hi - lo) *', 'lo + 2 *')
+def test_grid_of_a_box_is_a_slice_of_the_full_grid():
+    full = inr.make_grid(8, 12)
+    box = ((-1 + 2 * 3 / 12, -1 + 2 * 9 / 12), (-1 + 2 * 2 / 8, -1 + 2 * 6 / 8))
+    torch.testing.assert_close(inr.make_grid(4, 6, box=box), full[2:6, 3:9])
+
+
+@pytest.mark.mutation('inr.py', 'resolution * (extent.prod(-1)', '(extent.prod(-1)')
+@pytest.mark.mutation('inr.py', 'box[..., 0]) / 2', 'box[..., 0])')
+def test_scale_is_the_sampling_period():
+    assert inr.grid_scale(64, (64, 64)) == 1
+    assert inr.grid_scale(64, (128, 32)) == 1  # equal area
+    torch.testing.assert_close(inr.grid_scale(64, (96, 96)), torch.tensor(2 / 3))
+    quarter = torch.tensor([[-1.0, 0.0], [0.0, 1.0]])
+    torch.testing.assert_close(inr.grid_scale(64, (64, 64), quarter), torch.tensor(0.5))
+
+
+@pytest.mark.parametrize('size', [(16, 16), (5, 9), (7, 2)])
+@pytest.mark.mutation('inr.py', '* resolution / 2 if on_grid', '* resolution if on_grid')
+def test_scale_of_points_is_that_of_their_grid(size):
+    points = inr.make_grid(*size).reshape(1, -1, 2)
+    torch.testing.assert_close(inr.points_scale(16, points), inr.grid_scale(16, size))
+    assert inr.points_scale(16, torch.rand(1, 100, 2) * 2 - 1) == 1
+
+
+# ---- planes ------------------------------------------------------------------------------------
+
+@pytest.mark.mutation('inr.py', '(extent[v], extent[u])', '(extent[u], extent[v])')
+def test_plane_sizes_follow_the_axes():
+    assert inr.plane_sizes('video', (8, 6, 5)) == dict(xy=(6, 8), yt=(5, 6), xt=(5, 8))
+    assert inr.plane_sizes('image', (8, 6)) == dict(xy=(6, 8))
+
+
+@pytest.mark.mutation('inr.py', 'torch.cat(flat, dim=2)', 'torch.cat(flat[::-1], dim=2)')
+def test_unpack_inverts_pack():
+    sizes = dict(xy=(3, 4), yt=(2, 3), xt=(2, 4))
+    planes = {k: torch.randn(2, 5, *s) for k, s in sizes.items()}
+    back = inr.unpack(inr.pack(planes), sizes)
+    assert all(torch.equal(back[k], planes[k]) for k in sizes)
+    with pytest.raises(ValueError, match='does not fill'):
+        inr.unpack(torch.zeros(1, 5, 7), sizes)
+
+
+# ---- look-up -----------------------------------------------------------------------------------
+
+@pytest.mark.mutation('inr.py', "'border', align_corners=False", "'border', align_corners=True")
+@pytest.mark.mutation('inr.py', "padding_mode='border'", "padding_mode='zeros'")
+def test_field_read_on_its_own_grid_is_itself():
+    field = torch.randn(2, 3, 5, 7)
+    values = inr.sample_field(field, inr.make_grid(5, 7).reshape(1, -1, 2).expand(2, -1, -1))
+    torch.testing.assert_close(values.mT.unflatten(2, (5, 7)), field)
+    corner = inr.sample_field(field, -torch.ones(2, 1, 2))  # beyond the last centre
+    torch.testing.assert_close(corner[:, 0], field[:, :, 0, 0])
+
+
+def bilinear(field, x, y):
+    """One field (C,H,W) at one point, written out."""
+    H, W = field.shape[1:]
+    u = min(max((x + 1) * W / 2 - 0.5, 0), W - 1)
+    v = min(max((y + 1) * H / 2 - 0.5, 0), H - 1)
+    i, j = min(int(u), W - 2), min(int(v), H - 2)
+    a, b = u - i, v - j
+    return ((1 - a) * (1 - b) * field[:, j, i] + a * (1 - b) * field[:, j, i + 1]
+            + (1 - a) * b * field[:, j + 1, i] + a * b * field[:, j + 1, i + 1])
+
+
+@pytest.mark.mutation('inr.py', '.clamp(0, n - 1)', '')
+@pytest.mark.mutation('inr.py', '* n - 1) / 2)', '* n) / 2)')
+@pytest.mark.mutation('inr.py', 'rows = hat_matrix(H, ys)', 'rows = hat_matrix(H, xs)')
+def test_separable_look_up_equals_the_pointwise_ones():
+    field = torch.randn(2, 3, 4, 6)
+    xs, ys = torch.rand(2, 9) * 2 - 1, torch.rand(2, 9).sort().values * 2 - 1
+    fast = inr.sample_grid(field, xs, ys).unflatten(1, (9, 9))
+    points = torch.stack([xs[:, None].expand(2, 9, 9), ys[:, :, None].expand(2, 9, 9)], -1)
+    torch.testing.assert_close(fast.flatten(1, 2), inr.sample_field(field, points.flatten(1, 2)))
+    for b, j, i in ((0, 0, 0), (1, 3, 8), (0, 8, 2)):
+        torch.testing.assert_close(fast[b, j, i], bilinear(field[b], xs[b, i].item(),
+                                                           ys[b, j].item()))
+
+
+@pytest.mark.mutation('inr.py', "yz=(1, 2), xz=(0, 2)),\n    'nerf'", "yz=(0, 2), xz=(1, 2)),\n    'nerf'")
+def test_planes_do_not_see_the_axis_they_lack():
+    for name, missing in dict(xy=2, yz=0, xz=1).items():
+        assert missing not in inr.PLANES['shape'][name]
+
+
+# ---- Eq. 13 ------------------------------------------------------------------------------------
+
+@pytest.mark.mutation('inr.py', '(weight.square().sum(2, keepdim=True) + 1e-8).rsqrt()',
+                      '(weight.square().sum(1, keepdim=True) + 1e-8).rsqrt()')
+@pytest.mark.mutation('inr.py', 'self.weight * self.affine(style.float())[:, None]',
+                      'self.weight.expand(len(style), -1, -1)')
+def test_modulated_weights_are_equation_13():
+    layer = inr.ModulatedLinear(5, 4, 3)
+    style = torch.randn(2, 3)
+    A = style @ layer.affine.weight.T + layer.affine.bias
+    slow = torch.zeros(2, 4, 5)
+    for b in range(2):
+        for i in range(4):
+            row = [layer.weight[i, k] * A[b, k] for k in range(5)]
+            length = math.sqrt(sum(v.item() ** 2 for v in row) + 1e-8)
+            slow[b, i] = torch.stack(row) / length
+    torch.testing.assert_close(layer.modulated(style), slow)
+    torch.testing.assert_close(slow.norm(dim=2), torch.ones(2, 4))
+    x = torch.randn(2, 6, 5)
+    expected = torch.einsum('boi,bni->bno', slow, x) + layer.bias
+    torch.testing.assert_close(layer(x, style), expected)
+
+
+def grouped_convolution(layer, x, style):
+    """The usual form: one group of a 1x1 convolution for each sample of the batch."""
+    B, N, C = x.shape
+    weight = layer.weight[None] * layer.affine(style)[:, None]
+    weight = weight / (weight.square().sum(2, keepdim=True) + 1e-8).sqrt()
+    y = F.conv2d(x.mT.reshape(1, B * C, N, 1), weight.reshape(-1, C, 1, 1), groups=B)
+    return y.reshape(B, -1, N).mT + layer.bias
+
+
+@pytest.mark.mutation('inr.py', 'x, weight.transpose(1, 2))', 'x, weight[:1].transpose(1, 2).expand(len(x), -1, -1))')
+def test_mixed_scales_in_a_batch_equal_separate_runs():
+    layer = inr.ModulatedLinear(6, 6, 4)
+    x, style = torch.randn(3, 5, 6), torch.randn(3, 4)
+    y = layer(x, style)
+    torch.testing.assert_close(y, grouped_convolution(layer, x, style))
+    for b in range(3):
+        torch.testing.assert_close(y[b:b + 1], layer(x[b:b + 1], style[b:b + 1]))
+
+
+@pytest.mark.mutation('inr.py', 'self.bias * gain, x', 'self.bias, x')
+@pytest.mark.mutation('inr.py', 'x, weight[0], self.bias * gain', 'x, weight[0] / gain, self.bias')
+def test_gain_scales_the_result():
+    layer = inr.ModulatedLinear(6, 6, 4)
+    torch.nn.init.normal_(layer.bias)
+    x, style = torch.randn(3, 5, 6), torch.randn(3, 4)
+    for s in (style, style[:1]):
+        torch.testing.assert_close(layer(x, s, gain=1.5), 1.5 * layer(x, s))
+
+
+@pytest.mark.mutation('inr.py', '10000.0 ** -k', '1000.0 ** -k')
+def test_scale_embedding_frequencies():
+    embedding = inr.ScaleEmbedding(8)
+    embedding.net = torch.nn.Identity()
+    e = embedding(torch.tensor([0.5]))[0]
+    torch.testing.assert_close(e[31], torch.tensor(math.sin(0.5 * 1e-4)))
+    torch.testing.assert_close(e[32], torch.tensor(math.cos(0.5)))
+
+
+# ---- CFC ---------------------------------------------------------------------------------------
+
+def plain_block(block, x, style, layers):
+    h = x
+    for layer in layers:
+        h = F.leaky_relu(layer(h, style), 0.2) * math.sqrt(2)
+    return (h + (x if block.skip is None else x @ block.skip.weight.T)) / math.sqrt(2)
+
+
+@pytest.mark.parametrize('conditioning, merge', [('cfc', 'concat'), ('cfc', 'sum'),
+                                                 ('concat', 'concat'), ('single', 'concat')])
+@pytest.mark.mutation('inr.py', 'alpha=math.sqrt(0.5)', 'alpha=1.0')
+@pytest.mark.mutation('inr.py', 'else math.sqrt(2)\n', 'else 1.0\n')
+def test_mlp_equals_the_written_out_form(conditioning, merge):
+    mlp = inr.CFCMLP([3, 4, 5], 2, width=8, blocks=4, layers=3, conditioning=conditioning,
+                     merge=merge)
+    pe, s = [torch.randn(2, 6, c) for c in (3, 4, 5)], torch.tensor([1.0, 0.5])
+    style = mlp.style(s)
+    first = dict(cfc=pe[0], concat=torch.cat(pe, -1), single=pe[2])[conditioning]
+    h = plain_block(mlp.blocks[0], first, style, mlp.blocks[0].layers)
+    for i in (1, 2, 3):
+        x = h
+        if conditioning == 'cfc' and i < 3:
+            x = torch.cat([h, pe[i]], -1) if merge == 'concat' else h + mlp.project[i - 1](pe[i])
+        h = plain_block(mlp.blocks[i], x, style, mlp.blocks[i].layers)
+    torch.testing.assert_close(mlp(pe, scale=s), mlp.out(h, style))
+
+
+@pytest.mark.mutation('inr.py', 'first = {\'cfc\': pe[0], \'single\': pe[-1]}', 'first = {\'cfc\': pe[0], \'single\': pe[0]}')
+@pytest.mark.mutation('inr.py', "if self.conditioning != 'cfc' or i >= len(pe):", 'if False:')
+def test_ablations_depend_on_the_fields_they_should():
+    for conditioning, seen in dict(single=[0, 0, 1], concat=[1, 1, 1], cfc=[1, 1, 1]).items():
+        mlp = inr.CFCMLP([4, 4, 4], 3, width=8, conditioning=conditioning)
+        pe = [torch.randn(1, 5, 4, requires_grad=True) for _ in range(3)]
+        grads = torch.autograd.grad(mlp(pe, scale=torch.ones(1)).sum(), pe, allow_unused=True)
+        assert [int(g is not None) for g in grads] == seen
+
+
+@pytest.mark.mutation('inr.py', "scale = points_scale(self.resolution, coords)[None]", 'scale = coords.new_ones(1)')
+def test_scale_is_derived_from_the_grid():
+    mlp = inr.CFCMLP([4], 3, width=8, resolution=16)
+    coords, pe = inr.make_grid(32, 32).reshape(1, -1, 2), [torch.randn(1, 1024, 4)]
+    torch.testing.assert_close(mlp(pe, coords), mlp(pe, scale=torch.tensor([0.5])))
+    assert not torch.allclose(mlp(pe, coords), mlp(pe, scale=torch.ones(1)))
+
+
+def test_without_scale_injection_s_is_ignored():
+    mlp = inr.CFCMLP([4], 3, width=8, scale_injection=False)
+    pe = [torch.randn(1, 5, 4)]
+    assert torch.equal(mlp(pe), mlp(pe, scale=torch.tensor([0.3])))
+    assert not any('affine' in name for name, _ in mlp.named_parameters())
+
+
+def test_more_fields_than_blocks_is_refused():
+    with pytest.raises(ValueError, match='mlp_blocks'):
+        inr.CFCMLP([4] * 5, 3, blocks=4)

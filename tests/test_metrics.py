@@ -1,0 +1,795 @@
+"""metrics.py against closed forms, published golden numbers and slow versions from the description.
+
+No published weights are needed: networks are filled with random ones, in every published layout.
+"""
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import data
+import metrics
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    """Tensors here are small: threads cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def close(a, b, tol):
+    return np.testing.assert_allclose(a, b, rtol=0, atol=tol)
+
+
+def gaussian(seed, n, d):
+    return np.random.RandomState(seed).randn(n, d)
+
+
+# ---- Frechet distance --------------------------------------------------------------------------
+
+@pytest.mark.mutation('metrics.py', 'sigma2.trace() - 2 * trace', 'sigma2.trace() - trace')
+def test_frechet_distance_closed_forms():
+    identity = np.eye(2048)
+    close(metrics.frechet_distance(np.zeros(2048), identity, np.ones(2048), identity), 2048, 1e-8)
+    close(metrics.frechet_distance(np.zeros(3), np.diag([1., 4, 9]), np.array([1., 2, 3]),
+                                   np.diag([4., 1, 16])), 17, 1e-12)
+    close(metrics.frechet_distance(np.zeros(2), np.array([[2., 1], [1, 2]]), np.zeros(2),
+                                   np.diag([1., 3])), 0.5166852264521173, 1e-12)
+
+
+def stats_of(x, ddof=1, batch=100):
+    stats = metrics.FeatureStats(x.shape[1], ddof=ddof)
+    for start in range(0, len(x), batch):
+        stats.update(torch.as_tensor(x[start:start + batch]))
+    return stats
+
+
+@pytest.mark.mutation('metrics.py', 'outer / (self.n - self.ddof)', 'outer / self.n')
+@pytest.mark.mutation('metrics.py', 'dim, ddof=1)', 'dim, ddof=0)')
+def test_frechet_distance_of_samples():
+    x, y = gaussian(0, 512, 64), gaussian(1, 640, 64) * 1.5 + 0.25
+    for ddof, golden in ((1, 26.433505837167), (0, 26.410982652506)):
+        a, b = stats_of(x, ddof), stats_of(y, ddof)
+        close(metrics.frechet_distance(a.mean, a.cov, b.mean, b.cov), golden, 1e-9)
+        close(metrics.frechet_distance_features(x, y, ddof), golden, 1e-9)
+        close(metrics.stats_distance(a, b), golden, 1e-9)
+    close(metrics.FeatureStats(64).ddof, 1, 0)
+
+
+@pytest.mark.mutation('metrics.py', 'a.rows is not None and b.rows is not None', 'False')
+def test_frechet_distance_of_few_rows():
+    x, y = gaussian(0, 20, 64), gaussian(1, 30, 64) * 1.5 + 0.25
+    a, b = stats_of(x, batch=7), stats_of(y, batch=7)
+    close(metrics.stats_distance(a, b), 129.216526794702, 1e-9)  # the eigenvalue form is 2e-6 off
+    close(metrics.frechet_distance(a.mean, a.cov, b.mean, b.cov), 129.216526794702, 1e-5)
+
+
+@pytest.mark.mutation('metrics.py', '(mu1 - mu2).square().sum()', '(mu1 - mu2).abs().sum()')
+def test_frechet_distance_invariances():
+    x, y = gaussian(0, 300, 16), gaussian(1, 200, 16) @ np.diag(np.arange(1., 17)) + 0.5
+    q = np.linalg.qr(gaussian(2, 16, 16))[0]
+
+    def distance(x, y):
+        a, b = stats_of(x), stats_of(y)
+        return metrics.frechet_distance(a.mean, a.cov, b.mean, b.cov)
+    d = distance(x, y)
+    close(distance(y, x), d, 1e-8)
+    close(distance(x @ q + 7, y @ q + 7), d, 1e-8)
+    close(distance(3 * x, 3 * y), 9 * d, 1e-7)
+    trace = stats_of(y).cov.trace().item()
+    close(distance(y, y), 0, 1e-8 * trace)
+    few = stats_of(y[:9])
+    close(metrics.frechet_distance(few.mean, few.cov, few.mean, few.cov), 0, 1e-5 * trace)
+
+
+@pytest.mark.mutation('metrics.py', 'self.shift = x.double().mean(0)',
+                      'self.shift = x.double().mean(0) * 0')
+def test_stats_in_batches_keep_their_digits():
+    x = gaussian(0, 500, 8) + 1e7
+    for batch in (1, 37, 500):
+        close(stats_of(x, batch=batch).mean, x.mean(0), 1e-7)
+        close(stats_of(x, batch=batch).cov, np.cov(x.T), 1e-10)
+        close(stats_of(x, ddof=0, batch=batch).cov, np.cov(x.T, ddof=0), 1e-10)
+
+
+@pytest.mark.mutation('metrics.py', 'cross + cross.T', 'cross')
+@pytest.mark.mutation('metrics.py', 'other.n * torch.outer(d, d)', 'torch.outer(d, d)')
+def test_merged_stats_are_those_of_one_pass():
+    x = gaussian(0, 90, 40) + 5 * gaussian(1, 1, 40)
+    for cut in (0, 7, 60, 90):
+        merged = stats_of(x[:cut], batch=7).merge(stats_of(x[cut:], batch=7))
+        whole = stats_of(x, batch=7)
+        assert merged.n == whole.n and (merged.rows is None) == (whole.rows is None)
+        close(merged.mean, whole.mean, 1e-12)
+        close(merged.cov, whole.cov, 1e-10)
+    few = stats_of(x[:9]).merge(stats_of(x[9:21]))
+    close(few.rows, x[:21], 0)
+
+
+def test_stats_of_too_little():
+    for bad in (torch.zeros(3, 5), torch.zeros(4)):
+        with pytest.raises(ValueError, match='expected'):
+            metrics.FeatureStats(4).update(bad)
+    with pytest.raises(ValueError, match='more than 1'):
+        stats_of(np.zeros((1, 4))).cov
+    with pytest.raises(ValueError, match='finite'):
+        metrics.frechet_distance(np.full(2, np.nan), np.eye(2), np.zeros(2), np.eye(2))
+
+
+# ---- neighbours, precision and recall ----------------------------------------------------------
+
+@pytest.mark.mutation('metrics.py', 'k, chunk, same=True', 'k + 1, chunk, same=True')
+@pytest.mark.mutation('metrics.py',
+                      'fake_inside.double().mean().item(), real_inside.double().mean().item()',
+                      'real_inside.double().mean().item(), fake_inside.double().mean().item()')
+def test_precision_recall_golden():
+    real, fake = gaussian(0, 200, 8), gaussian(1, 300, 8) * 0.7 + 0.3
+    for k, p, r in ((3, 292, 92), (1, 236, 59), (5, 298, 116)):
+        assert metrics.precision_recall(real, fake, k=k) == (p / 300, r / 200)
+        for chunk in (7, 64):
+            assert metrics.precision_recall(real, fake, k, chunk) == (p / 300, r / 200)
+    assert metrics.precision_recall(real, fake) == (292 / 300, 92 / 200)
+
+
+@pytest.mark.mutation('metrics.py', '<= real_radii', '< real_radii')
+def test_a_ball_has_its_surface():
+    real, fake = np.array([[0.], [1]]), np.array([[2.], [5]])
+    assert metrics.precision_recall(real, fake, k=1) == (0.5, 1.0)
+
+
+@pytest.mark.mutation('metrics.py', 'index = torch.cat([index, place + j], 1)',
+                      'index = torch.cat([index, place], 1)')
+@pytest.mark.mutation('metrics.py', 'return d2.sqrt(), index', 'return d2, index')
+def test_nearest_neighbours_in_any_chunks():
+    queries, bank = torch.tensor(gaussian(0, 30, 6)) + 50, torch.tensor(gaussian(1, 41, 6)) + 50
+    distances, order = torch.cdist(queries, bank).sort(1)
+    for chunk in (4, 30, 1000):
+        d, index = metrics.nearest_neighbours(queries, bank, 5, chunk)
+        close(d, distances[:, :5], 1e-9)
+        assert torch.equal(index, order[:, :5])
+    with pytest.raises(ValueError, match='41 members'):
+        metrics.nearest_neighbours(queries, bank, 42)
+
+
+# ---- PSNR --------------------------------------------------------------------------------------
+
+@pytest.mark.mutation('metrics.py', '.flatten(1).mean(1)', '.mean()[None]')
+def test_psnr():
+    x = torch.rand(4, 3, 8, 8) * 0.5
+    close(metrics.psnr(x, x + 0.1), 20, 1e-5)
+    close(metrics.psnr(x, x + 1 / 255), 48.1308036086791, 1e-4)
+    assert metrics.psnr(x, x) == torch.inf
+    offsets = torch.tensor([.1, .01, .001, 0])[:, None, None, None]
+    close(metrics.psnr(x[:3], x[:3] + offsets[:3]), 40, 1e-3)  # 20, 40 and 60 dB, not pooled
+    close(metrics.psnr(x, x + offsets), 40, 1e-3)  # the identical pair is left out
+    close(metrics.psnr(x[1], x[1] + 0.1), 20, 1e-5)
+    with pytest.raises(ValueError, match='different sizes'):
+        metrics.psnr(x, x[:, :, :4])
+    with pytest.raises(ValueError, match='floats'):
+        metrics.psnr(x.byte(), x.byte())
+
+
+# ---- resizing ----------------------------------------------------------------------------------
+
+@pytest.mark.mutation('metrics.py', "RESIZE = dict(tf=resize_tf", "RESIZE = dict(tf=resize_pytorch")
+def test_resize_golden():
+    x = torch.tensor([[0., 10], [20, 30]])[None, None]
+    assert metrics.RESIZE['tf'](x, 4)[0, 0].tolist() == [
+        [0, 5, 10, 10], [10, 15, 20, 20], [20, 25, 30, 30], [20, 25, 30, 30]]
+    assert metrics.RESIZE['pytorch'](x, 4)[0, 0].tolist() == [
+        [0, 2.5, 7.5, 10], [5, 7.5, 12.5, 15], [15, 17.5, 22.5, 25], [20, 22.5, 27.5, 30]]
+
+
+@pytest.mark.mutation('metrics.py', '(low + 1).clamp(max=n - 1)', 'low')
+def test_resize_tf_is_a_shifted_grid():
+    x = torch.rand(2, 3, 40, 330).double() * 255
+    theta = torch.eye(2, 3).double()
+    theta[:, 2] += torch.tensor([1 / 330, 1 / 40]) - 1 / 299
+    grid = F.affine_grid(theta.expand(2, 2, 3), (2, 3, 299, 299), align_corners=False)
+    close(metrics.resize_tf(x, 299), F.grid_sample(x, grid, padding_mode='border',
+                                                   align_corners=False), 1e-4)
+
+
+@pytest.mark.mutation('metrics.py', "mode='bicubic', antialias=True", "mode='bicubic'")
+def test_resize_clean_is_pillows():
+    for height, width in ((350, 400), (32, 50)):
+        x = (torch.rand(3, height, width) * 255).round()
+        theirs = [np.array(Image.fromarray(c.numpy(), mode='F').resize((299, 299), Image.BICUBIC))
+                  for c in x]
+        close(metrics.resize_clean(x[None], 299)[0], np.stack(theirs).clip(0, 255), 2e-2)
+
+
+# ---- Inception ---------------------------------------------------------------------------------
+
+class SlowInception:
+    """The 2015 graph by its description, one line a convolution; draws weights as it first runs."""
+
+    def __init__(self):
+        self.state, self.random = {}, torch.Generator().manual_seed(0)
+
+    def conv(self, x, name, c_out, kernel, stride=1, padding=0):
+        shape = (c_out, x.shape[1], *((kernel, kernel) if isinstance(kernel, int) else kernel))
+        if name + '.conv.weight' not in self.state:
+            self.draw(name, shape)
+        s = self.state
+        x = F.conv2d(x, s[name + '.conv.weight'], None, stride, padding)
+        x = F.batch_norm(x, s[name + '.bn.running_mean'], s[name + '.bn.running_var'],
+                         s[name + '.bn.weight'], s[name + '.bn.bias'], False, 0.1, 0.001)
+        return x.relu()
+
+    def draw(self, name, shape):
+        def uniform(low, high):
+            return torch.rand(shape[0], generator=self.random) * (high - low) + low
+        weight = torch.randn(shape, generator=self.random) * (.04 / np.prod(shape[1:])) ** .5
+        self.state |= {name + '.conv.weight': weight, name + '.bn.weight': uniform(.5, 1.5),
+                       name + '.bn.bias': uniform(-.05, .05),
+                       name + '.bn.running_mean': uniform(-.02, .02),
+                       name + '.bn.running_var': uniform(.005, .035),
+                       name + '.bn.num_batches_tracked': torch.tensor(0)}
+
+    def chain(self, x, *layers):
+        for layer in layers:
+            x = self.conv(x, *layer)
+        return x
+
+    def a(self, x, n, c_pool):
+        pool = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        return torch.cat([
+            self.conv(x, n + 'branch1x1', 64, 1),
+            self.chain(x, (n + 'branch5x5_1', 48, 1), (n + 'branch5x5_2', 64, 5, 1, 2)),
+            self.chain(x, (n + 'branch3x3dbl_1', 64, 1), (n + 'branch3x3dbl_2', 96, 3, 1, 1),
+                       (n + 'branch3x3dbl_3', 96, 3, 1, 1)),
+            self.conv(pool, n + 'branch_pool', c_pool, 1)], 1)
+
+    def c(self, x, n, c7):
+        pool = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        row, column = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))
+        return torch.cat([
+            self.conv(x, n + 'branch1x1', 192, 1),
+            self.chain(x, (n + 'branch7x7_1', c7, 1), (n + 'branch7x7_2', c7, *row),
+                       (n + 'branch7x7_3', 192, *column)),
+            self.chain(x, (n + 'branch7x7dbl_1', c7, 1), (n + 'branch7x7dbl_2', c7, *column),
+                       (n + 'branch7x7dbl_3', c7, *row), (n + 'branch7x7dbl_4', c7, *column),
+                       (n + 'branch7x7dbl_5', 192, *row)),
+            self.conv(pool, n + 'branch_pool', 192, 1)], 1)
+
+    def e(self, x, n, pool):
+        row, column = (384, (1, 3), 1, (0, 1)), (384, (3, 1), 1, (1, 0))
+        three = self.conv(x, n + 'branch3x3_1', 384, 1)
+        double = self.chain(x, (n + 'branch3x3dbl_1', 448, 1), (n + 'branch3x3dbl_2', 384, 3, 1, 1))
+        return torch.cat([
+            self.conv(x, n + 'branch1x1', 320, 1),
+            self.conv(three, n + 'branch3x3_2a', *row),
+            self.conv(three, n + 'branch3x3_2b', *column),
+            self.conv(double, n + 'branch3x3dbl_3a', *row),
+            self.conv(double, n + 'branch3x3dbl_3b', *column),
+            self.conv(pool, n + 'branch_pool', 192, 1)], 1)
+
+    def features(self, x):
+        """Scaled pictures -> (B, 2048)."""
+        x = self.chain(x, ('Conv2d_1a_3x3', 32, 3, 2), ('Conv2d_2a_3x3', 32, 3),
+                       ('Conv2d_2b_3x3', 64, 3, 1, 1))
+        x = self.chain(F.max_pool2d(x, 3, 2), ('Conv2d_3b_1x1', 80, 1), ('Conv2d_4a_3x3', 192, 3))
+        x = F.max_pool2d(x, 3, 2)
+        for name, c_pool in (('5b', 32), ('5c', 64), ('5d', 64)):
+            x = self.a(x, f'Mixed_{name}.', c_pool)
+        x = torch.cat([self.conv(x, 'Mixed_6a.branch3x3', 384, 3, 2),
+                       self.chain(x, ('Mixed_6a.branch3x3dbl_1', 64, 1),
+                                  ('Mixed_6a.branch3x3dbl_2', 96, 3, 1, 1),
+                                  ('Mixed_6a.branch3x3dbl_3', 96, 3, 2)), F.max_pool2d(x, 3, 2)], 1)
+        for name, c7 in (('6b', 128), ('6c', 160), ('6d', 160), ('6e', 192)):
+            x = self.c(x, f'Mixed_{name}.', c7)
+        x = torch.cat([self.chain(x, ('Mixed_7a.branch3x3_1', 192, 1),
+                                  ('Mixed_7a.branch3x3_2', 320, 3, 2)),
+                       self.chain(x, ('Mixed_7a.branch7x7x3_1', 192, 1),
+                                  ('Mixed_7a.branch7x7x3_2', 192, (1, 7), 1, (0, 3)),
+                                  ('Mixed_7a.branch7x7x3_3', 192, (7, 1), 1, (3, 0)),
+                                  ('Mixed_7a.branch7x7x3_4', 192, 3, 2)), F.max_pool2d(x, 3, 2)], 1)
+        x = self.e(x, 'Mixed_7b.', F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+        x = self.e(x, 'Mixed_7c.', F.max_pool2d(x, 3, 1, 1))
+        return x.mean((2, 3))
+
+
+@functools.cache
+def slow_inception():
+    """The slow network, its weights, 566 of them, drawn."""
+    slow = SlowInception()
+    slow.features(torch.zeros(1, 3, 75, 75))
+    slow.state['fc.weight'] = torch.randn(1008, 2048)
+    slow.state['fc.bias'] = torch.randn(1008)
+    return slow
+
+
+def inception():
+    with torch.device('meta'):
+        net = metrics.InceptionV3()
+    net.load_state_dict(slow_inception().state, assign=True)
+    return net
+
+
+def pictures(n, size, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 5, 5, generator=random) * 255
+    return F.interpolate(coarse, (size, size), mode='bicubic').clamp(0, 255).byte()
+
+
+def test_inception_counts():
+    state = slow_inception().state
+    assert len(state) == 566
+    net = inception()
+    assert set(net.state_dict()) == set(state)
+    assert sum(p.numel() for p in net.parameters()) == 23_850_960
+
+
+@pytest.mark.mutation('metrics.py', "'7c': (BLOCK_E, 'largest')", "'7c': (BLOCK_E, 'average')")
+@pytest.mark.mutation('metrics.py', 'count_include_pad=False', 'count_include_pad=True')
+@pytest.mark.mutation('metrics.py', 'eps=1e-3', 'eps=1e-5')
+@pytest.mark.mutation('metrics.py', '(x - 128) / 128', 'x / 127.5 - 1')
+def test_inception_is_the_2015_graph():
+    x = pictures(2, 107)
+    slow, net = slow_inception().features((x.float() - 128) / 128), inception()
+    assert slow.std() > 0.01
+    close(net(x, resize='none'), slow, 1e-4 * slow.abs().max().item())
+    close(net(x[1:], resize='none'), slow[1:], 1e-4 * slow.abs().max().item())
+
+
+@pytest.mark.mutation('metrics.py', "head=True, resize='tf'):", "head=True, resize='pytorch'):")
+def test_inception_resizes_as_tensorflow_1():
+    x, net = pictures(1, 64), inception()
+    direct = net(metrics.resize_tf(x.float(), 299), resize='none')
+    close(net(x), direct, 1e-5 * direct.abs().max().item())
+    with pytest.raises(ValueError, match='one of tf'):
+        net(x, resize='area')
+    with pytest.raises(ValueError, match=r'expected \(B, 3, H, W\)'):
+        net(x[0])
+
+
+@pytest.mark.mutation('metrics.py', 'return torch.cat(features)', 'return torch.cat(features[1:])')
+def test_features_do_not_depend_on_the_batches():
+    net, x = nn.Conv2d(3, 7, 8), pictures(9, 8).float()
+    net.dim = 7
+    flat = nn.Sequential(net, nn.Flatten()).requires_grad_(False)
+    flat.dim = 7
+    for size in (1, 4, 9):
+        close(metrics.image_features(flat, x.split(size)), flat(x), 1e-3)
+        close(metrics.image_stats(flat, x.split(size)).cov, np.cov(flat(x).T), 1e-1)
+
+
+# ---- weight files ------------------------------------------------------------------------------
+
+NVIDIA_BLOCKS = {  # inside a block of that archive: ours -> theirs
+    'A': '1x1 conv, 5x5_1 tower.conv, 5x5_2 tower.conv_1, 3x3dbl_1 tower_1.conv, '
+         '3x3dbl_2 tower_1.conv_1, 3x3dbl_3 tower_1.conv_2, _pool tower_2.conv',
+    'B': '3x3 conv, 3x3dbl_1 tower.conv, 3x3dbl_2 tower.conv_1, 3x3dbl_3 tower.conv_2',
+    'C': '1x1 conv, 7x7_1 tower.conv, 7x7_2 tower.conv_1, 7x7_3 tower.conv_2, '
+         '7x7dbl_1 tower_1.conv, 7x7dbl_2 tower_1.conv_1, 7x7dbl_3 tower_1.conv_2, '
+         '7x7dbl_4 tower_1.conv_3, 7x7dbl_5 tower_1.conv_4, _pool tower_2.conv',
+    'D': '3x3_1 tower.conv, 3x3_2 tower.conv_1, 7x7x3_1 tower_1.conv, 7x7x3_2 tower_1.conv_1, '
+         '7x7x3_3 tower_1.conv_2, 7x7x3_4 tower_1.conv_3',
+    'E': '1x1 conv, 3x3_1 tower_conv, 3x3_2a tower_mixed_conv, 3x3_2b tower_mixed_conv_1, '
+         '3x3dbl_1 tower_1_conv, 3x3dbl_2 tower_1_conv_1, 3x3dbl_3a tower_1_mixed_conv, '
+         '3x3dbl_3b tower_1_mixed_conv_1, _pool tower_2_conv'}
+
+
+def nvidia_inception(head, prefix=''):
+    """Our random weights as NVIDIA's archive names them; their gamma is 1."""
+    names = {'Conv2d_1a_3x3': 'conv', 'Conv2d_2a_3x3': 'conv_1', 'Conv2d_2b_3x3': 'conv_2',
+             'Conv2d_3b_1x1': 'conv_3', 'Conv2d_4a_3x3': 'conv_4'}
+    blocks = zip('5b 5c 5d 6a 6b 6c 6d 6e 7a 7b 7c'.split(), 'AAABCCCCDEE', range(11))
+    for ours, kind, number in blocks:
+        theirs = 'mixed' + f'_{number}' * (number > 0)
+        for pair in NVIDIA_BLOCKS[kind].split(', '):
+            a, b = pair.split()
+            names[f'Mixed_{ours}.branch{a}'] = f'{theirs}.{b}'
+    state, out = slow_inception().state, {}
+    for a, b in names.items():
+        for ours, theirs in (('conv.weight', 'weight'), ('bn.bias', 'beta'),
+                             ('bn.running_mean', 'mean'), ('bn.running_var', 'var')):
+            out[f'{prefix}layers.{b}.{theirs}'] = state[f'{a}.{ours}']
+    if head:
+        out |= {prefix + 'output.weight': state['fc.weight'], prefix + 'output.bias':
+                state['fc.bias']}
+    return out
+
+
+class Node(nn.Module):
+    """A module that only holds tensors under dotted names."""
+
+    def forward(self, x):
+        return x
+
+    def put(self, name, value):
+        child, _, rest = name.partition('.')
+        if not rest:
+            self.register_buffer(child, value)
+            return
+        if child not in self._modules:
+            self.add_module(child, Node())
+        self._modules[child].put(rest, value)
+
+
+@pytest.fixture
+def write_archive():
+    """Function (path, state dict): writes a TorchScript archive with these names."""
+    def write(path, state):
+        root = Node()
+        for name, value in state.items():
+            root.put(name, value)
+        torch.jit.script(root).save(str(path))
+    return write
+
+
+@pytest.mark.mutation('metrics.py', "beta='bn.bias', mean='bn.running_mean'",
+                      "beta='bn.running_mean', mean='bn.bias'")
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
+@pytest.mark.filterwarnings('ignore:.*sha256.*')
+@pytest.mark.parametrize('head, prefix, tensors', [(True, '', 378), (False, 'net.', 376)])
+def test_inception_from_nvidia_archive(tmp_path, write_archive, head, prefix, tensors):
+    archive = nvidia_inception(head, prefix)
+    assert len(archive) == tensors
+    write_archive(tmp_path / 'inception-2015-12-05.pt', archive)
+    net = metrics.load_network('inception', tmp_path)
+    loaded = net.state_dict()
+    assert len(loaded) == (566 if head else 564) and net.source['publisher'] == 'unknown'
+    for name, value in slow_inception().state.items():
+        if name.endswith('.bn.weight'):
+            assert (loaded[name] == 1).all()
+        elif head or not name.startswith('fc.'):
+            assert torch.equal(loaded[name], value), name
+
+
+@pytest.fixture(scope='module')
+def random_file(tmp_path_factory):
+    """A random-weight Inception in the plain layout, wrapped as training scripts do."""
+    path = tmp_path_factory.mktemp('weights') / 'random.pth'
+    state = {f'module.{k}': v for k, v in slow_inception().state.items()
+             if not k.endswith('num_batches_tracked')}
+    torch.save(dict(state_dict=state, epoch=3), path)
+    return path
+
+
+@pytest.mark.mutation('metrics.py', 'state.get(wrapper), dict)', 'state.get(wrapper), list)')
+def test_plain_state_dict(random_file):
+    try:
+        net = metrics.load_network('inception', random_file)
+    except ValueError as error:
+        pytest.fail(str(error))
+    assert len(net.state_dict()) == 566 and not net.training
+    assert net.source['sha256'] == metrics.file_digest(random_file)
+    x = pictures(1, 75)
+    close(net(x, 'none'), inception()(x, 'none'), 1e-5)
+
+
+def slim_vgg():
+    return functools.partial(metrics.VGG16, width=2, dim=16)
+
+
+@pytest.fixture
+def slim(monkeypatch):
+    """VGG16 with 1/32 of the channels, in the table of networks too."""
+    monkeypatch.setitem(metrics.NETWORKS, 'vgg16', dataclasses.replace(
+        metrics.NETWORKS['vgg16'], module=slim_vgg()))
+    net = slim_vgg()()
+    for p in net.parameters():
+        nn.init.normal_(p, std=(2 / max(p[0].numel(), 8)) ** .5)
+    return net
+
+
+def slow_vgg(state, x):
+    """fc2 after ReLU, of uint8 pictures 224 x 224, by the published convolution numbers."""
+    mean, std = torch.tensor([.485, .456, .406]), torch.tensor([.229, .224, .225])
+    x = ((x.permute(0, 2, 3, 1) / 255 - mean) / std).permute(0, 3, 1, 2)
+    for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
+        weight, bias = state[f'features.{i}.weight'], state[f'features.{i}.bias']
+        x = F.conv2d(x, weight, bias, padding=1).relu()
+        x = F.max_pool2d(x, 2) if i in (2, 7, 14, 21, 28) else x
+    x = x.reshape(len(x), -1)
+    for i in (0, 3):
+        x = F.linear(x, state[f'classifier.{i}.weight'], state[f'classifier.{i}.bias']).relu()
+    return x
+
+
+@pytest.mark.mutation('metrics.py', 'self.classifier[:5]', 'self.classifier[:4]')
+@pytest.mark.mutation('metrics.py', '.456, .406], [.229', '.456, .406], [.225')
+def test_vgg_is_fc2_after_relu(slim):
+    x = pictures(2, 224)
+    golden = slow_vgg(slim.state_dict(), x)
+    assert (golden == 0).any() and golden.std() > 0.01
+    close(slim(x), golden, 1e-4 * golden.abs().max().item())
+    x = pictures(2, 50)
+    close(slim(x), slim(metrics.resize_tf(x.float(), 224)), 1e-5)
+    with torch.device('meta'):
+        full = metrics.VGG16()
+    assert len(full.state_dict()) == 32
+    assert sum(p.numel() for p in full.parameters()) == 138_357_544
+
+
+@pytest.mark.mutation('metrics.py', "fc1='classifier.0', fc2='classifier.3'",
+                      "fc1='classifier.0', fc2='classifier.4'")
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
+@pytest.mark.filterwarnings('ignore:.*sha256.*')
+@pytest.mark.parametrize('head', [True, False])
+def test_vgg_from_nvidia_archive(tmp_path, slim, write_archive, head):
+    numbers = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+    names = {f'features.{i}': f'conv{n + 1}' for n, i in enumerate(numbers)}
+    names |= {'classifier.0': 'fc1', 'classifier.3': 'fc2', 'classifier.6': 'fc3'}
+    state, archive = slim.state_dict(), {'lpips0': torch.ones(3)}
+    for name, value in state.items():
+        layer, leaf = name.rsplit('.', 1)
+        if head or layer != 'classifier.6':
+            archive[f'layers.{names[layer]}.{leaf}'] = value
+    write_archive(tmp_path / 'vgg16.pt', archive)
+    try:
+        loaded = metrics.load_network('vgg16', tmp_path).state_dict()
+    except ValueError as error:
+        pytest.fail(str(error))
+    assert len(loaded) == (32 if head else 30)
+    assert all(torch.equal(v, state[k]) for k, v in loaded.items())
+
+
+@pytest.mark.mutation('metrics.py', "('has unknown', foreign)", "('has unknown', [])")
+def test_files_that_hold_no_such_weights(tmp_path):
+    def refused(kind, path, match, error=ValueError):
+        with pytest.raises(Exception) as caught:
+            metrics.load_network(kind, path)
+        text = str(caught.value)
+        assert caught.type is error and match in text, text
+        assert '\n' not in text and 'wanted: ' in text
+        assert metrics.NETWORKS[kind].files[0].file in text and 'NVIDIA' in text
+
+    refused('inception', tmp_path, 'no weights of inception', FileNotFoundError)
+    refused('inception', tmp_path / 'absent.pt', 'no weights of inception', FileNotFoundError)
+    (tmp_path / 'inception-2015-12-05.pkl').write_bytes(b'pickle')
+    refused('inception', tmp_path, 'take the .pt')
+    refused('inception', tmp_path / 'inception-2015-12-05.pkl', 'take the .pt')
+    path = tmp_path / 'file.pth'
+    state = {k: v for k, v in slow_inception().state.items()}
+    torch.save({k: v[:1, :1] if v.ndim > 1 else v for k, v in state.items()}, path)
+    refused('inception', path, 'misshapen')
+    torch.save(dict(state, extra=torch.zeros(1)), path)
+    refused('inception', path, 'unknown extra')
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    refused('inception', path, 'truncated')
+    torch.save(slim_vgg()(head=False).state_dict(), path)
+    refused('inception', path, 'lacks Conv2d_1a_3x3')
+    refused('vgg16', path, 'misshapen features.0')
+    torch.save([1, 2], path)
+    refused('vgg16', path, 'holds no state dict')
+    path.write_text('<html>404</html>')
+    refused('vgg16', path, 'not a weight file')
+    with pytest.raises(ValueError, match='one of inception'):
+        metrics.load_network('resnet', path)
+
+
+def test_published_name_with_other_content_warns(tmp_path, random_file):
+    copy = tmp_path / 'pt_inception-2015-12-05-6726825d.pth'
+    copy.write_bytes(random_file.read_bytes())
+    with pytest.warns(UserWarning, match='sha256'):
+        metrics.load_network('inception', tmp_path)
+
+
+# ---- command line ------------------------------------------------------------------------------
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Two folders of six pictures, one nested; the working directory holds them."""
+    monkeypatch.chdir(tmp_path)
+    for folder, offset in (('A', 0), ('B/deep', 10)):
+        for i, x in enumerate(pictures(6, 75)):
+            data.save_png(tmp_path / folder / f'{i}.png', (x // 2 + offset).byte())
+    return [(pictures(6, 75) // 2 + offset).byte() for offset in (0, 10)]
+
+
+def result(capsys, *argv):
+    """The JSON of `python metrics.py *argv`, and the line before it."""
+    metrics.main([str(a) for a in argv])
+    *_, line, text = capsys.readouterr().out.splitlines()
+    return json.loads(text), line
+
+
+@pytest.mark.mutation('metrics.py', 'a.ddof = b.ddof = args.ddof', 'a.ddof = b.ddof = 1')
+def test_fid_of_folders(capsys, folders, random_file):
+    common = 'fid', 'A', 'B', '--weights', random_file, '--resize', 'none', '--batch', 4
+    manifest, line = result(capsys, *common, '--ddof', 0, '--out', 'log.jsonl')
+    x, y = (inception()(p, 'none').double().numpy() for p in folders)
+    golden = metrics.frechet_distance_features(x, y, ddof=0)
+    close(manifest['fid'], golden, 1e-3 * golden)
+    assert line.startswith(f'FID {golden:.2f}'[:-1]) and '6 fakes, 6 reals' in line
+    wanted = dict(command='fid', n_real=6, n_fake=6, ddof=0, resize='none', kind='inception',
+                  weights='random.pth', sha256=metrics.file_digest(random_file))
+    assert wanted.items() <= manifest.items()
+    assert manifest['real']['source'] == 'A' and manifest['fake']['resolution'] == 'as stored'
+    with open('log.jsonl') as file:
+        assert json.loads(file.read()) == manifest
+    again, _ = result(capsys, *common, '--ddof', 1)
+    close(again['fid'], metrics.frechet_distance_features(x, y), 1e-3 * golden)
+
+
+@pytest.mark.mutation('metrics.py', 'facts=[(f.st_size, f.st_mtime_ns) for f in stats]', 'facts=[]')
+def test_statistics_of_reals_are_kept(folders, monkeypatch):
+    passes = []
+
+    def stats(net, batches, total):
+        passes.append(total)
+        return stats_of(np.arange(8.).reshape(4, 2))
+    monkeypatch.setattr(metrics, 'image_stats', stats)
+
+    def read(sha='s', resize='tf', no_cache=False, **options):
+        net = SimpleNamespace(source=dict(kind='inception', sha256=sha), resize=resize, dim=2)
+        real = metrics.folder_pictures('A', **options)
+        metrics.real_stats(net, real, SimpleNamespace(no_cache=no_cache, batch=4))
+        return len(passes)
+    assert [read(), read(), read(no_cache=True), read()] == [1, 1, 2, 2]
+    assert [read(sha='t'), read(resize='clean'), read(resolution=16), read(limit=5)] == [3, 4, 5, 6]
+    assert read() == 6
+    data.save_png('A/0.png', torch.zeros(3, 75, 75))
+    assert read() == 7
+
+
+@pytest.mark.mutation('metrics.py', "f'precision {precision:.4f}", "f'precision {recall:.4f}")
+def test_precision_recall_of_folders(capsys, folders, random_file, monkeypatch):
+    x, y = (inception()(p, 'none') for p in folders)
+    wanted = metrics.precision_recall(x, y, 2)
+    monkeypatch.setattr(metrics, 'precision_recall', lambda a, b, k: (wanted[0] + .5, wanted[1])
+                        if torch.allclose(a, x, atol=1e-4) and torch.allclose(b, y, atol=1e-4)
+                        and k == 2 else None)
+    manifest, line = result(capsys, 'pr', 'A', 'B', '--features', 'inception', '--weights',
+                            random_file, '--resize', 'none', '--k', 2)
+    assert (manifest['precision'] - .5, manifest['recall'], manifest['k']) == (*wanted, 2)
+    assert line.startswith(f'precision {wanted[0] + .5:.4f}   recall {wanted[1]:.4f}')
+
+
+@pytest.mark.mutation('metrics.py', '[None] / 255 for f, n', '[None] / 256 for f, n')
+def test_psnr_of_folders(capsys, folders):
+    manifest, line = result(capsys, 'psnr', 'A', 'B')
+    close(manifest['psnr'], -20 * np.log10(10 / 255), 1e-4)
+    assert manifest['n'] == 6 and manifest['identical'] == 0 and line.startswith('PSNR 28.131 dB')
+    manifest, line = result(capsys, 'psnr', 'A', 'A', '--res', 16)
+    assert manifest['psnr'] is None and manifest['identical'] == 6 and 'infinite' in line
+
+
+@pytest.mark.mutation('metrics.py', 'for _, same in groupby(read, lambda p: p.shape)',
+                      'for _, same in groupby(read, lambda p: p.shape[:1])')
+def test_folder_with_bad_and_unequal_pictures(folders, tmp_path):
+    (tmp_path / 'A/broken.png').write_bytes(b'none')
+    data.save_png(tmp_path / 'A/wide.png', torch.zeros(3, 20, 40))
+    real = metrics.folder_pictures('A')
+    try:
+        shapes = [tuple(b.shape) for b in real.batches(9)]
+    except RuntimeError as error:
+        pytest.fail(str(error))
+    assert shapes == [(6, 3, 75, 75), (1, 3, 20, 40)] and real.size == 8
+    assert [tuple(b.shape) for b in metrics.folder_pictures('A', 16).batches(9)] == [(7, 3, 16, 16)]
+    with pytest.raises(ValueError, match='less than --res 64'):
+        list(metrics.folder_pictures('A', 64).batches(9))
+    for name in 'xy':
+        (tmp_path / f'A/{name}.png').write_bytes(b'none')
+    with pytest.raises(ValueError, match='3 of 10 pictures'):
+        list(metrics.folder_pictures('A').batches(9))
+
+
+class Signals:
+    """A data set of plain colours; the truth is known at any resolution."""
+    names = [str(i) for i in range(5)]
+
+    def __len__(self):
+        return 5
+
+    def picture(self, i, R):
+        return torch.full((3, R, R), i / 5)
+
+
+class Model:
+    """Reads the mean colour, gives it back with an error of 0.2 in [-1, 1]."""
+    config = SimpleNamespace(resolution=8)
+
+    def encode(self, x):
+        assert x.shape[2:] == (8, 8)
+        return SimpleNamespace(mean=x.mean((2, 3)), sample=lambda noise: x.mean((2, 3)) + noise)
+
+    def decode(self, z):
+        return [z]
+
+    def render(self, xi, size):
+        return (xi[0] + 0.2)[:, :, None, None].expand(-1, -1, *size)
+
+
+@pytest.fixture
+def toy_run(tmp_path, monkeypatch):
+    """A run whose samples are seed / 100 everywhere; NFE = steps, or 14 for rk45."""
+    def generate(vae, ldm, seeds, sampler, steps, rtol, atol, batch, return_nfe):
+        assert return_nfe and len(seeds) <= batch
+        z = torch.tensor([[s / 100] * 3 for s in seeds])
+        return z, [14 if sampler == 'rk45' else steps]
+    (tmp_path / 'ldm.pt').touch()
+    info = dict(args=dict(dataset='toy_image'), step=7, splits=None)
+    monkeypatch.setitem(sys.modules, 'ldm', SimpleNamespace(
+        generate=generate, load=lambda path, device: (Model(), None, info)))
+    monkeypatch.setattr(data, 'open_run_data', lambda info, split: Signals())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def colour_network(monkeypatch):
+    """Instead of Inception: the mean colour in 0..255, kept as `seen`."""
+    class Colour(nn.Module):
+        dim, seen = 3, []
+        source = dict(kind='inception', weights='w', sha256='s', publisher='p')
+
+        def forward(self, x):
+            self.seen.append(x)
+            return x.float().mean((2, 3))
+    net = Colour()
+    net.p, net.seen = nn.Parameter(torch.zeros(1)), []
+    monkeypatch.setattr(metrics, 'load_network', lambda kind, path: net)
+    return net
+
+
+@pytest.mark.mutation('metrics.py', 'seeds = [args.seed + k for k in part]',
+                      'seeds = [k for k in part]')
+def test_fid_of_a_run(capsys, toy_run, colour_network):
+    manifest, _ = result(capsys, 'fid', toy_run, '--num', 4, '--sampler', 'ddim', '--steps', 6,
+                         '--res', 9, '--split', 'test', '--batch', 3, '--seed', 20)
+    fake = manifest['fake']
+    assert (manifest['n_fake'], manifest['n_real'], manifest['real']['split']) == (4, 5, 'test')
+    assert (fake['nfe'], fake['sampler'], fake['steps'], fake['seed']) == (6, 'ddim', 6, 20)
+    assert fake['resolution'] == 9 and fake['quantised'] and fake['step'] == 7
+    reals, fakes = (torch.cat(colour_network.seen[i:i + 2])[:, 0, 0, 0] for i in (0, 2))
+    assert reals.dtype == torch.uint8
+    assert reals.tolist() == [int(i / 5 * 127.5 + 128) for i in range(5)]
+    assert fakes.tolist() == [int((k / 100 + .2) * 127.5 + 128) for k in range(20, 24)]
+    colour_network.seen.clear()
+    result(capsys, 'fid', toy_run, '--num', 2, '--split', 'test', '--float', '--res', 9)
+    close(colour_network.seen[0][:, 0, 0, 0], [.2 * 127.5 + 127.5, .21 * 127.5 + 127.5], 1e-3)
+
+
+@pytest.mark.mutation('metrics.py', '(reconstruct(opened, dataset, part, args) + 1) / 2',
+                      'reconstruct(opened, dataset, part, args)')
+def test_psnr_and_rfid_of_a_run(capsys, toy_run, colour_network):
+    manifest, _ = result(capsys, 'psnr', toy_run, '--res', 20, '--batch', 2)
+    close(manifest['psnr'], 20, 1e-4)
+    assert manifest['split'] == 'test' and manifest['resolution'] == 20 and manifest['r'] == 8
+    manifest, line = result(capsys, 'rfid', toy_run, '--no_cache')
+    close(manifest['fid'], 3 * 25.5 ** 2, 40)  # colours all too bright by 25.5
+    assert manifest['n_fake'] == 5 and line.startswith('rFID')
+    sampled, _ = result(capsys, 'rfid', toy_run, '--posterior', 'sample', '--no_cache')
+    assert sampled['fake']['posterior'] == 'sample' and sampled['fid'] != manifest['fid']
+
+
+@pytest.mark.mutation('metrics.py', 'dict(rtol=float(value), atol=float(value))',
+                      'dict(rtol=float(value))')
+def test_nfe_table(capsys, toy_run, colour_network):
+    metrics.main(['nfe', str(toy_run), '--samplers', 'ddpm:100,rk45:1e-5', '--fid', '--num', '4'])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [json.loads(line) for line in lines[1::2]]
+    assert [r['fake']['nfe'] for r in rows] == [100, 14] and rows[0]['fid'] == rows[1]['fid']
+    assert rows[1]['fake']['rtol'] == rows[1]['fake']['atol'] == 1e-5
+    assert 'NFE   100.0' in lines[0] and 'rtol 1e-05' in lines[2]
+    with pytest.raises(ValueError, match='expected NAME:STEPS'):
+        metrics.main(['nfe', str(toy_run), '--samplers', 'ddim'])
+
+
+def test_errors_are_one_line(repo, folders, tmp_path):
+    for argv in (['fid', 'A', 'B'], ['fid', 'A', 'absent', '--weights', 'A/0.png'], ['psnr', 'A'],
+                 ['pr', 'A', 'B', '--k', '0'], ['fid', 'A', 'B', '--resize', 'area']):
+        with pytest.raises((ValueError, OSError)) as caught:
+            metrics.main(argv)
+        assert '\n' not in str(caught.value)
+    done = subprocess.run([sys.executable, repo / 'metrics.py', 'fid', 'A', 'B'],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == '' and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith('error: weights: no weights of inception; wanted: pt_inception')

@@ -1,0 +1,334 @@
+"""Train stage 2, the latent diffusion model (ldm.py), on the latents of a finished stage 1.
+
+    python train_ldm.py                          # continues the newest stage-1 run
+    python train_ldm.py --vae runs/NAME          # or that of this run
+    torchrun --nproc_per_node=8 train_ldm.py
+    python train_ldm.py --vae runs/NAME --slim small.pt    # only what sampling needs, half precision
+
+Encoder, decoder and MLP are frozen (Section 3.3). The result is runs/NAME/ldm.pt, which holds both
+stages; the same command continues it from its last checkpoint.
+"""
+import hashlib
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import common
+import data
+from common import flag
+from ldm import LDM, LDMConfig, generate
+from vae import D2CVAE, VAEConfig
+
+# Differences from LDMConfig, LatentConfig and RunConfig only, by the name of stage 1's preset.
+PAPER = dict(weight_decay=0.0, beta2=0.999)
+SMALL = dict(PAPER, ch=64, ch_mult=(1, 2, 2), num_res_blocks=1, attn_factors=(2, 4), mixing_init=-3.0,
+             mixing_lr_mult=10.0, latent_norm='channel', batch=32, lr=5e-4, warmup=200, ema=0.999)
+PRESETS = {
+    'toy_image': dict(SMALL, steps=2000, eval_every=1000, save_every=250),
+    'image_64': dict(SMALL, ch_mult=(1, 2, 4), steps=10_000),
+    'image_256': dict(PAPER, batch=160, steps=50_000),
+    'afhq_cat': dict(PAPER, batch=160, steps=47_000),
+    'afhq_dog': dict(PAPER, batch=160, steps=47_000),
+    'celebahq': dict(PAPER, batch=200, steps=225_000),
+    'lsun_church': dict(PAPER, batch=200, steps=225_000),
+    'cifar10': dict(PAPER, ch=128, attn_factors=(2, 4), batch=160, steps=200_000),
+    'afhq_cat_code': dict(PAPER, ch=224, ch_mult=(1, 2, 4, 6), batch=160, steps=47_000),
+    'afhq_dog_code': dict(PAPER, ch=224, ch_mult=(1, 2, 4, 6), batch=160, steps=47_000),
+    'celebahq_code': dict(PAPER, ch_mult=(1, 2, 4, 8), batch=200, steps=225_000),
+}
+PRESETS['image'] = PRESETS['image_64']
+
+
+@dataclass
+class LatentConfig:
+    """How stage 2 is fed and averaged."""
+    posterior: str = flag('sample', 'latents to learn: samples of q(z|x), or its mean',
+                          choices=('sample', 'mean'))
+    cache: str = flag('auto', 'keep the means and deviations of all latents; auto = memory below '
+                      '2 GiB, else none', choices=('auto', 'none', 'memory', 'disk'))
+    ema: float = flag(0.9999, 'decay of the averaged weights that sampling uses')
+    mixing_lr_mult: float = flag(1.0, "the mixing logit's learning rate over --lr")
+
+
+def build_parser():
+    parser = common.Parser(__doc__.split('\n')[0])
+    parser.add_argument('--vae', default='', help='run folder or vae.pt of stage 1; empty = newest')
+    parser.add_argument('--data', default='', help='where the data are now, if they have moved')
+    parser.add_argument('--preset', default='', help='settings to start from; empty = as stage 1. '
+                        f'One of {", ".join(PRESETS)}')
+    parser.add_argument('--name', default='', help="run folder below runs/; empty = stage 1's")
+    parser.add_argument('--slim', default='', metavar='FILE',
+                        help='write the run to FILE without what only training needs, and stop')
+    parser.add_config(LDMConfig)
+    parser.add_config(LatentConfig)
+    parser.add_config(common.RunConfig)
+    return parser
+
+
+def find_vae(text):
+    """Path of the stage-1 checkpoint that --vae names: a file, a folder, a run, or the newest."""
+    if not text:
+        run = common.newest_run('vae.pt')
+        common.require(run, 'no stage-1 run in runs/: train one with python train_vae.py')
+        return run / 'vae.pt'
+    path = next((p for p in (Path(text), common.RUNS / text) if p.exists()), Path(text))
+    return path / 'vae.pt' if path.is_dir() else path
+
+
+def write_slim(path, target):
+    """Copy ldm.pt without optimiser and raw weights, floats in half precision."""
+    state = common.load_checkpoint(path, 'ldm')
+    half = {part: {k: v.half() if v.is_floating_point() else v for k, v in state[part].items()}
+            for part in ('vae', 'ema')}
+    kept = {k: v for k, v in state.items() if k not in ('opt', 'model')}
+    common.save_checkpoint(target, {**kept, **half})
+    print(f'{target}: {Path(target).stat().st_size / 2 ** 20:.1f} MiB, step {state["step"]}')
+
+
+# ---- latents -----------------------------------------------------------------------------------
+
+class Latents:
+    """A data set's latents as (mean, std), encoded once, both ways round where it flips.
+
+    Rows are shared out over the processes and gathered. `item` makes the same draws as the data
+    set's own, so that training with and without the cache is the same.
+    """
+
+    def __init__(self, dataset, vae, file=None):
+        self.dataset, self.ways = dataset, 2 if dataset.flip else 1
+        C, L = vae.config.z_channels, sum(h * w for h, w in vae.config.latent_sizes().values())
+        shape = (len(dataset) * self.ways, 2, C, L)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if file is None:
+            self.table = torch.zeros(shape)
+            self.fill(vae, range(rank, shape[0], world))
+            if world > 1:
+                dist.all_reduce(self.table)
+        else:
+            if rank == 0 and not file.exists():
+                part = file.with_suffix('.tmp')
+                self.table = np.lib.format.open_memmap(part, 'w+', 'float32', shape)
+                self.fill(vae, range(shape[0]))
+                self.table.flush()
+                part.rename(file)
+            if world > 1:
+                dist.barrier()
+            self.table = np.load(file, mmap_mode='r')
+
+    @torch.no_grad()
+    def fill(self, vae, rows, batch=64):
+        device = next(vae.parameters()).device
+        for start in common.tqdm(range(0, len(rows), batch), desc='encoding', unit='batch',
+                                 disable=rows.start > 0):
+            part = rows[start:start + batch]
+            x = torch.stack([self.dataset.item(k // self.ways)['image'] for k in part])
+            turned = torch.tensor([k % self.ways == 1 for k in part])[:, None, None, None]
+            posterior = vae.encode(torch.where(turned, x.flip(3), x).to(device))
+            moments = torch.stack([posterior.mean, (0.5 * posterior.logvar).exp()], dim=1).cpu()
+            for k, m in zip(part, moments):
+                self.table[k] = m
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def item(self, i, rng=None):
+        turned = rng is not None and self.ways == 2 and bool(rng.random() < 0.5)
+        mean, std = torch.as_tensor(self.table[i * self.ways + turned])
+        item = dict(mean=mean, std=std)
+        labels = self.dataset.labels
+        return item if labels is None else dict(item, label=labels[i])
+
+
+def open_latents(dataset, vae, args, vae_path, folder):
+    """The data set to stream from: `Latents`, or the pictures themselves without a cache."""
+    config = vae.config
+    size = 8 * config.z_channels * sum(h * w for h, w in config.latent_sizes().values())
+    size *= len(dataset) * (2 if dataset.flip else 1)
+    if args.cache == 'none' or args.cache == 'auto' and size >= 2 ** 31:
+        return dataset
+    if args.cache != 'disk':
+        return Latents(dataset, vae)
+    return Latents(dataset, vae, folder / f'latents_{file_hash(vae_path)[:16]}.npy')
+
+
+def file_hash(path):
+    """sha256 of a file, in hexadecimal."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+@torch.no_grad()
+def latents_of(batch, vae, noise, posterior='sample'):
+    """z (B,C,L) of a batch of cached moments or of pictures; `noise` (B,C,L) draws from q(z|x)."""
+    if 'mean' in batch:
+        mean, std = batch['mean'], batch['std']
+    else:
+        q = vae.encode(batch)
+        mean, std = q.mean, (0.5 * q.logvar).exp()
+    return mean if posterior == 'mean' else mean + std * noise
+
+
+@torch.no_grad()
+def measure_latents(latents, vae, args, device, batches=16):
+    """Mean and deviation of each channel over the first training batches, seen by every process."""
+    stream = common.Stream(latents, args.seed)
+    count = min(batches * args.batch, len(latents))
+    total = 0
+    for start in range(0, count, args.batch):
+        items = [stream[k] for k in range(start, min(start + args.batch, count))]
+        batch = common.to(torch.utils.data.default_collate(items), device)
+        noise = torch.randn(len(items), *latent_shape(vae.config),
+                            generator=common.torch_seeded('statistics', args.seed, start))
+        z = latents_of(batch, vae, noise.to(device), args.posterior).double()
+        total = total + torch.stack([z.mean(2).sum(0), z.square().mean(2).sum(0)])
+    mean, square = total / count
+    return mean.float(), (square - mean.square()).sqrt().float()
+
+
+def latent_shape(config):
+    """(C, L) of a VAE's latent."""
+    return config.z_channels, sum(h * w for h, w in config.latent_sizes().values())
+
+
+# ---- measurements while training ---------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(ema_model, vae, held_out, args, device, count=128):
+    """Held-out loss at fixed noises and times, and a grid of 36 samples (uint8-able) at r."""
+    ema_model.eval()
+    items = [held_out.item(i) for i in range(min(count, len(held_out)))]
+    batch = common.to(torch.utils.data.default_collate(items), device)
+    generator = common.torch_seeded('held out', args.seed)
+    z = latents_of(batch, vae, torch.randn(len(items), *ema_model.shape, generator=generator)
+                   .to(device), args.posterior)
+    drawn = ema_model.draw(len(items), generator)
+    drawn['t'] = torch.linspace(0, 999, len(items)).long()
+    cond = batch.get('label') if args.num_classes else None
+    loss = ema_model(z, cond, **common.to(drawn, device))
+    labels = torch.arange(36, device=device) % args.num_classes if args.num_classes else None
+    z = generate(vae, ema_model, range(36), cond=labels, batch=36)
+    pictures = vae.render(vae.decode(z), (vae.config.resolution,) * 2)
+    return dict(held_out_loss=loss), pictures
+
+
+def parse(argv=None):
+    """Arguments and the stage-1 checkpoint they are for: (args, path, state)."""
+    parser = build_parser()
+    path = find_vae(parser.known(argv).vae)
+    state = common.load_checkpoint(path, 'vae')
+    theirs = state['args']['preset']
+    args = parser.parse_preset(PRESETS, theirs if theirs in PRESETS else 'image_64', argv)
+    args.vae, args.name = str(path), args.name or path.parent.name
+    args.dataset = state['args']['dataset']
+    return args, path, state
+
+
+def main():
+    args, vae_path, first = parse()
+    folder = common.RUNS / args.name
+    if args.slim:
+        return write_slim(folder / 'ldm.pt', args.slim)
+    rank, world, device = common.dist_init(args.device)
+    common.check_run_flags(args, world)
+
+    # 1. the frozen first stage, its data, the model
+    vae = D2CVAE(VAEConfig(**first['vae_config'])).to(device).eval().requires_grad_(False)
+    vae.load_state_dict(first['vae'])
+    one_scale = dict(scales=(1.0,), scale_probs=None, continuous=False)
+    train, held_out = (data.open_run_data(first, split, args.data, **one_scale)
+                       for split in ('train', 'test'))
+    common.require(not args.num_classes or train.labels is not None,
+                   f'--num_classes {args.num_classes}: {args.dataset} has no labels')
+    config = common.pick(args, LDMConfig, domain=vae.config.domain, planes=vae.config.latent_sizes(),
+                         z_channels=vae.config.z_channels)
+    torch.manual_seed(args.seed)
+    model = LDM(config).to(device)
+    average = LDM(config).to(device).requires_grad_(False)
+    opt = torch.optim.AdamW(model.param_groups(args.lr, args.weight_decay, args.mixing_lr_mult),
+                            lr=args.lr, betas=(0.9, args.beta2))
+
+    # 2. continue if there is something to continue
+    step, digest = 0, file_hash(vae_path)
+    state = common.resume(folder / 'ldm.pt', args, 'ldm')
+    common.require(not state or state['vae_hash'] == digest, f'{vae_path} has changed since stage 2 '
+                   'began on it; start over with --restart')
+    folder.mkdir(parents=True, exist_ok=True)
+    latents = open_latents(train, vae, args, vae_path, folder)
+    if state:
+        model.load_state_dict(state['model'])
+        opt.load_state_dict(state['opt'])
+        step = state['step']
+    else:
+        if args.init:
+            common.load_weights(model, common.load_checkpoint(args.init, 'ldm')['ema'], args.init)
+        model.set_latent_stats(*measure_latents(latents, vae, args, device))
+    ema = common.EMA(model, args.ema)
+    if state:
+        ema.load_state_dict(state['ema'])
+    amp = common.switch(args.amp, device)
+    low, high = model.z_std.min().item(), model.z_std.max().item()
+    log = common.start(folder, 'ldm', args, step, rank, world, device, amp, train, model,
+                       f'stage 1 at step {first["step"]} of {first["args"]["steps"]}, latent std '
+                       f'{low:.2f} to {high:.2f}')
+    if rank == 0 and (low < 0.7 or high > 1.3) and config.latent_norm == 'none':
+        print('note: latents far from unit deviation; --latent_norm channel or more KL would help')
+    network = torch.compile(model) if common.switch(args.compile, device) else model
+    ddp = DistributedDataParallel(network, broadcast_buffers=False) if world > 1 else network
+    batches = common.stream(latents, args, step, rank, world)
+    guard, bar = common.FiniteGuard(device), common.progress(args, step, rank)
+
+    # 3. train
+    started, since = time.time(), step
+    while step < args.steps:
+        common.set_lr(opt, common.lr_at(step, args))
+        generator = common.torch_seeded('diffusion', args.seed, step)
+        z_noise = torch.randn(args.batch, *model.shape, generator=generator)
+        drawn = model.draw(args.batch, generator)
+        opt.zero_grad(set_to_none=True)
+        for i in range(args.accumulate):
+            batch = common.to(next(batches), device)
+            own = {k: common.rows(v, args, i, rank, world).to(device)
+                   for k, v in dict(drawn, z=z_noise).items()}
+            with common.sync(ddp, i == args.accumulate - 1), \
+                    torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                z = latents_of(batch, vae, own.pop('z'), args.posterior)
+                loss = ddp(z, batch['label'] if args.num_classes else None, **own)
+                (loss / args.accumulate).backward()
+        norm = common.clip(model, args.clip)
+        opt.step()
+        step += 1
+        ema.update(step)
+        guard.update(step, loss, norm)
+        bar.update()
+
+        if step % args.log_every == 0 or step == args.steps:
+            guard.check()
+            values = common.mean_over_ranks(dict(loss=loss))
+            rate = (step - since) * args.batch / (time.time() - started)
+            bar.set_postfix(loss=f'{values["loss"]:.4f}', items_per_s=f'{rate:.0f}')
+            if rank == 0:
+                log.write(step=step, **values, norm=norm, lr=common.lr_at(step - 1, args),
+                          items_per_s=rate)
+        if rank == 0 and (step % args.eval_every == 0 or step == args.steps):
+            average.load_state_dict(ema.state_dict())
+            result, pictures = evaluate(average, vae, held_out, args, device)
+            log.write(step=step, **result)
+            data.save_grid(folder / 'samples' / f'sample_{step:07d}.png', pictures, 9)
+            bar.write(f'step {step}: held-out loss {result["held_out_loss"]:.4f}')
+        if rank == 0 and (step % args.save_every == 0 or step == args.steps):
+            guard.check()
+            common.save_checkpoint(folder / 'ldm.pt', dict(
+                kind='ldm', step=step, args=vars(args), vae_args=first['args'],
+                splits=first['splits'], vae_hash=digest, vae_config=first['vae_config'],
+                vae=first['vae'], ldm_config=asdict(config), model=model.state_dict(),
+                ema=ema.state_dict(), opt=opt.state_dict()))
+    bar.close()
+
+
+if __name__ == '__main__':
+    common.run(main)
