@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import zlib
@@ -37,6 +38,17 @@ def parse_bool(text):
     raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
 
 
+def at_least(low, kind):
+    """Parser of a finite number that is not below `low`."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value < float('inf'):
+            raise argparse.ArgumentTypeError(f'{text} is out of range: at least {low}')
+        return value
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return parse
+
+
 def parse_tuple(kind):
     """Parser of comma-separated values, '1,2,4' -> (1, 2, 4)."""
     def parse(text):
@@ -58,17 +70,24 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f'{message} (flags: python {Path(sys.argv[0]).name} -h)')
 
     def add_config(self, config):
-        """One flag for each field of dataclass `config` that carries help text."""
+        """One flag for each field of dataclass `config` that carries help text.
+
+        Numbers are at least 0, integers at least 1, unless the default is less.
+        """
         group = self.add_argument_group(config.__name__)
         for field in dataclasses.fields(config):
             if 'help' not in field.metadata:
                 continue
-            kind = type(field.default)
-            if kind is tuple:
-                kind = parse_tuple(type(field.default[0]))
-            group.add_argument(f'--{field.name}', type=parse_bool if kind is bool else kind,
-                               default=field.default, help=field.metadata['help'],
-                               choices=field.metadata.get('choices'))
+            kind, default, more = type(field.default), field.default, {}
+            if kind is bool:
+                kind, more = parse_bool, dict(nargs='?', const=True)
+            elif kind is tuple:
+                kind = parse_tuple(at_least(1, type(default[0])))
+            elif kind in (int, float) and default >= 0:
+                low = field.metadata.get('low', min(int(kind is int), default))
+                kind = at_least(low, kind)
+            group.add_argument(f'--{field.name}', type=kind, default=default, **more,
+                               help=field.metadata['help'], choices=field.metadata.get('choices'))
 
     def known(self, argv=None):
         """The flags typed so far as the defaults stand, without failing on others or on -h."""
@@ -106,15 +125,16 @@ def run(main):
     """Call `main()`; what a user can mend becomes one line on stderr and exit code 2."""
     try:
         main()
+        return
     except (ValueError, OSError) as error:
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        sys.exit(2)
+        message, code = f'error: {" ".join(str(error).split())}', 2
     except KeyboardInterrupt:
-        print('stopped; the same command continues from the last checkpoint', file=sys.stderr)
-        sys.exit(130)
+        message, code = 'stopped; the same command continues from the last checkpoint', 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    print(message, file=sys.stderr)  # here, where the exception is gone and its progress bar closed
+    sys.exit(code)
 
 
 # ---- start-up --------------------------------------------------------------------------------
@@ -128,7 +148,7 @@ class RunConfig:
     lr: float = flag(1e-4, 'peak learning rate of AdamW')
     lr_min: float = flag(1e-6, 'learning rate at the end of the cosine')
     lr_schedule: str = flag('cosine', 'after the warm-up', choices=('cosine', 'constant'))
-    warmup: int = flag(500, 'steps of linear warm-up')
+    warmup: int = flag(500, 'steps of linear warm-up', low=0)
     beta2: float = flag(0.99, "AdamW's second-moment decay")
     weight_decay: float = flag(0.01, 'decoupled weight decay')
     clip: float = flag(1.0, 'largest norm of the gradient, 0 = no clipping')
@@ -148,10 +168,16 @@ def dist_init(device='auto'):
     """(rank, world, device): the same path for CPU, one GPU and torchrun."""
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device == 'cuda' and 'RANK' in os.environ:
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'--device {device}: not to be had here '
+                         f'({str(error).splitlines()[0]})') from None
     if 'RANK' not in os.environ:
         return 0, 1, torch.device(device)
-    if device == 'cuda':
-        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+    if device.startswith('cuda:'):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
@@ -165,8 +191,6 @@ def switch(choice, device):
 
 def check_run_flags(args, world):
     """Refuse flag values that no run can have."""
-    for name in ('steps', 'batch', 'accumulate', 'log_every', 'eval_every', 'save_every'):
-        require(getattr(args, name) >= 1, f'--{name} {getattr(args, name)}: must be at least 1')
     require(args.lr > 0, f'--lr {args.lr}: must be positive')
     require(args.batch % (args.accumulate * world) == 0,
             f'--batch {args.batch}: must be a multiple of --accumulate {args.accumulate} times '
@@ -237,7 +261,7 @@ def lr_at(step, args):
     if args.lr_schedule == 'constant':
         return args.lr
     progress = min((step - args.warmup) / max(args.steps - args.warmup, 1), 1)
-    return args.lr_min + (args.lr - args.lr_min) * 0.5 * (1 + np.cos(np.pi * progress))
+    return args.lr_min + (args.lr - args.lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_lr(opt, lr):
@@ -294,10 +318,19 @@ MAY_CHANGE = {'steps', 'log_every', 'eval_every', 'save_every', 'workers', 'rest
 
 
 def save_checkpoint(path, state):
-    """Write tensors and builtins to `path` so that a kill leaves the old file or the new one."""
+    """Write tensors and builtins to `path`; see `replace`."""
+    replace(path, lambda temporary: torch.save(state, temporary))
+
+
+def replace(path, write):
+    """Call write(temporary path), then move into place: a kill leaves the old file or the new."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + '.tmp')
-    torch.save(state, temporary)
+    try:
+        write(temporary)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(f'{path}: not written, {str(error).splitlines()[0]}') from None
     os.replace(temporary, path)
 
 
@@ -346,7 +379,8 @@ class Log:
         lines = path.read_text().splitlines() if path.exists() else []
         lines = [json.loads(s) for s in lines if s.endswith('}')]  # a kill may tear the last one
         kept = [v for v in lines if v['stage'] != stage or v['step'] <= step]
-        path.write_text(''.join(json.dumps(v) + '\n' for v in kept))
+        text = ''.join(json.dumps(v) + '\n' for v in kept)
+        replace(path, lambda temporary: temporary.write_text(text))
 
     def write(self, **values):
         values = {k: v.item() if hasattr(v, 'item') else v for k, v in values.items()}
@@ -361,7 +395,8 @@ def start(folder, stage, args, step, rank, world, device, amp, dataset, model, m
     (folder / 'samples').mkdir(parents=True, exist_ok=True)
     path = folder / 'args.json'  # of both stages
     stages = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**stages, stage: vars(args)}, indent=1))
+    text = json.dumps({**stages, stage: vars(args)}, indent=1)
+    replace(path, lambda temporary: temporary.write_text(text))
     where = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'
     print(f'{folder}: {args.dataset}, {len(dataset)} training items, {world} x {where}, '
           f'{"bfloat16" if amp else "float32"}, {parameters_of(model)}, {more}, '

@@ -595,30 +595,59 @@ def in_float32(weights):
     return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
 
 
+def find_checkpoint(path, *names):
+    """The checkpoint file of a run folder, the first of `names` that is there; or `path` itself."""
+    path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in names if (path / name).exists()), path / names[0])
+    return path
+
+
+def restore(module, weights, device, path):
+    """`module()` with these weights, frozen, in evaluation mode; ValueError if they do not fit."""
+    try:
+        module = module()
+        module.load_state_dict(in_float32(weights))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f'{path}: written by another version of this code '
+                         f'({str(error).splitlines()[0]}); train again') from None
+    return module.to(device).eval().requires_grad_(False)
+
+
+def first_stage(state, device, path):
+    """(vae, info) of a checkpoint of either kind."""
+    from vae import D2CVAE, VAEConfig  # here: the diffusion itself needs no VAE
+    if state['kind'] not in ('vae', 'ldm'):
+        raise ValueError(f'{path} holds a {state["kind"]} checkpoint; give a run folder or ldm.pt')
+    vae = restore(lambda: D2CVAE(VAEConfig(**state['vae_config'])), state.get('vae', {}),
+                  device, path)
+    return vae, dict(args=state.get('vae_args', state['args']), step=state['step'],
+                     splits=state['splits'])
+
+
+def load_vae(path, device='cpu'):
+    """The first stage of a run folder, vae.pt or ldm.pt: (vae, info), in evaluation mode.
+
+    info: `args`, the flags of stage 1, its `step` and the data set's `splits`. ValueError or
+    FileNotFoundError, one line, for anything else.
+    """
+    path = find_checkpoint(path, 'vae.pt', 'ldm.pt')
+    return first_stage(load_checkpoint(path), device, path)
+
+
 def load(path, device='cpu'):
     """A trained model from a run folder or its ldm.pt: (vae, ldm, info), in evaluation mode.
 
-    `ldm` has the EMA weights. info: args, step, splits and vae_args of the run. ValueError or
-    FileNotFoundError, one line, for anything that is not a finished or running second stage.
+    `ldm` has the EMA weights. info: `args`, the flags of stage 1, and `ldm_args`, those of stage
+    2, its `step`, and the data set's `splits`. ValueError or FileNotFoundError, one line, for
+    anything that is not a finished or running second stage.
     """
-    from vae import D2CVAE, VAEConfig  # here: the diffusion itself needs no VAE
-    path = Path(path)
-    if path.is_dir():
-        only_vae = (path / 'vae.pt').exists() and not (path / 'ldm.pt').exists()
-        path = path / ('vae.pt' if only_vae else 'ldm.pt')
+    path = find_checkpoint(path, 'ldm.pt', 'vae.pt')
     state = load_checkpoint(path)
     if state['kind'] == 'vae':
         raise ValueError(f'{path} holds stage 1 only; train stage 2 with: '
                          f'python train_ldm.py --vae {path.parent}')
-    if state['kind'] != 'ldm':
-        raise ValueError(f'{path} holds a {state["kind"]} checkpoint; give a run folder or ldm.pt')
-    try:
-        vae, ldm = D2CVAE(VAEConfig(**state['vae_config'])), LDM(LDMConfig(**state['ldm_config']))
-        vae.load_state_dict(in_float32(state['vae']))
-        ldm.load_state_dict(in_float32(state['ema']))
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f'{path}: written by another version of this code '
-                         f'({str(error).splitlines()[0]}); train again') from None
-    for module in (vae, ldm):
-        module.to(device).eval().requires_grad_(False)
-    return vae, ldm, {k: state.get(k) for k in ('args', 'step', 'splits', 'vae_args')}
+    vae, info = first_stage(state, device, path)
+    ldm = restore(lambda: LDM(LDMConfig(**state['ldm_config'])), state.get('ema', {}), device,
+                  path)
+    return vae, ldm, dict(info, step=state['step'], ldm_args=state['args'])

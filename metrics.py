@@ -737,12 +737,17 @@ def is_run(path):
     return path.suffix == '.pt' or any((path / f).is_file() for f in ('ldm.pt', 'vae.pt'))
 
 
-def open_run(path, args):
-    """The run at `path`: path, vae, ldm, info, r (its own resolution), R (that of --res)."""
+def open_run(path, args, stage=2):
+    """The run at `path`: path, vae, ldm, info, r (its own resolution), R (that of --res).
+
+    `stage` 1 reads the VAE alone, finished second stage or not; ldm is then None.
+    """
     import ldm  # here, so that folders can be measured without the model
-    vae, diffusion, info = ldm.load(path, args.device)
+    require(is_run(path), f'{path}: not a run; give a folder with vae.pt or ldm.pt')
+    vae, *diffusion, info = (ldm.load if stage == 2 else ldm.load_vae)(path, args.device)
     r = vae.config.resolution
-    return SimpleNamespace(path=str(path), vae=vae, ldm=diffusion, info=info, r=r, R=args.res or r)
+    return SimpleNamespace(path=str(path), vae=vae, ldm=diffusion[0] if diffusion else None,
+                           info=info, r=r, R=args.res or r)
 
 
 def open_data(opened, split):
@@ -782,16 +787,16 @@ def sampled_latents(opened, args, size):
     import ldm
     for part in chunks(args.num, size):
         seeds = [args.seed + k for k in part]
-        z, nfe = ldm.generate(opened.vae, opened.ldm, seeds, sampler=args.sampler, steps=args.steps,
-                              rtol=args.rtol, atol=args.atol, batch=size, return_nfe=True)
+        z, nfe = ldm.generate(opened.vae, opened.ldm, seeds, sampler=args.sampler, batch=size,
+                              return_nfe=True, **solver_settings(args))
         yield z, float(np.mean(nfe))
 
 
-def sampler_of(args):
-    """The sampler's part of a manifest; RK45 shares its step sizes in a batch."""
+def solver_settings(args):
+    """What --sampler reads: tolerances or a number of steps."""
     if args.sampler == 'rk45':
-        return dict(sampler='rk45', rtol=args.rtol, atol=args.atol, shared_steps=args.batch)
-    return dict(sampler=args.sampler, steps=args.steps)
+        return dict(rtol=args.rtol, atol=args.atol)
+    return dict(steps=args.steps)
 
 
 @torch.no_grad()
@@ -808,7 +813,9 @@ def sampled_batches(opened, args, about, size):
 def run_samples(opened, args):
     """--num pictures sampled from the run, as Pictures."""
     about = dict(source=opened.path, step=opened.info['step'], seed=args.seed, resolution=opened.R,
-                 quantised=not args.float, **sampler_of(args))
+                 quantised=not args.float, sampler=args.sampler, **solver_settings(args))
+    if args.sampler == 'rk45':
+        about['shared_steps'] = args.batch  # its step sizes are those of a whole batch
     return Pictures(args.num, partial(sampled_batches, opened, args, about), about)
 
 
@@ -831,8 +838,9 @@ def run_reconstructions(opened, args, n):
     def batches(size):
         return (quantise(reconstruct(opened, dataset, part, args), args.float)
                 for part in chunks(n, size))
-    return Pictures(n, batches, dict(source=opened.path, posterior=args.posterior, seed=args.seed,
-                                     resolution=opened.R, quantised=not args.float))
+    return Pictures(n, batches, dict(
+        source=opened.path, step=opened.info['step'], posterior=args.posterior, seed=args.seed,
+        r=opened.r, resolution=opened.R, quantised=not args.float))
 
 
 # ---- statistics kept on disk -------------------------------------------------------------------
@@ -925,7 +933,7 @@ def fid_command(args):
 
 def rfid_command(args):
     """FID of a run's reconstructions to the pictures they are of."""
-    net, opened = open_network('inception', args), open_run(args.a, args)
+    net, opened = open_network('inception', args), open_run(args.a, args, stage=1)
     real = run_reals(opened, args, args.num)
     fake = run_reconstructions(opened, args, real.size)
     _, manifest = fid_between(net, real, fake, args)
@@ -948,7 +956,7 @@ def pr_command(args):
 
 def run_psnr(args):
     """PSNR of each picture of a run's split against its reconstruction, and the protocol."""
-    opened = open_run(args.a, args)
+    opened = open_run(args.a, args, stage=1)
     dataset = open_data(opened, args.split)
     n, values = min(len(dataset), args.num), []
     for part in tqdm(list(chunks(n, args.batch)), desc='reconstructing', unit='batch'):
@@ -1004,7 +1012,7 @@ def nfe_command(args):
     net = open_network('inception', args) if args.fid else None
     real = run_reals(opened, args, args.num_real) if args.fid else None
     for name, settings in parse_samplers(args.samplers):
-        vars(args).update(dict(steps=0, rtol=0, atol=0, sampler=name), **settings)
+        vars(args).update(sampler=name, **settings)
         fake = run_samples(opened, args)
         if args.fid:
             _, manifest = fid_between(net, real, fake, args)
@@ -1038,12 +1046,12 @@ FLAGS = dict(
     float=dict(action='store_true', help='leave fakes of a run unrounded'),
     fid=dict(action='store_true', help='the FID of each sampler as well'),
     no_cache=dict(action='store_true', help='neither read nor write statistics in cache/'),
-    batch=dict(default=32, type=int, help='pictures at a time; the result does not depend on it'),
+    batch=dict(default=32, type=int, help='pictures at a time; no result but rk45 depends on it'),
     device=dict(default='auto', help='cpu, cuda, cuda:1, ...; auto = CUDA if there is one'),
     out=dict(default='', help='file to append the JSON line to'))
 
-SETS = 'weights', 'resize', 'res', 'num', 'num_real', 'split', 'sampler', 'steps', 'rtol', 'atol', \
-    'seed', 'float'
+SETS = ('weights', 'resize', 'res', 'num', 'num_real', 'split', 'sampler', 'steps', 'rtol', 'atol',
+        'seed', 'float')
 COMMANDS = dict(  # name: (function, flags, positional arguments, defaults of its own)
     fid=(fid_command, (*SETS, 'ddof', 'no_cache'), 'A [B]', {}),
     pr=(pr_command, (*SETS, 'features', 'k'), 'A [B]', {}),

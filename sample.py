@@ -105,7 +105,9 @@ def draw(args, vae, ldm):
         z_T = torch.stack([stage2.slerp(a, b, w) for a, b in zip(noise, noise[1:]) for w in steps])
         names = [f'{a:06d}_{k:03d}' for a in seeds[:-1] for k in range(args.interpolate)]
         seeds = seeds[:1] * len(z_T)  # no noise is drawn from them
-    steps = args.steps or (1000 if args.sampler == 'ddpm' else 20)
+    steps = args.steps
+    if steps is None:
+        steps = 1000 if args.sampler == 'ddpm' else 20
     z, nfe = stage2.generate(vae, ldm, seeds, condition(args, ldm, len(seeds)), args.guidance,
                              args.sampler, steps, args.tol, args.tol, args.batch, z_T,
                              return_nfe=True, progress=True)
@@ -118,11 +120,13 @@ def encode_pictures(path, vae, device):
     """Names and posterior means of a picture, or of all pictures of a folder or zip."""
     r = vae.config.resolution
     pictures = data.make_dataset('image', path, 'all', resolution=r, tolerant=True)
+    pictures.verify()
+    good = [i for i in range(len(pictures)) if i not in pictures.broken]
     for file, why in pictures.bad:
         print(f'skipped: {file}: {why}')
     z = torch.cat([vae.encode(pictures.picture(i, r)[None].to(device)).mean
-                   for i in range(len(pictures))])
-    return [re.sub(r'[^\w.-]', '_', name) for name in pictures.names], z
+                   for i in good])
+    return [re.sub(r'[^\w.-]', '_', pictures.names[i]) for i in good], z
 
 
 @torch.no_grad()
@@ -145,6 +149,10 @@ def write_pictures(vae, z, names, sizes, box, antialias, out):
 def main():
     args = build_parser().parse_args()
     common.require(args.num >= 1 and args.batch >= 1, '--num and --batch: must be at least 1')
+    common.require(args.seed >= 0, f'--seed {args.seed}: must be at least 0')
+    common.require(args.guidance == 1 or args.label is not None, f'--guidance {args.guidance}: has '
+                   'no effect without --label')
+    common.require(not (args.res and args.sweep), '--res and --sweep: give one of them')
     box, path = parse_box(args.box), find_run(args.run)
     wanted = args.sweep or args.res
     sizes = parse_sizes(wanted) if wanted else None

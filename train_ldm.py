@@ -219,11 +219,15 @@ def evaluate(ema_model, vae, held_out, args, device, count=128):
 def parse(argv=None):
     """Arguments and the stage-1 checkpoint they are for: (args, path, state)."""
     parser = build_parser()
-    path = find_vae(parser.known(argv).vae)
-    state = common.load_checkpoint(path, 'vae')
+    try:
+        path = find_vae(parser.known(argv).vae)
+        state = common.load_checkpoint(path, 'vae')
+    except (ValueError, OSError):
+        parser.parse_known_args(argv)  # -h works without a stage 1
+        raise
     theirs = state['args']['preset']
     args = parser.parse_preset(PRESETS, theirs if theirs in PRESETS else 'image_64', argv)
-    args.vae, args.name = str(path), args.name or path.parent.name
+    args.vae, args.name = str(path), args.name or path.resolve().parent.name
     args.dataset = state['args']['dataset']
     return args, path, state
 
@@ -235,6 +239,8 @@ def main():
         return write_slim(folder / 'ldm.pt', args.slim)
     rank, world, device = common.dist_init(args.device)
     common.check_run_flags(args, world)
+    common.require(args.ch_mult, '--ch_mult: name the width of at least one level')
+    common.require(args.ema < 1, f'--ema {args.ema}: must be below 1')
 
     # 1. the frozen first stage, its data, the model
     vae = D2CVAE(VAEConfig(**first['vae_config'])).to(device).eval().requires_grad_(False)
@@ -250,11 +256,13 @@ def main():
     model = LDM(config).to(device)
     average = LDM(config).to(device).requires_grad_(False)
     opt = torch.optim.AdamW(model.param_groups(args.lr, args.weight_decay, args.mixing_lr_mult),
-                            lr=args.lr, betas=(0.9, args.beta2))
+                            lr=args.lr, betas=(0.9, args.beta2), fused=True)
 
     # 2. continue if there is something to continue
     step, digest = 0, file_hash(vae_path)
     state = common.resume(folder / 'ldm.pt', args, 'ldm')
+    common.require(not state or 'opt' in state, f'{folder}/ldm.pt is slim, without what '
+                   'training needs; start from it with --init and another --name')
     common.require(not state or state['vae_hash'] == digest, f'{vae_path} has changed since stage 2 '
                    'began on it; start over with --restart')
     folder.mkdir(parents=True, exist_ok=True)

@@ -60,9 +60,10 @@ def build_parser():
                         help='target resolutions over r, for multi-scale training')
     parser.add_argument('--scale_probs', type=common.parse_tuple(float), default=(),
                         help='probability of each scale; empty = equal')
-    parser.add_argument('--continuous', type=common.parse_bool, default=False,
+    parser.add_argument('--continuous', type=common.parse_bool, nargs='?', const=True,
+                        default=False,
                         help='draw the target resolution uniformly between the extremes of --scales')
-    parser.add_argument('--flip', type=common.parse_bool, default=False,
+    parser.add_argument('--flip', type=common.parse_bool, default=False, nargs='?', const=True,
                         help='mirror half of the training pictures')
     parser.add_config(VAEConfig)
     parser.add_config(common.RunConfig)
@@ -115,6 +116,11 @@ def main():
     args.name = args.name or args.preset
     rank, world, device = common.dist_init(args.device)
     common.check_run_flags(args, world)
+    common.require(args.ch_mult, '--ch_mult: name the width of at least one level')
+    common.require(args.anneal > 0 and (args.sn_end > 0 or not args.sn_start),
+                   '--anneal and --sn_end: must be positive')
+    common.require(not args.data or not args.dataset.startswith('toy_'), f'--data {args.data}: '
+                   f'{args.dataset} is computed; say what the data are, as in --dataset image')
 
     # 1. data and model
     train, held_out = open_data(args, 'train'), open_data(args, 'test')
@@ -122,7 +128,7 @@ def main():
     torch.manual_seed(args.seed)
     model = D2CVAE(config).to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
-                            weight_decay=args.weight_decay)
+                            weight_decay=args.weight_decay, fused=True)
 
     # 2. continue if there is something to continue
     folder, step = common.RUNS / args.name, 0

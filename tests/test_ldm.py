@@ -528,8 +528,8 @@ def checkpoint(tmp_path):
                                decoder_ch=8, field_channels=4, mlp_width=8, mlp_blocks=4)
     first, model = vae.D2CVAE(vae_config), tiny(context_channels=6)
     model.set_null_context(torch.randn(7, 6))
-    state = dict(kind='ldm', vae_config=dataclasses.asdict(vae_config), step=3, args=dict(seed=1),
-                 ldm_config=dataclasses.asdict(model.config), splits=None, vae_args=None,
+    state = dict(kind='ldm', vae_config=dataclasses.asdict(vae_config), step=3, args=dict(seed=2),
+                 ldm_config=dataclasses.asdict(model.config), splits=None, vae_args=dict(seed=1),
                  **{k: {n: v.half() if v.is_floating_point() else v
                         for n, v in m.state_dict().items()}
                     for k, m in (('vae', first), ('ema', model))})
@@ -537,7 +537,8 @@ def checkpoint(tmp_path):
     return tmp_path, state, model
 
 
-@pytest.mark.mutation('ldm.py', "ldm.load_state_dict(in_float32(state['ema']))", 'pass')
+@pytest.mark.mutation('ldm.py', 'module.load_state_dict(in_float32(weights))', 'pass')
+@pytest.mark.mutation('ldm.py', "state.get('vae_args', state['args'])", "state['args']")
 @pytest.mark.mutation('ldm.py', '.eval().requires_grad_(False)', '.train()')
 def test_load_gives_back_what_was_saved(checkpoint):
     folder, state, model = checkpoint
@@ -545,14 +546,15 @@ def test_load_gives_back_what_was_saved(checkpoint):
         vae, loaded, info = ldm.load(path)
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
         assert info['step'] == 3 and info['args'] == dict(seed=1)
+        assert info['ldm_args'] == dict(seed=2)
         weights = loaded.state_dict()
         assert all(torch.equal(weights[k], v.float()) for k, v in state['ema'].items())
         assert loaded.config == model.config and loaded.null_context.shape == (7, 6)
 
 
 @pytest.mark.mutation('ldm.py', "if state['kind'] == 'vae':", 'if False:')
-@pytest.mark.mutation('ldm.py', "if state['kind'] != 'ldm':", 'if False:')
-@pytest.mark.mutation('ldm.py', "'vae.pt' if only_vae else", "'ldm.pt' if only_vae else")
+@pytest.mark.mutation('ldm.py', "if state['kind'] not in ('vae', 'ldm'):", 'if False:')
+@pytest.mark.mutation('ldm.py', "find_checkpoint(path, 'ldm.pt', 'vae.pt')", "find_checkpoint(path, 'ldm.pt')")
 def test_load_refuses_other_files(checkpoint, tmp_path):
     folder, state, _ = checkpoint
 

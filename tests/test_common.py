@@ -1,0 +1,439 @@
+"""What the scripts share: keyed randomness, positions, schedules, EMA, checkpoints, log, flags."""
+import json
+import math
+import os
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import common
+import data
+import sample
+import train_ldm
+import train_vae
+
+
+def arguments(**changes):
+    return SimpleNamespace(**{**dict(steps=100, batch=12, accumulate=1, lr=2.0, lr_min=0.5, seed=0,
+                                     warmup=10, lr_schedule='cosine', workers=0), **changes})
+
+
+class Numbers:
+    """A data set of `n` numbers whose augmentation is a uniform draw."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def item(self, i, rng):
+        return dict(i=i, u=rng.random())
+
+
+# ---- randomness by position --------------------------------------------------------------------
+
+@pytest.mark.mutation('common.py', 'isinstance(k, str) else int(k)', 'isinstance(k, str) else 0')
+@pytest.mark.mutation('common.py', 'zlib.crc32(k.encode()) if', '0 if')
+def test_seeded_depends_on_its_key_alone():
+    keys = [(name, i, j) for name in ('order', 'item') for i in (0, 1, 2 ** 31) for j in (0, 1)]
+    draws = [common.seeded(*k).random() for k in keys]
+    np.random.default_rng(1).random(5)
+    assert draws == [common.seeded(*k).random() for k in keys] and len(set(draws)) == len(keys)
+    assert common.seeded('a', 3).random() == common.seeded('a', np.int64(3)).random()
+    # golden: a change here would change every run and every sample
+    assert common.seeded('item', 0, 7).random() == pytest.approx(0.20222961908381876, abs=1e-15)
+
+
+@pytest.mark.mutation('common.py', 'int(seeded(*key).integers(2 ** 63))', '0')
+def test_torch_seeded_depends_on_its_key_alone():
+    def draw(*key):
+        return torch.randn(4, generator=common.torch_seeded(*key))
+    first = draw('noise', 0, 5)
+    torch.manual_seed(3)
+    assert torch.equal(first, draw('noise', 0, 5))
+    others = [draw('noise', 0, 6), draw('noise', 1, 5), draw('z_T', 0, 5)]
+    assert not any(torch.equal(first, x) for x in others)
+
+
+@pytest.mark.mutation('common.py', "seeded('item', self.seed, k)", "seeded('item', self.seed)")
+@pytest.mark.mutation('common.py', "seeded('order', self.seed, epoch)", "seeded('order', self.seed)")
+@pytest.mark.mutation('common.py', 'if self.order[0] != epoch:', 'if self.order[0] is None:')
+@pytest.mark.mutation('common.py', 'int(self.order[1][i])', 'i')
+def test_stream_is_a_new_permutation_each_epoch_keyed_by_position():
+    n = 50
+    stream = common.Stream(Numbers(n), seed=3)
+    items = [stream[k] for k in range(3 * n)]
+    epochs = [[x['i'] for x in items[n * e:n * (e + 1)]] for e in range(3)]
+    assert all(sorted(e) == list(range(n)) for e in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0] and epochs[0] != list(range(n))
+    assert len({x['u'] for x in items}) == 3 * n
+    again = common.Stream(Numbers(n), seed=3)
+    for k in (149, 0, 50, 99, 7):  # in any order, from any process
+        assert again[k] == items[k]
+    assert [common.Stream(Numbers(n), seed=4)[k]['i'] for k in range(n)] != epochs[0]
+
+
+@pytest.mark.mutation('common.py', 'self.first + self.rank * self.local', 'self.first')
+@pytest.mark.mutation('common.py', 'self.first, self.rank = step * batch, rank',
+                      'self.first, self.rank = step, rank')
+@pytest.mark.mutation('common.py', '            start += self.round', '            start += self.local')
+@pytest.mark.mutation('common.py', '(round * world + rank) * local', '(round + rank) * local')
+@pytest.mark.mutation('common.py', '(round * world + rank) * local', 'round * world * local')
+def test_ranks_and_rounds_divide_the_batch_in_order():
+    """At every step, rank by rank and round by round, positions and rows make up one batch."""
+    batch = 24
+    for world in (1, 2, 3):
+        for accumulate in (1, 2, 4):
+            args = arguments(batch=batch, accumulate=accumulate)
+            for first in (0, 5):
+                ranks = [iter(common.Positions(first, batch, accumulate, r, world))
+                         for r in range(world)]
+                for step in (first, first + 1):
+                    whole = torch.arange(step * batch, (step + 1) * batch)
+                    seen = []
+                    for i in range(accumulate):
+                        for rank in range(world):
+                            positions = next(ranks[rank])
+                            own = common.rows(whole, args, i, rank, world)
+                            assert positions == own.tolist()  # each item meets its own noise
+                            seen += positions
+                    assert seen == whole.tolist()
+
+
+@pytest.mark.mutation('common.py', 'Stream(dataset, args.seed), batch', 'Stream(dataset, 0), batch')
+@pytest.mark.mutation('common.py', 'positions = Positions(step,', 'positions = Positions(0,')
+def test_stream_resumes_at_a_step_with_any_workers():
+    args = arguments(batch=6, accumulate=2, seed=9)
+    straight = common.stream(Numbers(20), args, 0, 0, 1)
+    batches = [next(straight) for _ in range(12)]  # six steps
+    resumed = common.stream(Numbers(20), arguments(**{**vars(args), 'workers': 2}), 4, 0, 1)
+    for batch in batches[8:]:
+        other = next(resumed)
+        assert torch.equal(batch['i'], other['i']) and torch.equal(batch['u'], other['u'])
+    assert batches[0]['u'][0] == common.Stream(Numbers(20), 9)[0]['u']
+
+
+# ---- optimisation ------------------------------------------------------------------------------
+
+@pytest.mark.mutation('common.py', '(step + 1) / args.warmup', 'step / args.warmup')
+@pytest.mark.mutation('common.py', '(step - args.warmup) / max', 'step / max')
+@pytest.mark.mutation('common.py', '0.5 * (1 + math.cos', '0.5 * (1 - math.cos')
+def test_learning_rate_closed_form():
+    args = arguments()
+    rates = [common.lr_at(n, args) for n in range(101)]
+    np.testing.assert_allclose(rates[:10], 2.0 * np.arange(1, 11) / 10)
+    assert rates[10] == pytest.approx(2.0) and rates[100] == pytest.approx(0.5)
+    assert rates[55] == pytest.approx((2.0 + 0.5) / 2)  # half-way down the cosine
+    expected = 0.5 + 1.5 * np.cos(np.pi / 2 * np.arange(91) / 90) ** 2
+    np.testing.assert_allclose(rates[10:], expected)
+    assert common.lr_at(10 ** 6, args) == pytest.approx(0.5)
+    constant = arguments(lr_schedule='constant', warmup=0)
+    assert {common.lr_at(n, constant) for n in (0, 1, 99, 500)} == {2.0}
+
+
+@pytest.mark.mutation('common.py', '(1 + math.cos(math.pi * progress))',
+                      '(1 + np.cos(np.pi * progress))')
+def test_learning_rate_is_a_plain_float():
+    """The optimiser's state holds it, and numpy scalars cannot be loaded with weights_only."""
+    assert {type(common.lr_at(n, arguments())) for n in (0, 9, 10, 50, 100)} == {float}
+
+
+@pytest.mark.mutation('common.py', "lr * group.get('lr_mult', 1.0)", 'lr')
+def test_set_lr_respects_each_groups_factor():
+    opt = SimpleNamespace(param_groups=[dict(lr=1.0), dict(lr=1.0, lr_mult=10.0)])
+    common.set_lr(opt, 0.25)
+    assert [g['lr'] for g in opt.param_groups] == [0.25, 2.5]
+
+
+@pytest.mark.mutation('common.py', 'min(self.decay, (1 + n) / (10 + n))', 'self.decay')
+@pytest.mark.mutation('common.py', 'min(self.decay, (1 + n) / (10 + n))', '(1 + n) / (10 + n)')
+@pytest.mark.mutation('common.py', 'self.module.parameters()), 1 - decay', 'self.module.parameters()), decay')
+def test_ema_against_a_slow_loop():
+    module = nn.BatchNorm1d(3)
+    ema, weights, expected = common.EMA(module, 0.9), [], 1.0
+    for n in range(1, 200):
+        weights.append(math.sin(n))
+        with torch.no_grad():
+            module.weight.fill_(weights[-1])
+        ema.update(n)
+        d = min(0.9, (1 + n) / (10 + n))
+        expected = d * expected + (1 - d) * weights[-1]
+        assert ema.state_dict()['weight'][0].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.mutation('common.py', '            s.copy_(state[name])', '            pass')
+@pytest.mark.mutation('common.py', 'p.detach().clone() for p', 'p.detach() for p')
+def test_ema_state_loads_into_the_module_and_back():
+    module = nn.BatchNorm1d(3)
+    ema = common.EMA(module)
+    with torch.no_grad():
+        module.weight.fill_(5.0)
+        module.running_mean.fill_(2.0)
+    ema.update(1)
+    state = {k: v.clone() for k, v in ema.state_dict().items()}
+    assert state['weight'][0] == pytest.approx(1 + 4 * 9 / 11)  # decay 2/11
+    assert state['running_mean'][0] == 2.0  # buffers are the current ones
+    other = nn.BatchNorm1d(3)
+    other.load_state_dict(state)
+    resumed = common.EMA(nn.BatchNorm1d(3))
+    resumed.load_state_dict(state)
+    assert torch.equal(resumed.state_dict()['weight'], state['weight'])
+
+
+@pytest.mark.mutation('common.py', 'bad & (self.first_bad < 0)', 'bad')
+@pytest.mark.mutation('common.py', 'bad = ~torch.isfinite(', 'bad = torch.isnan(')
+def test_guard_names_the_first_bad_step():
+    guard = common.FiniteGuard('cpu')
+    one, inf, nan = torch.tensor(1.0), torch.tensor(math.inf), torch.tensor(math.nan)
+    for step, values in ((1, (one, one)), (2, (one, one.bfloat16()))):
+        guard.update(step, *values)
+        guard.check()
+    for step, values in ((3, (one, inf)), (4, (one, one)), (5, (nan, one))):
+        guard.update(step, *values)
+    with pytest.raises(ValueError) as caught:
+        guard.check()
+    assert 'at step 3;' in str(caught.value) and '--lr' in str(caught.value)
+
+
+@pytest.mark.mutation('common.py', "limit or float('inf')", 'limit or 1.0')
+def test_clip():
+    for limit, after in ((0.5, 0.5), (0.0, 10.0), (20.0, 10.0)):
+        p = nn.Parameter(torch.zeros(2))
+        p.grad = torch.tensor([6.0, 8.0])
+        assert common.clip(nn.ParameterList([p]), limit).item() == pytest.approx(10)
+        assert p.grad.norm().item() == pytest.approx(after, rel=1e-4)
+
+
+# ---- checkpoints and log -----------------------------------------------------------------------
+
+@pytest.mark.mutation('common.py', "path.with_name(path.name + '.tmp')", 'path')
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / 'a' / 'vae.pt'
+    common.save_checkpoint(path, dict(kind='vae', step=1, x=torch.ones(3)))  # makes the folder
+
+    def torn(state, target):
+        with open(target, 'wb') as file:
+            file.write(b'PK')
+        raise RuntimeError('[enforce fail at inline_container.cc] . PytorchStreamWriter failed\n!')
+    monkeypatch.setattr(torch, 'save', torn)
+    with pytest.raises(OSError, match='not written') as caught:
+        common.save_checkpoint(path, dict(kind='vae', step=2))
+    assert '\n' not in str(caught.value)
+    state = load_or_none(path)
+    assert state is not None and state['step'] == 1 and torch.equal(state['x'], torch.ones(3))
+
+
+def load_or_none(path):
+    try:
+        return common.load_checkpoint(path)
+    except ValueError:
+        return None
+
+
+@pytest.mark.mutation('common.py', "if kind and state['kind'] != kind", 'if False')
+@pytest.mark.mutation('common.py', "or 'kind' not in state", 'or False')
+def test_checkpoints_that_cannot_be_used(tmp_path):
+    good, cut, empty = (tmp_path / f'{n}.pt' for n in ('good', 'cut', 'empty'))
+    common.save_checkpoint(good, dict(kind='vae', step=1, x=torch.zeros(1000)))
+    cut.write_bytes(good.read_bytes()[:2000])
+    empty.write_bytes(b'')
+    torch.save(dict(weights=torch.zeros(2)), tmp_path / 'foreign.pt')
+    torch.save(nn.Linear(2, 2), tmp_path / 'pickled.pt')
+    (tmp_path / 'text.pt').write_text('hello')
+    cases = [('nothing.pt', None, 'no such'), ('cut.pt', None, 'truncated'),
+             ('empty.pt', None, 'truncated'), ('text.pt', None, 'truncated'),
+             ('pickled.pt', None, 'not a checkpoint'), ('foreign.pt', None, 'some other program'),
+             ('good.pt', 'ldm', 'holds a vae checkpoint where ldm is needed')]
+    for name, kind, message in cases:
+        try:
+            common.load_checkpoint(tmp_path / name, kind)
+            pytest.fail(f'{name}: DID NOT RAISE')
+        except (ValueError, FileNotFoundError) as error:
+            assert message in str(error) and name in str(error) and '\n' not in str(error)
+        except KeyError:
+            pytest.fail(f'{name}: a KeyError')
+    assert common.load_checkpoint(good, 'vae')['step'] == 1
+
+
+@pytest.mark.mutation('common.py', 'k not in MAY_CHANGE and saved[k] != v', 'False')
+@pytest.mark.mutation('common.py', "MAY_CHANGE = {'steps', ", "MAY_CHANGE = {")
+@pytest.mark.mutation('common.py', 'if args.restart or not path.exists():', 'if not path.exists():')
+def test_resume_names_what_differs(tmp_path):
+    path, args = tmp_path / 'vae.pt', arguments(restart=False, log_every=1, ch_mult=(1, 2))
+    assert common.resume(path, args, 'vae') is None
+    common.save_checkpoint(path, dict(kind='vae', step=7, args=vars(args)))
+    allowed = arguments(restart=False, log_every=9, steps=999, workers=4, ch_mult=(1, 2))
+    try:
+        assert common.resume(path, allowed, 'vae')['step'] == 7
+    except ValueError as error:
+        pytest.fail(str(error))
+    changed = arguments(restart=False, log_every=1, ch_mult=(1, 4), lr=3.0)
+    with pytest.raises(ValueError) as caught:
+        common.resume(path, changed, 'vae')
+    assert '--lr 2.0 (now 3.0), --ch_mult (1, 2) (now (1, 4))' in str(caught.value)
+    assert '--batch' not in str(caught.value) and '\n' not in str(caught.value)
+    allowed.restart = True
+    assert common.resume(path, allowed, 'vae') is None
+    new_flag = arguments(restart=False, log_every=1, ch_mult=(1, 2), added_later=3)
+    assert common.resume(path, new_flag, 'vae')['step'] == 7
+
+
+@pytest.mark.mutation('common.py', "v['stage'] != stage or v['step'] <= step", "v['step'] <= step")
+@pytest.mark.mutation('common.py', "v['stage'] != stage or v['step'] <= step", 'True')
+@pytest.mark.mutation('common.py', "for s in lines if s.endswith('}')]", 'for s in lines[:-1]]')
+def test_log_drops_its_own_stages_later_lines(tmp_path):
+    path = tmp_path / 'log.jsonl'
+    first, second = common.Log(path, 'vae', 0), common.Log(path, 'ldm', 0)
+    for step in range(1, 7):
+        first.write(step=step, loss=torch.tensor(0.5), psnr=np.float32(2))
+        second.write(step=step, loss=1.0)
+    common.Log(path, 'vae', 4).write(step=5, loss=0.25)
+    lines = [json.loads(s) for s in path.read_text().splitlines()]
+    assert [v['step'] for v in lines if v['stage'] == 'ldm'] == [1, 2, 3, 4, 5, 6]
+    assert [v['step'] for v in lines if v['stage'] == 'vae'] == [1, 2, 3, 4, 5]
+    assert lines[0] == dict(stage='vae', step=1, loss=0.5, psnr=2.0) and lines[-1]['loss'] == 0.25
+
+
+@pytest.mark.mutation('common.py', "for s in lines if s.endswith('}')]", 'for s in lines[:-1]]')
+def test_log_survives_a_torn_last_line(tmp_path):
+    path = tmp_path / 'log.jsonl'
+    whole = '{"stage": "vae", "step": 1, "loss": 1.0}\n'
+    for torn in ('{"stage": "va', '{"stage": "vae", "step": 2', '', whole.strip()):
+        path.write_text(whole + torn)
+        common.Log(path, 'vae', 5).write(step=6)
+        lines = [json.loads(s) for s in path.read_text().splitlines()]
+        assert [v['step'] for v in lines] == ([1, 1, 6] if torn == whole.strip() else [1, 6])
+
+
+def test_newest_run(tmp_path):
+    assert common.newest_run('vae.pt', tmp_path / 'none') is None
+    for k, name in enumerate(('b', 'a')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'vae.pt').touch()
+        os.utime(tmp_path / name / 'vae.pt', (1000 * k, 1000 * k))
+    assert common.newest_run('vae.pt', tmp_path) == tmp_path / 'a'
+    assert common.newest_run('ldm.pt', tmp_path) is None
+
+
+# ---- flags -------------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    width: int = common.flag(8, 'at least 1')
+    classes: int = common.flag(0, 'at least 0')
+    warmup: int = common.flag(5, 'at least 0', low=0)
+    rate: float = common.flag(0.5, 'at least 0')
+    logit: float = common.flag(-1.0, 'any')
+    sizes: tuple = common.flag((1, 2), 'each at least 1')
+    fast: bool = common.flag(False, 'with or without a value')
+    mode: str = common.flag('a', 'one of two', choices=('a', 'b'))
+    inner: str = 'no help, no flag'
+
+
+def tiny_parser():
+    parser = common.Parser('for a test')
+    parser.add_argument('--preset', default='', help='.')
+    parser.add_config(Config)
+    return parser
+
+
+def refused(parser, *argv):
+    """The message with which a parser refuses its arguments, or '' if it takes them."""
+    try:
+        parser.parse_args(argv)
+        return ''
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.mutation('common.py', 'self.set_defaults(**presets[name])', 'pass')
+@pytest.mark.mutation('common.py', 'set(presets[name]) - actions', 'set() - actions')
+@pytest.mark.mutation('common.py', 'self.known(argv).preset or default', 'default')
+def test_typed_over_preset_over_default():
+    presets = dict(one=dict(width=16, rate=0.25), two=dict(width=32), bad=dict(widht=3))
+
+    def parse(*argv):
+        return tiny_parser().parse_preset(presets, 'one', argv)
+    args = parse('--width=64')
+    assert (args.width, args.rate, args.classes, args.preset) == (64, 0.25, 0, 'one')
+    assert parse('--preset', 'two').width == 32 and parse().width == 16
+    assert parse('--preset=two', '--width', '8').width == 8  # typing the default counts too
+    for name, message in (('bad', 'widht'), ('three', 'one, two, bad')):
+        with pytest.raises(ValueError, match=message):
+            parse('--preset', name)
+
+
+@pytest.mark.mutation('common.py', 'if not low <= value < float', 'if value < low and value < float')
+@pytest.mark.mutation('common.py', 'min(int(kind is int), default)', '0')
+@pytest.mark.mutation('common.py', 'parse_tuple(at_least(1, type(default[0])))', 'parse_tuple(float)')
+@pytest.mark.mutation('common.py', "nargs='?', const=True", "nargs='?', const=False")
+@pytest.mark.mutation('common.py', 'allow_abbrev=False', 'allow_abbrev=True')
+def test_flags_of_a_dataclass():
+    args = tiny_parser().parse_args(['--sizes=4,2', '--fast', '--logit=-3', '--warmup=0', '--mode=b'])
+    expected = dict(sizes=(4, 2), fast=True, logit=-3.0, warmup=0, mode='b', width=8)
+    assert {k: getattr(args, k) for k in expected} == expected and type(args.sizes[0]) is int
+    assert tiny_parser().parse_args(['--fast', 'no']).fast is False
+    for text in ('--width=0', '--width=1.5', '--classes=-1', '--warmup=-1', '--rate=-1',
+                 '--rate=nan', '--rate=inf', '--sizes=0', '--sizes=a', '--fast=maybe', '--mode=c',
+                 '--unknown=1', '--widt=3', '--inner=x'):
+        message = refused(tiny_parser(), text)
+        assert text.split('=')[0] in message and '\n' not in message and ' -h)' in message, text
+    config = common.pick(args, Config, inner='set')
+    assert (config.sizes, config.fast, config.inner) == ((4, 2), True, 'set')
+
+
+@pytest.mark.mutation('common.py', "flag(0, 'of everything random')", "flag(0, '')")
+def test_every_flag_has_help_and_help_exits_0(capsys):
+    for module in (train_vae, train_ldm, sample):
+        parser = module.build_parser()
+        assert [a.dest for a in parser._actions if not a.help] == []
+        with pytest.raises(SystemExit) as caught:
+            parser.parse_args(['-h'])
+        shown = capsys.readouterr().out
+        assert caught.value.code == 0 and all(f'--{a.dest}' in shown for a in parser._actions)
+
+
+def test_presets_fit_both_scripts():
+    for presets, module in ((train_vae.PRESETS, train_vae), (train_ldm.PRESETS, train_ldm)):
+        for name in presets:
+            args = module.build_parser().parse_preset(presets, 'image', ['--preset', name])
+            assert all(getattr(args, k) == v for k, v in presets[name].items())
+            common.check_run_flags(args, 8)
+    assert set(data.NAMES) <= set(train_vae.PRESETS) == set(train_ldm.PRESETS)
+    assert all(train_vae.PRESETS[n]['dataset'] == n for n in data.NAMES)
+
+
+@pytest.mark.mutation('common.py', 'args.accumulate * world) == 0', 'args.accumulate) == 0')
+@pytest.mark.mutation('common.py', 'require(args.lr > 0,', 'require(args.lr >= 0,')
+def test_run_flags_no_run_can_have():
+    common.check_run_flags(arguments(batch=12, accumulate=3), 2)
+    for changes in (dict(batch=13), dict(batch=12, accumulate=4), dict(lr=0.0)):
+        with pytest.raises(ValueError, match='--batch|--lr'):
+            common.check_run_flags(arguments(**changes), 2)
+
+
+@pytest.mark.mutation('common.py', '" ".join(str(error).split())', 'error')
+@pytest.mark.mutation('common.py', "', 2\n", "', 1\n")
+def test_run_makes_one_line_of_an_error(capsys):
+    bars = []
+
+    def main():
+        bar = common.progress(SimpleNamespace(steps=3, name='bar'), 0, 0)
+        bars.append(bar.n)
+        raise ValueError('first\n  second')
+    with pytest.raises(SystemExit) as caught:
+        common.run(main)
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert err.endswith('\nerror: first second\n')  # on a line of its own, below the bar
+
+
+def test_device_that_is_not_there():
+    for device in ('nonsense', 'cuda:99'):
+        with pytest.raises(ValueError, match=f'--device {device}'):
+            common.dist_init(device)

@@ -1,0 +1,559 @@
+"""The scripts as a user runs them: train, stop, resume, several processes, sample, misuse.
+
+Most runs happen inside this process, which spares the start of Python; a script that is killed or
+started by torchrun is a process of its own.
+"""
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import data
+import ldm
+
+ROOT = Path(__file__).parent.parent
+TINY = '--device cpu --batch 4 --steps 6 --eval_every 3 --save_every 2 --log_every 1 --warmup 2'
+VAE = (f'{TINY} --resolution 16 --ch 8 --decoder_ch 8 --field_channels 4 --mlp_width 16 '
+       '--z_channels 4')
+LDM = f'{TINY} --ch 16 --ch_mult 1,2 --ema 0.9 --cache none'
+
+
+def call(folder, script, *flags, repo=ROOT):
+    """Run a script in `folder`; exit code, standard output and error. Each flag may hold several."""
+    argv = [str(repo / script), *' '.join(map(str, flags)).split()]
+    out, err, code, before = io.StringIO(), io.StringIO(), 0, (os.getcwd(), sys.argv)
+    os.chdir(folder)
+    sys.argv = argv
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(argv[0], run_name='__main__')
+            except SystemExit as stop:
+                code = stop.code or 0
+            except Exception:  # as Python itself would do
+                code = 1
+                traceback.print_exc()
+    finally:
+        os.chdir(before[0])
+        sys.argv = before[1]
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def done(folder, script, *flags, repo=ROOT):
+    result = call(folder, script, *flags, repo=repo)
+    assert result.code == 0, result.err[-2000:]
+    return result
+
+
+def tensors(tree, path=''):
+    """Every tensor and number of a nested state as {path: value}."""
+    if isinstance(tree, dict):
+        tree = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        tree = enumerate(tree)
+    else:
+        return {path: tree}
+    return {k: v for name, part in tree for k, v in tensors(part, f'{path}/{name}').items()}
+
+
+def trained(path):
+    """What training has made of a checkpoint: weights, averages, optimiser, step."""
+    state = common.load_checkpoint(path)
+    return tensors({k: state[k] for k in ('vae', 'model', 'ema', 'opt', 'step') if k in state})
+
+
+def equal(a, b):
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def assert_same(a, b):
+    a, b = trained(a), trained(b)
+    assert a.keys() == b.keys()
+    assert [k for k in a if not equal(a[k], b[k])] == []
+
+
+def log_of(folder, stage):
+    """Training lines of a run's log."""
+    lines = [json.loads(s) for s in (folder / 'log.jsonl').read_text().splitlines()]
+    return [v for v in lines if v['stage'] == stage and 'lr' in v]
+
+
+def assert_close(a, b, file, stage, tolerance=1e-5):
+    """Two runs that differ in the order of summation only."""
+    for x, y in zip(log_of(a, stage), log_of(b, stage), strict=True):
+        for k in set(x) - {'items_per_s', 'stage'}:
+            assert x[k] == pytest.approx(y[k], rel=tolerance), (x['step'], k)
+    x, y = trained(a / file), trained(b / file)
+    for k in x:
+        if k.startswith(('/vae', '/model', '/ema')):  # Adam magnifies the noise of tiny gradients
+            torch.testing.assert_close(x[k], y[k], rtol=1e-3, atol=2e-4, msg=k)
+
+
+def snapshot(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """The same order of summation here and in processes that torchrun starts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory, one_thread):
+    """A folder with runs/toy_image, both stages trained for 6 steps without a break."""
+    folder = tmp_path_factory.mktemp('toy')
+    first = done(folder, 'train_vae.py', VAE)
+    second = done(folder, 'train_ldm.py', LDM)
+    return SimpleNamespace(folder=folder, run=folder / 'runs' / 'toy_image', printed=(
+        first.out, second.out))
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory, one_thread):
+    """A folder with twelve odd-sized pictures in `set`, and a stage-1 run on them, with flips."""
+    folder = tmp_path_factory.mktemp('photos')
+    (folder / 'set').mkdir()
+    for k in range(12):
+        pixels = data.toy_image([k], (33 + k, 21 + 2 * k))[0]
+        data.save_png(folder / 'set' / f'{k}.png', pixels)
+    done(folder, 'train_vae.py', VAE, '--preset toy_image --dataset image --data set --flip',
+         '--name photos --steps 2 --split 0.3')
+    return folder
+
+
+@pytest.fixture
+def copy(toy, tmp_path):
+    """A copy of the toy folder that a test may change."""
+    return Path(shutil.copytree(toy.folder, tmp_path / 'copy'))
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+def test_both_stages_end_to_end(toy):
+    files = {p.name for p in toy.run.iterdir()}
+    assert files == {'vae.pt', 'ldm.pt', 'args.json', 'log.jsonl', 'splits.json', 'samples'}
+    names = {p.name for p in (toy.run / 'samples').iterdir()}
+    assert names == {f'{k}_{n:07d}.png' for k in ('reconstruction', 'sample') for n in (3, 6)}
+    assert Image.open(toy.run / 'samples' / 'sample_0000006.png').size == (9 * 18 + 2, 4 * 18 + 2)
+    args = json.loads((toy.run / 'args.json').read_text())
+    assert set(args) == {'vae', 'ldm'} and args['vae']['z_channels'] == 4
+    for stage, printed in zip(('vae', 'ldm'), toy.printed):
+        assert [v['step'] for v in log_of(toy.run, stage)] == [1, 2, 3, 4, 5, 6]
+        first_line = printed.splitlines()[0]
+        assert all(s in first_line for s in ('runs/toy_image', '20000', 'CPU', 'float32', ' M '))
+    state = common.load_checkpoint(toy.run / 'ldm.pt', 'ldm')
+    assert state['vae_hash'] and state['splits'] and state['vae_args']['resolution'] == 16
+    lines = [json.loads(s) for s in (toy.run / 'log.jsonl').read_text().splitlines()]
+    assert [v['step'] for v in lines if 'psnr_32' in v] == [3, 6]
+    assert [v['step'] for v in lines if 'held_out_loss' in v] == [3, 6]
+
+
+STAGES = {'train_vae.py': ('vae.pt', VAE), 'train_ldm.py': ('ldm.pt', LDM)}
+
+
+def interrupted(folder, script, flags, at, repo, monkeypatch):
+    """Train until Ctrl-C in step `at`; then run the command again: keys of its noise, result."""
+    update, keys, seeded = common.FiniteGuard.update, [], common.torch_seeded
+
+    def stop(self, step, *values):
+        if step == at:
+            raise KeyboardInterrupt
+        update(self, step, *values)
+    with monkeypatch.context() as patch:
+        patch.setattr(common.FiniteGuard, 'update', stop)
+        result = call(folder, script, flags, repo=repo)
+        assert result.code == 130 and result.err.splitlines()[-1].startswith('stopped;')
+    with monkeypatch.context() as patch:
+        patch.setattr(common, 'torch_seeded', lambda *k: keys.append(k) or seeded(*k))
+        return keys, done(folder, script, flags, '--workers 2', repo=repo)
+
+
+@pytest.mark.mutation('train_vae.py', "('posterior', args.seed, step)", "('posterior', args.seed, 0)")
+@pytest.mark.mutation('train_vae.py', "opt.load_state_dict(state['opt'])", 'pass')
+@pytest.mark.mutation('train_vae.py', 'stream(train, args, step,', 'stream(train, args, 0,')
+@pytest.mark.mutation('train_vae.py', 'common.lr_at(step, args))\n', 'common.lr_at(0, args))\n')
+@pytest.mark.mutation('vae.py', "owner.register_buffer(f'sn_u_{rows}x{columns}', u)",
+                      "owner.register_buffer(f'sn_u_{rows}x{columns}', u, persistent=False)")
+def test_stage_1_resumes_bit_by_bit(toy, tmp_path, repo, monkeypatch):
+    keys, result = interrupted(tmp_path, 'train_vae.py', VAE, 5, repo, monkeypatch)
+    assert 'continues at step 4 of 6' in result.out.splitlines()[0]
+    assert [k for k in keys if k[0] == 'posterior'] == [('posterior', 0, 4), ('posterior', 0, 5)]
+    run = tmp_path / 'runs' / 'toy_image'
+    assert_same(run / 'vae.pt', toy.run / 'vae.pt')
+    same = set(log_of(run, 'vae')[0]) - {'items_per_s'}
+    for a, b in zip(log_of(run, 'vae'), log_of(toy.run, 'vae'), strict=True):
+        assert {k: a[k] for k in same} == {k: b[k] for k in same}
+
+
+@pytest.mark.mutation('train_ldm.py', "('diffusion', args.seed, step)", "('diffusion', args.seed)")
+@pytest.mark.mutation('train_ldm.py', "ema.load_state_dict(state['ema'])", 'pass')
+@pytest.mark.mutation('train_ldm.py', 'stream(latents, args, step,', 'stream(latents, args, 0,')
+def test_stage_2_resumes_bit_by_bit(toy, copy, repo, monkeypatch):
+    run = copy / 'runs' / 'toy_image'
+    (run / 'ldm.pt').unlink()
+    keys, result = interrupted(copy, 'train_ldm.py', LDM, 5, repo, monkeypatch)
+    assert 'continues at step 4 of 6' in result.out.splitlines()[0]
+    assert [k for k in keys if k[0] == 'diffusion'] == [('diffusion', 0, 4), ('diffusion', 0, 5)]
+    assert_same(run / 'ldm.pt', toy.run / 'ldm.pt')
+    assert [v['step'] for v in log_of(run, 'vae')] == [1, 2, 3, 4, 5, 6]  # left alone
+
+
+@pytest.mark.parametrize('script', STAGES)
+def test_a_kill_loses_nothing(script, toy, copy):
+    """kill -9 at any moment, then the same command: bit by bit the run that nobody killed."""
+    file, flags = STAGES[script]
+    run, delay = copy / 'runs' / 'toy_image', random.uniform(0, 0.4)
+    (run / file).unlink()
+    command = [sys.executable, ROOT / script, *flags.split(), '--save_every', '1']
+    process = subprocess.Popen(command, cwd=copy, env=dict(os.environ, OMP_NUM_THREADS='1'),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (run / file).exists() and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+    (run / f'{file}.tmp').write_bytes(b'half a checkpoint')  # where a kill may well strike
+    with (run / 'log.jsonl').open('a') as log:
+        log.write('{"stage": "')
+    result = done(copy, script, flags)
+    assert 'continues at step' in result.out, delay
+    assert_same(run / file, toy.run / file)
+    assert [v['step'] for v in log_of(run, Path(file).stem)] == [1, 2, 3, 4, 5, 6], delay
+
+
+def test_finished_runs_and_longer_ones(toy, copy):
+    assert 'continues at step 6 of 6' in done(copy, 'train_vae.py', VAE).out
+    assert_same(copy / 'runs/toy_image/vae.pt', toy.run / 'vae.pt')
+    assert 'continues at step 6 of 8' in done(copy, 'train_ldm.py', LDM, '--steps 8').out
+    assert common.load_checkpoint(copy / 'runs/toy_image/ldm.pt')['step'] == 8
+    assert 'starts of 2' in done(copy, 'train_vae.py', VAE, '--steps 2 --restart').out
+
+
+def test_fine_tuning_starts_from_the_given_weights(toy, copy):
+    done(copy, 'train_vae.py', VAE, '--name fine --steps 1 --lr 1e-12 --init runs/toy_image/vae.pt')
+    old, new = (common.load_checkpoint(copy / 'runs' / n / 'vae.pt')['vae']
+                for n in ('toy_image', 'fine'))
+    for name in (k for k in old if not k.startswith('sn_')):
+        torch.testing.assert_close(new[name], old[name], rtol=1e-6, atol=1e-8)
+
+
+DRIVER = '''
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch.distributed as dist, common, train_ldm, train_vae
+for script, *argv in json.loads(sys.argv[2]):
+    sys.argv = [script, *argv]
+    dict(train_vae=train_vae, train_ldm=train_ldm)[script].main()
+common.run(lambda: None)
+'''
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.mutation('common.py', 'return contextlib.nullcontext() if last or not',
+                      'return contextlib.nullcontext() if not')
+def test_two_processes_equal_one(toy, photos, tmp_path, repo):
+    """torchrun with two processes, both stages, with accumulation and with cached latents."""
+    folder = Path(shutil.copytree(toy.folder, tmp_path / 'one'))
+    shutil.copytree(photos / 'set', folder / 'set')
+    shutil.copytree(photos / 'runs' / 'photos', folder / 'runs' / 'photos')
+    twice, cached = f'{VAE} --accumulate 2', f'{LDM} --vae photos --cache memory --accumulate 2'
+    runs = [('train_vae', VAE, 'toy_image'), ('train_vae', twice, 'twice'),
+            ('train_ldm', f'{LDM} --vae {toy.run}', 'toy_image'), ('train_ldm', cached, 'photos')]
+    two = Path(shutil.copytree(folder, tmp_path / 'two'))
+    for script, flags, name in runs[1::2]:
+        done(folder, f'{script}.py', flags, '--name', name)
+    jobs = [[script, *flags.split(), '--name', name, '--restart'] for script, flags, name in runs]
+    (tmp_path / 'driver.py').write_text(DRIVER)
+    result = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
+         f'--master_port={free_port()}', tmp_path / 'driver.py', repo, json.dumps(jobs)],
+        cwd=two, env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count('2 x CPU') == 4
+    for script, _, name in runs:
+        stage = script.removeprefix('train_')
+        assert_close(two / 'runs' / name, folder / 'runs' / name, f'{stage}.pt', stage)
+
+
+@pytest.mark.mutation('train_ldm.py', 'x.flip(3), x)', 'x, x)')
+@pytest.mark.mutation('train_ldm.py', '(0.5 * posterior.logvar).exp()', 'posterior.logvar.exp()')
+@pytest.mark.mutation('train_ldm.py', 'mean, std = torch.as_tensor(self.table[i * self.ways',
+                      'mean, std = torch.as_tensor(self.table[i')
+def test_cached_latents_change_nothing(photos, tmp_path, repo):
+    folder = Path(shutil.copytree(photos, tmp_path / 'copy'))
+    for cache in ('none', 'memory', 'disk'):
+        done(folder, 'train_ldm.py', LDM, f'--name {cache} --cache {cache}', repo=repo)
+    for cache in ('memory', 'disk'):
+        assert_close(folder / 'runs' / cache, folder / 'runs' / 'none', 'ldm.pt', 'ldm')
+    file, = (folder / 'runs' / 'disk').glob('latents_*.npy')
+    written = file.stat().st_mtime_ns
+    assert np.load(file).shape[1:] == (2, 4, 64)
+    done(folder, 'train_ldm.py', LDM, '--name disk --cache disk --restart --steps 1')
+    assert file.stat().st_mtime_ns == written  # read, not made again
+
+
+# ---- sampling ----------------------------------------------------------------------------------
+
+def pictures(folder, out='out'):
+    """{file name: uint8 (H,W,3) as int} of what a script has written."""
+    return {p.name: np.asarray(Image.open(p)).astype(int) for p in (folder / out).iterdir()}
+
+
+def assert_alike(a, b, levels=1):
+    assert a.shape == b.shape and np.abs(a - b).max() <= levels
+
+
+@pytest.mark.mutation('ldm.py', "torch_seeded('z_T', s)) for s in seeds",
+                      "torch_seeded('z_T', 0)) for s in seeds")
+@pytest.mark.mutation('ldm.py', "z_T[part].to(device), sampler", "z_T[:len(z_T[part])].to(device), sampler")
+def test_a_sample_is_the_same_in_any_batch(toy, tmp_path, repo):
+    run = f'--run {toy.run} --device cpu --steps 4'
+    done(tmp_path, 'sample.py', run, '--num 5 --seed 3 --batch 4 --out a', repo=repo)
+    done(tmp_path, 'sample.py', run, '--num 2 --seed 6 --batch 1 --out b', repo=repo)
+    a, b = pictures(tmp_path, 'a'), pictures(tmp_path, 'b')
+    assert set(a) == {*(f'{s:06d}_16x16.png' for s in range(3, 8)), 'grid_16x16.png'}
+    assert not np.array_equal(a['000003_16x16.png'], a['000004_16x16.png'])
+    for name in ('000006_16x16.png', '000007_16x16.png'):
+        assert_alike(a[name], b[name])
+    stochastic = f'{run} --sampler ddpm --seed 5'
+    done(tmp_path, 'sample.py', stochastic, '--num 2 --batch 2 --out c', repo=repo)
+    done(tmp_path, 'sample.py', stochastic, '--num 2 --batch 1 --out d', repo=repo)
+    assert_alike(*(pictures(tmp_path, out)['000006_16x16.png'] for out in 'cd'))
+
+
+@pytest.mark.mutation('sample.py', 'int(match[2] or match[1])))', 'int(match[1])))')
+@pytest.mark.mutation('sample.py', '(h, w), box, antialias)[0])', '(h, w), None, antialias)[0])')
+def test_sizes_sweep_and_zoom(toy, copy, tmp_path, repo):
+    """Every size, and every part of a picture, is read from the same function."""
+    flags = '--device cpu --num 2 --steps 4'
+    done(copy, 'sample.py', flags, '--res 20x24 --out a', repo=repo)  # the newest run
+    done(copy, 'sample.py', flags, '--run toy_image --sweep 16,32,64x96 --out b', repo=repo)
+    a, b = pictures(copy, 'a'), pictures(copy, 'b')
+    assert a['000001_20x24.png'].shape == (20, 24, 3)
+    assert set(b) == {f'{n}_{s}.png' for n in ('000000', '000001', 'grid')
+                      for s in ('16x16', '32x32', '64x96')}
+    assert b['000001_64x96.png'].shape == (64, 96, 3)
+    halved = b['000001_64x96.png'].reshape(32, 2, 32, 3, 3).mean((1, 3))
+    assert np.abs(halved - b['000001_32x32.png']).mean() < 3
+    done(copy, 'sample.py', flags, '--res 32 --out c --box=0,1,-1,0', repo=repo)
+    done(copy, 'sample.py', flags, '--res 64 --out d', repo=repo)
+    assert_alike(pictures(copy, 'c')['000001_32x32.png'],
+                 pictures(copy, 'd')['000001_64x64.png'][:32, 32:])
+
+
+@pytest.mark.mutation('sample.py', 'for a, b in zip(noise, noise[1:]) for w in steps',
+                      'for b, a in zip(noise, noise[1:]) for w in steps')
+def test_interpolation_ends_at_the_samples(toy, tmp_path, repo):
+    run = f'--run {toy.run} --device cpu --num 3 --seed 2'
+    done(tmp_path, 'sample.py', run, '--interpolate 3 --out a', repo=repo)
+    done(tmp_path, 'sample.py', run, '--out b', repo=repo)
+    a, b = pictures(tmp_path, 'a'), pictures(tmp_path, 'b')
+    assert len(a) == 7  # two stretches of three, and the grid
+    for between, end in (('000002_000', '000002'), ('000002_002', '000003'),
+                         ('000003_000', '000003'), ('000003_002', '000004')):
+        assert_alike(a[f'{between}_16x16.png'], b[f'{end}_16x16.png'])
+
+
+@pytest.mark.mutation('sample.py', 'if i not in pictures.broken]', ']')
+def test_reconstructions(photos, tmp_path, repo):
+    run = f'--run {photos}/runs/photos --device cpu'
+    done(tmp_path, 'sample.py', run, f'--reconstruct {photos}/set/3.png --res 24x20 --out a',
+         repo=repo)
+    a = pictures(tmp_path, 'a')
+    assert len(a) == 2 and a['3.png_24x20.png'].shape == (24, 20, 3)
+    vae, _ = ldm.load_vae(photos / 'runs/photos/vae.pt')
+    x = data.make_dataset('image', photos / 'set/3.png', 'all', resolution=16).picture(0, 16)
+    y = data.to_uint8(vae.render(vae.decode(vae.encode(x[None]).mean), (24, 20))[0])
+    assert_alike(a['3.png_24x20.png'], y.permute(1, 2, 0).numpy().astype(int))
+    folder = Path(shutil.copytree(photos / 'set', tmp_path / 'some'))
+    cut = (folder / '5.png').read_bytes()
+    (folder / '5.png').write_bytes(cut[:len(cut) // 2])  # a header that opens, pixels that do not
+    result = done(tmp_path, 'sample.py', run, f'--reconstruct {folder} --out b', repo=repo)
+    assert 'skipped: 5.png' in result.out
+    names = {f'{k}.png_16x16.png' for k in range(12) if k != 5}
+    assert set(pictures(tmp_path, 'b')) == names | {'grid_16x16.png'}
+
+
+@pytest.mark.mutation('train_ldm.py', 'v.half() if v.is_floating_point()', 'v if v.is_floating_point()')
+@pytest.mark.mutation('train_ldm.py', "not in ('opt', 'model')", "not in ('opt',)")
+def test_slim_checkpoint_samples_like_the_full_one(toy, copy, repo):
+    done(copy, 'train_ldm.py', LDM, '--slim new/small.pt', repo=repo)
+    full, small = toy.run / 'ldm.pt', copy / 'new' / 'small.pt'
+    assert small.stat().st_size < full.stat().st_size / 4
+    state = common.load_checkpoint(small, 'ldm')
+    assert {v.dtype for v in state['ema'].values() if v.is_floating_point()} == {torch.float16}
+    for path, out in ((full, 'a'), (small, 'b')):
+        done(copy, 'sample.py', f'--run {path} --device cpu --num 2 --out {out}')
+    for name, picture in pictures(copy, 'a').items():
+        assert_alike(picture, pictures(copy, 'b')[name], levels=2)
+    shutil.copy(small, copy / 'runs' / 'toy_image' / 'ldm.pt')
+    result = call(copy, 'train_ldm.py', LDM)
+    assert result.code == 2 and 'slim' in result.err
+
+
+# ---- misuse ------------------------------------------------------------------------------------
+
+def assert_refused(result, *words):
+    assert result.code == 2, result.err[-2000:]
+    assert result.err.startswith('error: ') and result.err.count('\n') == 1, result.err[-2000:]
+    assert all(w in result.err for w in words), result.err
+
+
+@pytest.fixture(scope='module')
+def broken(toy, tmp_path_factory):
+    """The toy folder and, beside it, every kind of file that is not what it should be."""
+    folder = Path(shutil.copytree(toy.folder, tmp_path_factory.mktemp('broken') / 'copy'))
+    (folder / 'empty').mkdir()
+    (folder / 'notes').mkdir()
+    (folder / 'notes' / 'a.txt').write_text('no picture')
+    (folder / 'notes' / 'tiny.png').write_bytes(b'')
+    for name, file in (('cut1', 'vae.pt'), ('cut2', 'ldm.pt')):
+        (folder / 'runs' / name).mkdir()
+        whole = (toy.run / file).read_bytes()
+        (folder / 'runs' / name / file).write_bytes(whole[:len(whole) // 3])
+    (folder / 'runs' / 'first').mkdir()
+    shutil.copy(toy.run / 'vae.pt', folder / 'runs' / 'first')
+    torch.save(dict(weights=torch.zeros(3)), folder / 'foreign.pt')
+    os.utime(toy.run / 'vae.pt')
+    return folder
+
+
+NEW = f'{VAE} --name new'
+TOY = f'{LDM} --vae toy_image'
+MISUSE = [
+    ('train_vae.py', f'{NEW} --dataset image --data nowhere', 'nowhere', '--data'),
+    ('train_vae.py', f'{NEW} --dataset image --data empty', 'empty', '--data'),
+    ('train_vae.py', f'{NEW} --dataset image --data notes', 'notes', 'tiny.png'),
+    ('train_vae.py', f'{NEW} --dataset image', 'data/image'),
+    ('train_vae.py', f'{NEW} --dataset nonsense', '--dataset', 'nonsense', 'toy_image'),
+    ('train_vae.py', f'{NEW} --preset nonsense', '--preset', 'nonsense', 'image_64'),
+    ('train_vae.py', f'{NEW} --data empty', '--data', '--dataset'),
+    ('train_vae.py', f'{NEW} --nonsense 3', '--nonsense'),
+    ('train_vae.py', f'{NEW} --batch 5 --accumulate 2', '--batch 5', '--accumulate 2'),
+    ('train_vae.py', f'{NEW} --batch 0', '--batch'),
+    ('train_vae.py', f'{NEW} --batch x', '--batch', 'int'),
+    ('train_vae.py', f'{NEW} --lr 0', '--lr'),
+    ('train_vae.py', f'{NEW} --lr nan', '--lr'),
+    ('train_vae.py', f'{NEW} --steps 0', '--steps'),
+    ('train_vae.py', f'{NEW} --seed -1', '--seed'),
+    ('train_vae.py', f'{NEW} --resolution 2', '--resolution'),
+    ('train_vae.py', f'{NEW} --resolution 4 --ch_mult 1,1,1,1', '--resolution 4'),
+    ('train_vae.py', f'{NEW} --ch_mult=', '--ch_mult'),
+    ('train_vae.py', f'{NEW} --ch_mult 1,a', '--ch_mult'),
+    ('train_vae.py', f'{NEW} --anneal 0', '--anneal'),
+    ('train_vae.py', f'{NEW} --device nonsense', '--device nonsense'),
+    ('train_vae.py', f'{NEW} --init foreign.pt', 'foreign.pt', 'not a checkpoint of this'),
+    ('train_vae.py', f'{NEW} --init nowhere.pt', 'nowhere.pt'),
+    ('train_vae.py', f'{NEW} --z_channels 8 --init runs/toy_image/vae.pt', 'does not fit'),
+    ('train_vae.py', f'{VAE} --lr 0.25', '--lr', 'now 0.25', '--restart'),
+    ('train_vae.py', f'{VAE} --batch 8 --ch 16', '--batch 4 (now 8)', '--ch 8 (now 16)'),
+    ('train_vae.py', f'{VAE} --name cut1', 'cut1/vae.pt', 'truncated'),
+    ('train_ldm.py', f'{TOY} --lr 0.25', 'now 0.25'),
+    ('train_ldm.py', f'{LDM} --vae nowhere', 'nowhere'),
+    ('train_ldm.py', f'{LDM} --vae cut1', 'cut1/vae.pt', 'truncated'),
+    ('train_ldm.py', f'{LDM} --vae foreign.pt', 'foreign.pt'),
+    ('train_ldm.py', f'{LDM} --vae runs/toy_image/ldm.pt', 'ldm', 'vae is needed'),
+    ('train_ldm.py', f'{TOY} --name cut2', 'cut2/ldm.pt', 'truncated'),
+    ('train_ldm.py', f'{TOY} --name new --preset nonsense', 'nonsense', 'image_64'),
+    ('train_ldm.py', f'{TOY} --name new --num_classes 3', '--num_classes 3', 'no labels'),
+    ('train_ldm.py', f'{TOY} --name new --ema 1', '--ema'),
+    ('train_ldm.py', f'{TOY} --name new --cache nonsense', '--cache'),
+    ('train_ldm.py', f'{TOY} --name new --init runs/toy_image/vae.pt', 'ldm is needed'),
+    ('train_ldm.py', f'{LDM} --vae first --slim small.pt', 'first/ldm.pt'),
+    ('sample.py', '--run first', 'stage 1 only', 'python train_ldm.py --vae'),
+    ('sample.py', '--run runs/first/vae.pt', 'stage 1 only'),
+    ('sample.py', '--run cut2', 'truncated'),
+    ('sample.py', '--run foreign.pt', 'foreign.pt'),
+    ('sample.py', '--run nowhere', 'nowhere'),
+    ('sample.py', '--run toy_image --res 12y', '12y', '256x384'),
+    ('sample.py', '--run toy_image --res 0', '--res'),
+    ('sample.py', '--run toy_image --res 16x99999', '65535'),
+    ('sample.py', '--run toy_image --res 16 --sweep 32', '--res', '--sweep'),
+    ('sample.py', '--run toy_image --box=0,1', '--box'),
+    ('sample.py', '--run toy_image --box=1,0,0,1', '--box'),
+    ('sample.py', '--run toy_image --box=-2,0,0,1', '--box'),
+    ('sample.py', '--run toy_image --label 1', '--label 1', '0 classes'),
+    ('sample.py', '--run toy_image --guidance 2', '--guidance'),
+    ('sample.py', '--run toy_image --steps 0', 'steps'),
+    ('sample.py', '--run toy_image --steps 1001', '1000'),
+    ('sample.py', '--run toy_image --num 0', '--num'),
+    ('sample.py', '--run toy_image --batch 0', '--batch'),
+    ('sample.py', '--run toy_image --seed -3', '--seed'),
+    ('sample.py', '--run toy_image --sampler nonsense', '--sampler'),
+    ('sample.py', '--run toy_image --sampler rk45 --tol 0', 'tol'),
+    ('sample.py', '--run toy_image --interpolate 3 --num 1', '--interpolate'),
+    ('sample.py', '--run toy_image --interpolate 3 --sampler ddpm', '--interpolate'),
+    ('sample.py', '--run toy_image --reconstruct nowhere.png', 'nowhere.png'),
+    ('sample.py', '--run toy_image --reconstruct empty', 'empty'),
+    ('sample.py', '--run toy_image --reconstruct notes/tiny.png', 'tiny.png'),
+]
+
+
+@pytest.mark.parametrize('script, flags, words', [
+    pytest.param(s, f, w, id=f'{s}-{f.replace(VAE, "").replace(LDM, "")}') for s, f, *w in MISUSE])
+def test_misuse_is_one_line_and_writes_nothing(script, flags, words, broken):
+    before = snapshot(broken)
+    result = call(broken, script, flags)
+    assert_refused(result, *words)
+    assert snapshot(broken) == before
+
+
+def test_no_run_at_all(tmp_path):
+    assert_refused(call(tmp_path, 'train_ldm.py'), 'python train_vae.py')
+    assert_refused(call(tmp_path, 'sample.py'), 'train_vae.py', '--run')
+    assert call(tmp_path, 'train_ldm.py', '-h').code == 0  # help needs no run
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_says_nothing_else(broken):
+    """No warning, no traceback beside the one line; help exits 0."""
+    for script, flags, code in (('sample.py', '--run first', 2), ('train_vae.py', '-h', 0)):
+        result = subprocess.run([sys.executable, ROOT / script, *flags.split()], cwd=broken,
+                                capture_output=True, text=True)
+        assert result.returncode == code
+        assert re.fullmatch(r'error: [^\n]*\n' if code else '', result.stderr), result.stderr
+
+
+@pytest.mark.mutation('train_ldm.py', "state['vae_hash'] == digest", "state['vae_hash']")
+def test_a_changed_stage_1_is_noticed(copy, repo):
+    done(copy, 'train_vae.py', VAE, '--steps 7')
+    assert_refused(call(copy, 'train_ldm.py', LDM, repo=repo), 'changed', '--restart')
+
+
+@pytest.mark.parametrize('script', STAGES)
+def test_a_loss_that_is_not_finite(script, copy):
+    """The last good checkpoint stays, and the message says what to try."""
+    file, flags = STAGES[script]
+    path = copy / 'runs' / 'toy_image' / file
+    before = path.read_bytes()
+    result = call(copy, script, flags, '--lr 1e30 --restart --save_every 4 --log_every 5')
+    assert result.code == 2
+    last = re.split('[\r\n]', result.err.strip())[-1]
+    assert re.match(r'error: .*not finite at step [23];.*--lr', last), result.err[-1000:]
+    assert path.read_bytes() == before

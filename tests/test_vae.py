@@ -1,0 +1,253 @@
+"""The first stage: posterior, decoder, objective, rendering."""
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import inr
+import vae
+
+TINY = dict(resolution=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=4, decoder_ch=8,
+            decoder_mult=(2, 1), fields=(1, 2), field_channels=4, mlp_width=8)
+
+
+def tiny(**changes):
+    return vae.D2CVAE(vae.VAEConfig(**{**TINY, **changes}))
+
+
+def batch_of(n=3, r=16, h=16, w=16):
+    corner = torch.rand(n, 2, 1) - 1
+    return dict(image=torch.rand(n, 3, r, r) * 2 - 1, target=torch.rand(n, 3, h, w) * 2 - 1,
+                box=torch.cat([corner, corner + 1], 2), scale=torch.linspace(0.5, 1, n))
+
+
+# ---- posterior ---------------------------------------------------------------------------------
+
+@pytest.mark.mutation('vae.py', '- 1 - self.logvar', '- self.logvar')
+@pytest.mark.mutation('vae.py', 'self.logvar.exp() - 1', '(0.5 * self.logvar).exp() - 1')
+def test_kl_equals_that_of_torch_distributions():
+    q = vae.Posterior(torch.randn(2, 6, 5), None)
+    std = (0.5 * q.logvar).exp()
+    kl = torch.distributions.kl_divergence(torch.distributions.Normal(q.mean, std),
+                                           torch.distributions.Normal(0, 1))
+    torch.testing.assert_close(q.kl(), kl.sum((1, 2)))
+
+
+@pytest.mark.mutation('vae.py', '(0.5 * self.logvar).exp() * noise', 'self.logvar.exp() * noise')
+def test_posterior_samples_have_its_moments():
+    q = vae.Posterior(torch.tensor([[[1.0], [math.log(4)]]]).expand(50000, 2, 1), None)
+    z = q.sample()
+    assert abs(z.mean() - 1) < 0.05 and abs(z.std() - 2) < 0.05
+
+
+# ---- shapes ------------------------------------------------------------------------------------
+
+@pytest.mark.mutation('encoders.py', '(x.shape[3] % 2, 1, x.shape[2] % 2, 1)', '(0, 1, 0, 1)')
+def test_any_picture_size():
+    model = tiny()
+    for size in ((16, 16), (13, 21), (5, 64), (1, 3)):
+        q = model.encode(torch.rand(2, 3, *size))
+        assert q.sizes == model.config.latent_sizes(*size)
+        xi = model.decode(q.mean, q.sizes)
+        h, w = q.sizes['xy']
+        assert [f['xy'].shape[2:] for f in xi] == [(h, w), (2 * h, 2 * w)]
+        assert model.render(xi, (7, 3)).shape == (2, 3, 7, 3)
+
+
+@pytest.mark.mutation('vae.py', 'Upsample(width))', 'nn.Identity())')
+def test_any_number_of_fields():
+    for mult, fields in (((1,), (1,)), ((2, 1), (2,)), ((2, 1), (1, 2)), ((4, 2, 1), (1, 4)),
+                         ((4, 2, 2, 1), (1, 2, 4, 8))):
+        model = tiny(decoder_mult=mult, fields=fields)
+        xi = model.decode(torch.randn(1, 4, 64))
+        assert [f['xy'].shape[2] for f in xi] == [8 * f for f in fields]
+        assert all(f['xy'].shape[1] == 4 for f in xi)
+
+
+@pytest.mark.mutation('vae.py', '[-1] == top', '[-1] <= top')
+def test_impossible_configurations_are_refused():
+    for changes in (dict(fields=(1,)), dict(fields=(2, 1)), dict(fields=(3,)), dict(fields=(1, 4)),
+                    dict(resolution=1, ch_mult=(1, 1, 1))):
+        with pytest.raises(ValueError, match='--'):
+            vae.VAEConfig(**{**TINY, **changes})
+
+
+def test_parameters_of_the_paper():
+    """Table 9's AFHQ: z 64 x 64 x 64 from 256 x 256, fields of 64 channels at 64, 128, 256."""
+    config = vae.VAEConfig()
+    assert config.latent_sizes() == dict(xy=(64, 64)) and config.n_ref == 196608
+    with torch.device('meta'):
+        decoder = vae.HDBFDecoder(config)
+    fields = decoder(torch.empty(1, 64, 64, 64, device='meta'))
+    assert [tuple(f.shape[1:]) for f in fields] == [(64, 64, 64), (64, 128, 128), (64, 256, 256)]
+
+
+# ---- objective ---------------------------------------------------------------------------------
+
+@pytest.mark.mutation('vae.py', "n = c.n_ref if c.kl_mode == 'code'", "n = 1 if c.kl_mode == 'code'")
+@pytest.mark.mutation('vae.py', "losses['sn'] / c.n_ref", "losses['sn']")
+@pytest.mark.mutation('vae.py', 'error.abs() if', 'error if')
+def test_objective_is_equation_9():
+    check_objective('code', 768)
+    check_objective('paper', 256)
+
+
+def check_objective(mode, n):
+    model, batch = tiny(kl_mode=mode, sn_start=10.0), batch_of()
+    noise = torch.randn(3, 4, 64)
+    losses = model(batch, torch.tensor([0.3, 5.0]), noise)
+    q = model.encode(batch)
+    z = q.mean + (q.logvar / 2).exp() * noise
+    xi = model.decode(z)
+    values = torch.cat([model.query([{k: f[b:b + 1] for k, f in level.items()} for level in xi],
+                                    inr.make_grid(16, 16, box=batch['box'][b]),
+                                    batch['scale'][b]) for b in range(3)])  # (B, h, w, 3)
+    recon = (values.permute(0, 3, 1, 2) - batch['target']).abs().mean()
+    total = recon + 0.3 * q.kl().mean() / n + 5 * losses['sn'] / 768
+    torch.testing.assert_close(losses['reconstruction'], recon)
+    torch.testing.assert_close(losses['total'], total)
+    assert losses['kl'] > 1 and losses['sn'] > 1
+
+
+@pytest.mark.mutation('vae.py', 'error.square()).mean()', 'error.square()).sum() / c.n_ref')
+def test_balance_does_not_depend_on_the_number_of_coordinates():
+    """Targets of any size, all 0.5 off, cost the same; so KL and SN keep their share."""
+    model = tiny(scale_injection=False, sn_start=0.0)
+    torch.nn.init.zeros_(model.mlp.out.weight)
+    totals = []
+    for h, w in ((16, 16), (4, 8), (24, 40)):
+        batch = dict(batch_of(h=h, w=w), image=torch.zeros(3, 3, 16, 16))
+        batch['target'] = torch.full((3, 3, h, w), 0.5)
+        totals.append(model(batch, torch.tensor([0.3, 0.0]), torch.zeros(3, 4, 64))['total'])
+    torch.testing.assert_close(torch.stack(totals), totals[0].expand(3))
+
+
+@pytest.mark.mutation('vae.py', '1e-4 * steps) / (config.anneal', '1e-2 * steps) / (config.anneal')
+@pytest.mark.mutation('vae.py', 'kl = min(max(kl,', 'kl = max(max(kl,')
+@pytest.mark.mutation('vae.py', '(1 - p) * math.log(config.sn_start)', 'math.log(config.sn_start)')
+def test_annealing():
+    config = vae.VAEConfig(kl_start=1e-4, kl_weight=0.5, sn_start=10.0, sn_end=0.1)
+    at = {step: vae.annealed(step, 1000, config).tolist() for step in (0, 450, 900, 1000)}
+    assert at[0] == pytest.approx([1e-4, 10.0])
+    assert at[450] == pytest.approx([1e-4 + 0.4999 * 449.9 / 900, 1.0], rel=1e-5)
+    assert at[900] == pytest.approx([0.49994446, 0.1], rel=1e-5)
+    assert at[1000] == pytest.approx([0.5, 0.1], rel=1e-5)
+    assert vae.annealed(0, 10, dataclasses.replace(config, sn_start=0.0))[1] == 0
+
+
+@pytest.mark.mutation('vae.py', "p.flatten(1) for p in weights", "p.flatten(2).mean(2) for p in weights")
+@pytest.mark.mutation('vae.py', 'for g in self.gammas', 'for g in self.gammas[1:]')
+def test_spectral_penalty_equals_singular_values():
+    model = tiny()
+    for _ in range(30):
+        penalty = model.spectral()
+    convs = [m.weight for n in (model.encoder, model.decoder) for m in n.modules()
+             if isinstance(m, torch.nn.Conv2d)]
+    norms = [m.weight for n in (model.encoder, model.decoder) for m in n.modules()
+             if isinstance(m, torch.nn.GroupNorm)]
+    exact = sum(torch.linalg.svdvals(w.flatten(1)).max() for w in convs)
+    exact = exact + sum(g.abs().max() for g in norms)
+    torch.testing.assert_close(penalty, exact, rtol=1e-3, atol=0)
+    penalty.backward()
+    w = max(convs, key=lambda w: w.numel())
+    u, s, v = torch.linalg.svd(w.detach().flatten(1))
+    torch.testing.assert_close(w.grad.flatten(1), u[:, :1] @ v[:1], rtol=0, atol=0.05)
+    assert tiny(sn_scope='encoder').spectral() < penalty
+
+
+def test_every_parameter_of_the_objective_learns():
+    model = tiny()
+    model(batch_of(), torch.tensor([0.1, 1.0]))['total'].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---- reading the function ----------------------------------------------------------------------
+
+@pytest.fixture
+def function():
+    model = tiny().eval().requires_grad_(False)
+    for p in model.mlp.parameters():
+        p.mul_(2)  # far from linear
+    return model, model.decode(torch.randn(2, 4, 64))
+
+
+@pytest.mark.mutation('vae.py', 'ys[:, j:j + rows], scale', 'ys[:, :rows], scale')
+@pytest.mark.mutation('vae.py', 'scale = grid_scale(r, fine, box)[None]', 'scale = grid_scale(r, fine)[None]')
+def test_render_equals_query_at_every_chunk_size(function):
+    model, xi = function
+    for size, box in (((16, 16), None), ((40, 17), None),
+                      ((32, 32), ((-0.25, 0.5), (0.0, 1.0)))):
+        grid = inr.make_grid(*size, box=box)
+        s = inr.grid_scale(16, size, None if box is None else torch.tensor(box))
+        expected = model.query(xi, grid, s).permute(0, 3, 1, 2)
+        torch.testing.assert_close(expected, model.query(xi, grid).permute(0, 3, 1, 2))
+        for chunk in (1, 50, 10 ** 6):
+            torch.testing.assert_close(model.render(xi, size, box, chunk=chunk), expected,
+                                       rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.mutation('vae.py', 'rows = max(1, chunk //', 'rows = 1 + max(1, chunk //')
+def test_render_reads_no_more_points_at_a_time_than_asked(function):
+    model, xi = function
+    points, read = [], model.read_grid
+    model.read_grid = lambda part, xs, ys, s: points.append(
+        len(part[0]['xy']) * ys.shape[1] * xs.shape[1]) or read(part, xs, ys, s)
+    model.render(xi, (64, 40), chunk=400)
+    assert max(points) == 400 and sum(points) == 2 * 64 * 40
+
+
+@pytest.mark.mutation('vae.py', 'F.avg_pool2d(strip, fold) if', 'strip[:, :, ::fold[0], ::fold[1]] if')
+@pytest.mark.mutation('vae.py', 'if antialias else 1', 'if True else 1')
+def test_small_renders_are_area_averages(function):
+    model, xi = function
+    fine = model.render(xi, (16, 24), antialias=False)
+    torch.testing.assert_close(model.render(xi, (8, 12)), F.avg_pool2d(
+        model.render(xi, (16, 24)), 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.render(xi, (16, 24)), fine)
+    raw = model.render(xi, (8, 8), antialias=False)
+    values = model.query(xi, inr.make_grid(8, 8), 2.0).permute(0, 3, 1, 2)
+    torch.testing.assert_close(raw, values, rtol=1e-5, atol=1e-5)
+
+
+def test_a_crop_is_a_window_of_the_whole(function):
+    """Rendering a quarter at the pitch of the whole gives the same pixels."""
+    model, xi = function
+    whole = model.render(xi, (32, 48))
+    part = model.render(xi, (16, 12), ((-0.5, 0.0), (-1.0, 0.0)))
+    torch.testing.assert_close(part, whole[:, :, :16, 12:24], rtol=1e-5, atol=1e-5)
+
+
+def test_samples_of_a_batch_are_independent(function):
+    model, xi = function
+    one = model.decode(torch.randn(1, 4, 64))
+    both = [{k: torch.cat([f[:1], g]) for (k, f), g in zip(a.items(), b.values())}
+            for a, b in zip(xi, one)]
+    torch.testing.assert_close(model.render(both, (20, 20))[1:], model.render(one, (20, 20)),
+                               rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.mutation('vae.py', '(box[:, 0] >= box[:, 1]).any()', 'False')
+def test_impossible_renders_are_refused(function):
+    model, xi = function
+    for size, box in (((0, 4), None), ((4, 4), ((0.5, 0.0), (-1, 1)))):
+        with pytest.raises(ValueError, match='cannot render'):
+            model.render(xi, size, box)
+
+
+@pytest.mark.mutation('vae.py', 'field, points[..., PLANES', 'field, -points[..., PLANES')
+def test_query_takes_points_of_any_shape(function):
+    model, xi = function
+    points = torch.rand(5, 2) * 2 - 1
+    shared, each = model.query(xi, points), model.query(xi, points.expand(2, 5, 2))
+    assert shared.shape == (2, 5, 3)
+    torch.testing.assert_close(shared, each)
+    grid = inr.make_grid(16, 16)
+    field = xi[-1]['xy']
+    torch.testing.assert_close(inr.sample_field(xi[0]['xy'], inr.make_grid(8, 8).reshape(
+        1, -1, 2).expand(2, -1, -1)).mT.unflatten(2, (8, 8)), xi[0]['xy'])
+    pe = [inr.sample_field(level['xy'], grid.reshape(1, -1, 2).expand(2, -1, -1)) for level in xi]
+    assert field.shape[2:] == (16, 16)
+    torch.testing.assert_close(model.query(xi, grid).flatten(1, 2),
+                               model.mlp(pe, scale=torch.ones(1)))
