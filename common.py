@@ -245,6 +245,12 @@ def stream(dataset, args, step, rank, world):
                            num_workers=args.workers, persistent_workers=args.workers > 0))
 
 
+def spread(n, count):
+    """Up to `count` of the indices 0..n-1, evenly spread: neighbours in a folder look alike."""
+    count = min(n, count)
+    return [i * n // count for i in range(count)]
+
+
 def rows(x, args, round, rank, world):
     """Rows of a tensor drawn for the whole step that belong to this process and round."""
     local = args.batch // (args.accumulate * world)

@@ -799,12 +799,25 @@ def solver_settings(args):
     return dict(steps=args.steps)
 
 
+def bicubic(x, R):
+    """Pictures (B,3,H,W) brought to R x R as Pillow's bicubic filter would."""
+    return F.interpolate(x, (R, R), mode='bicubic', antialias=True, align_corners=False)
+
+
+def render(opened, z, args):
+    """Latents -> pictures (B,3,R,R): the function read at R or, with --bicubic, resized from r."""
+    xi = opened.vae.decode(z)
+    if args.bicubic:
+        return bicubic(opened.vae.render(xi, (opened.r, opened.r)).clamp(-1, 1), opened.R)
+    return opened.vae.render(xi, (opened.R, opened.R))
+
+
 @torch.no_grad()
 def sampled_batches(opened, args, about, size):
     """Pictures of sampled latents; `about` learns the NFE."""
     calls = []
     for z, nfe in sampled_latents(opened, args, size):
-        x = opened.vae.render(opened.vae.decode(z), (opened.R, opened.R))
+        x = render(opened, z, args)
         calls.append(nfe)
         about['nfe'] = float(np.mean(calls))
         yield quantise(x, args.float)
@@ -813,7 +826,8 @@ def sampled_batches(opened, args, about, size):
 def run_samples(opened, args):
     """--num pictures sampled from the run, as Pictures."""
     about = dict(source=opened.path, step=opened.info['step'], seed=args.seed, resolution=opened.R,
-                 quantised=not args.float, sampler=args.sampler, **solver_settings(args))
+                 quantised=not args.float, bicubic=args.bicubic, sampler=args.sampler,
+                 **solver_settings(args))
     if args.sampler == 'rk45':
         about['shared_steps'] = args.batch  # its step sizes are those of a whole batch
     return Pictures(args.num, partial(sampled_batches, opened, args, about), about)
@@ -828,7 +842,7 @@ def reconstruct(opened, dataset, part, args):
         noise = torch.stack([torch.randn(z.shape[1:], generator=torch_seeded('rfid', args.seed, i))
                              for i in part])
         z = posterior.sample(noise.to(z))
-    return opened.vae.render(opened.vae.decode(z), (opened.R, opened.R)).clamp(-1, 1)
+    return render(opened, z, args).clamp(-1, 1)
 
 
 def run_reconstructions(opened, args, n):
@@ -840,7 +854,7 @@ def run_reconstructions(opened, args, n):
                 for part in chunks(n, size))
     return Pictures(n, batches, dict(
         source=opened.path, step=opened.info['step'], posterior=args.posterior, seed=args.seed,
-        r=opened.r, resolution=opened.R, quantised=not args.float))
+        r=opened.r, resolution=opened.R, bicubic=args.bicubic, quantised=not args.float))
 
 
 # ---- statistics kept on disk -------------------------------------------------------------------
@@ -957,14 +971,19 @@ def pr_command(args):
 def run_psnr(args):
     """PSNR of each picture of a run's split against its reconstruction, and the protocol."""
     opened = open_run(args.a, args, stage=1)
-    dataset = open_data(opened, args.split)
-    n, values = min(len(dataset), args.num), []
+    dataset, train = open_data(opened, args.split), open_data(opened, 'train')
+    seen = min(len(train), 1000)
+    mean = sum(stacked(train, part, opened.R).sum(0) for part in chunks(seen, 100)) / seen
+    n, values, plain = min(len(dataset), args.num), [], dict(mean_picture=[], white_picture=[])
     for part in tqdm(list(chunks(n, args.batch)), desc='reconstructing', unit='batch'):
-        x = stacked(dataset, part, opened.R).to(args.device)
-        values.append(psnr_each((reconstruct(opened, dataset, part, args) + 1) / 2, (x + 1) / 2))
-    return torch.cat(values).cpu(), dict(
+        x = stacked(dataset, part, opened.R) / 2 + 0.5
+        values.append(psnr_each(reconstruct(opened, dataset, part, args).cpu() / 2 + 0.5, x))
+        plain['mean_picture'].append(psnr_each(mean.expand_as(x) / 2 + 0.5, x))
+        plain['white_picture'].append(psnr_each(torch.ones_like(x), x))
+    return torch.cat(values), dict(
         source=opened.path, step=opened.info['step'], split=args.split, r=opened.r, seed=args.seed,
-        resolution=opened.R, posterior=args.posterior, quantised=False)
+        resolution=opened.R, bicubic=args.bicubic, posterior=args.posterior, quantised=False,
+        **{k: torch.cat(v)[torch.cat(v).isfinite()].mean().item() for k, v in plain.items()})
 
 
 def folder_psnr(args):
@@ -989,6 +1008,9 @@ def psnr_command(args):
     mean = finite.mean().item() if len(finite) else None  # JSON has no infinity
     same = len(values) - len(finite)
     line = f'PSNR {"infinite" if mean is None else f"{mean:.3f} dB"}   {len(values)} pictures'
+    if 'mean_picture' in protocol:
+        line += (f' at {protocol["resolution"]}; the mean training picture gives '
+                 f'{protocol["mean_picture"]:.3f}, white {protocol["white_picture"]:.3f}')
     report(args, line + f', {same} identical pairs left out of the mean' * (same > 0),
            dict(psnr=mean, n=len(values), identical=same, data_range=1, **protocol))
 
@@ -1044,6 +1066,8 @@ FLAGS = dict(
     seed=dict(default=0, type=int, help='sample k has seed + k'),
     posterior=dict(default='mean', choices=('mean', 'sample'), help='latent to reconstruct from'),
     float=dict(action='store_true', help='leave fakes of a run unrounded'),
+    bicubic=dict(action='store_true', help='render a run at r and resize that bicubically: the '
+                 'baseline of rendering at --res'),
     fid=dict(action='store_true', help='the FID of each sampler as well'),
     no_cache=dict(action='store_true', help='neither read nor write statistics in cache/'),
     batch=dict(default=32, type=int, help='pictures at a time; no result but rk45 depends on it'),
@@ -1051,16 +1075,16 @@ FLAGS = dict(
     out=dict(default='', help='file to append the JSON line to'))
 
 SETS = ('weights', 'resize', 'res', 'num', 'num_real', 'split', 'sampler', 'steps', 'rtol', 'atol',
-        'seed', 'float')
+        'seed', 'float', 'bicubic')
 COMMANDS = dict(  # name: (function, flags, positional arguments, defaults of its own)
     fid=(fid_command, (*SETS, 'ddof', 'no_cache'), 'A [B]', {}),
     pr=(pr_command, (*SETS, 'features', 'k'), 'A [B]', {}),
-    psnr=(psnr_command, ('res', 'num', 'split', 'posterior', 'seed'), 'A [B]',
+    psnr=(psnr_command, ('res', 'num', 'split', 'posterior', 'seed', 'bicubic'), 'A [B]',
           dict(split='test')),
     rfid=(rfid_command, ('weights', 'resize', 'res', 'num', 'split', 'posterior', 'seed', 'float',
-                         'ddof', 'no_cache'), 'A', {}),
+                         'bicubic', 'ddof', 'no_cache'), 'A', {}),
     nfe=(nfe_command, ('samplers', 'fid', 'weights', 'resize', 'res', 'num', 'num_real', 'split',
-                       'seed', 'float', 'ddof', 'no_cache'), 'A', dict(num=32)))
+                       'seed', 'float', 'bicubic', 'ddof', 'no_cache'), 'A', dict(num=32)))
 
 
 def build_parser():

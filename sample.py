@@ -105,9 +105,7 @@ def draw(args, vae, ldm):
         z_T = torch.stack([stage2.slerp(a, b, w) for a, b in zip(noise, noise[1:]) for w in steps])
         names = [f'{a:06d}_{k:03d}' for a in seeds[:-1] for k in range(args.interpolate)]
         seeds = seeds[:1] * len(z_T)  # no noise is drawn from them
-    steps = args.steps
-    if steps is None:
-        steps = 1000 if args.sampler == 'ddpm' else 20
+    steps = args.steps or (1000 if args.sampler == 'ddpm' else 20)
     z, nfe = stage2.generate(vae, ldm, seeds, condition(args, ldm, len(seeds)), args.guidance,
                              args.sampler, steps, args.tol, args.tol, args.batch, z_T,
                              return_nfe=True, progress=True)
@@ -150,6 +148,9 @@ def main():
     args = build_parser().parse_args()
     common.require(args.num >= 1 and args.batch >= 1, '--num and --batch: must be at least 1')
     common.require(args.seed >= 0, f'--seed {args.seed}: must be at least 0')
+    common.require(args.steps is None or 1 <= args.steps <= stage2.T, f'--steps {args.steps}: must '
+                   f'be from 1 to {stage2.T}')
+    common.require(args.tol > 0, f'--tol {args.tol}: must be positive')
     common.require(args.guidance == 1 or args.label is not None, f'--guidance {args.guidance}: has '
                    'no effect without --label')
     common.require(not (args.res and args.sweep), '--res and --sweep: give one of them')

@@ -118,7 +118,7 @@ class Latents:
                 part.rename(file)
             if world > 1:
                 dist.barrier()
-            self.table = np.load(file, mmap_mode='r')
+            self.table = np.load(file, mmap_mode='c')  # torch warns of read-only arrays
 
     @torch.no_grad()
     def fill(self, vae, rows, batch=64):
@@ -201,7 +201,7 @@ def latent_shape(config):
 def evaluate(ema_model, vae, held_out, args, device, count=128):
     """Held-out loss at fixed noises and times, and a grid of 36 samples (uint8-able) at r."""
     ema_model.eval()
-    items = [held_out.item(i) for i in range(min(count, len(held_out)))]
+    items = [held_out.item(i) for i in common.spread(len(held_out), count)]
     batch = common.to(torch.utils.data.default_collate(items), device)
     generator = common.torch_seeded('held out', args.seed)
     z = latents_of(batch, vae, torch.randn(len(items), *ema_model.shape, generator=generator)

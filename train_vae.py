@@ -84,7 +84,7 @@ def evaluate(vae, held_out, args, count=64):
     """Held-out PSNR in dB at r and at the largest scale, posterior mean, and a picture of both."""
     vae.eval()
     device = next(vae.parameters()).device
-    index = range(min(count, len(held_out)))
+    index = common.spread(len(held_out), count)
     result, r = {}, args.resolution
     x = torch.stack([held_out.picture(i, r) for i in index]).to(device)
     xi = vae.decode(vae.encode(x).mean)
