@@ -201,8 +201,8 @@ def check_run_flags(args, world):
 
 def seeded(*key):
     """numpy Generator that depends on `key` (integers and strings) alone."""
-    return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else int(k)
-                                  for k in key])
+    numbers = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in key]
+    return np.random.default_rng([len(key), *numbers])  # numpy ignores zeros at the end
 
 
 def torch_seeded(*key):
@@ -211,7 +211,7 @@ def torch_seeded(*key):
 
 
 class Stream(Dataset):
-    """Endless data set over positions: k -> item of an epoch-wise shuffle, augmented by (seed, k)."""
+    """Endless data set over positions: k -> item of a shuffled epoch, augmented by (seed, k)."""
 
     def __init__(self, dataset, seed):
         self.dataset, self.seed = dataset, seed
@@ -320,7 +320,8 @@ class EMA:
 # ---- runs, checkpoints, log ------------------------------------------------------------------
 
 RUNS = Path('runs')
-MAY_CHANGE = {'steps', 'log_every', 'eval_every', 'save_every', 'workers', 'restart', 'slim'}
+MAY_CHANGE = {'steps', 'log_every', 'eval_every', 'save_every', 'workers', 'restart', 'slim',
+              'device', 'data', 'vae'}  # the last three say where, not what
 
 
 def save_checkpoint(path, state):

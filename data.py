@@ -280,7 +280,10 @@ class Lmdb:
 
 
 def find_files(root):
-    """Folder (of one if a picture), Zip or Lmdb at `root`; FileNotFoundError, ValueError if nothing of use is there."""
+    """Folder (of one if a picture), Zip or Lmdb at `root`.
+
+    FileNotFoundError or ValueError if nothing of use is there.
+    """
     root = Path(root)
     if not root.exists() and root.with_name(root.name + '.zip').exists():
         root = root.with_name(root.name + '.zip')
@@ -568,6 +571,8 @@ class ToyPictures(Pictures):
 
     def __init__(self, name, root, split, holdout=None, group=None, seed=0, **options):
         super().__init__(**options)
+        if group or holdout and not isinstance(holdout, dict):
+            raise ValueError(f'{name}: --split and --group: its split is fixed; leave them out')
         sides = ('train', 'test') if split == 'all' else (split,)
         self.seeds = [toy_seeds(s, k) for s in sides for k in range(TOY_SEEDS[s][1])]
         self.names = [f'seed {s}' for s in self.seeds]

@@ -25,7 +25,7 @@ PLANES = {
 # ---- planes and coordinates ------------------------------------------------------------------
 
 def plane_sizes(domain, extent):
-    """Plane name -> (H, W) for a latent grid of `extent` cells along each coordinate (X, Y, ...)."""
+    """Plane name -> (H, W) for a latent of `extent` cells along each coordinate (X, Y, ...)."""
     return {name: (extent[v], extent[u]) for name, (u, v) in PLANES[domain].items()}
 
 
@@ -202,14 +202,14 @@ class MLPBlock(nn.Module):
 
 
 class CFCMLP(nn.Module):
-    """The read-out pi_theta: look-ups of all basis fields -> signal value, one class for every domain.
+    """The read-out pi_theta: look-ups of all basis fields -> signal value, for every domain.
 
     forward(pe, coords, scale): pe is a list, coarse to fine, of (B,N,C_l); coords (B,N,D) serve to
     derive `scale` (B,) or (1,), the sampling period s, where it is None on a scale-injected model.
     Returns (B,N,out_channels).
 
-    conditioning: 'cfc' feeds p^i to block i; 'concat' feeds all of them to the first block; 'single'
-    feeds the finest only (the ablation of Table 8). merge: how 'cfc' joins p^i to h.
+    conditioning: 'cfc' feeds p^i to block i; 'concat' feeds all of them to the first block;
+    'single' feeds the finest only (the ablation of Table 8). merge: how 'cfc' joins p^i to h.
     """
 
     def __init__(self, pe_channels, out_channels, width=256, blocks=4, layers=2,
@@ -234,7 +234,9 @@ class CFCMLP(nn.Module):
         """Input of block i > 0."""
         if self.conditioning != 'cfc' or i >= len(pe):
             return h
-        return torch.cat([h, pe[i]], -1) if self.merge == 'concat' else h + self.project[i - 1](pe[i])
+        if self.merge == 'sum':
+            return h + self.project[i - 1](pe[i])
+        return torch.cat([h, pe[i]], dim=-1)
 
     def forward(self, pe, coords=None, scale=None):
         style = None

@@ -71,7 +71,7 @@ class LDMConfig:
     head_channels: int = flag(32, 'channels of an attention head, at least')
     plane_embed: bool = flag(True, 'tell the network which plane it sees (no effect on one plane)')
     num_classes: int = flag(0, 'class labels to condition on, 0 = none')
-    context_channels: int = flag(0, 'width of the text features to condition on, 0 = none')
+    context_channels: int = 0  # width of the text features to condition on, 0 = none
     cond_dropout: float = flag(0.1, 'share of training items whose condition is left out')
     mixed: bool = flag(True, 'mixed prediction eps = (1-s) sigma z + s F')
     mixing_init: float = flag(-6.0, 'initial logit of s; 0 or -3 for short runs')

@@ -248,9 +248,14 @@ def resize_pytorch(x, size):
     return F.interpolate(x, (size, size), mode='bilinear', align_corners=False)
 
 
+def bicubic(x, size):
+    """Pictures (B,3,H,W) brought to size x size by Pillow's antialiased bicubic filter."""
+    return F.interpolate(x, (size, size), mode='bicubic', antialias=True)
+
+
 def resize_clean(x, size):
     """Antialiased bicubic of float channels, as Pillow's; clean-fid."""
-    return F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(0, 255)
+    return bicubic(x, size).clamp(0, 255)
 
 
 RESIZE = dict(tf=resize_tf, pytorch=resize_pytorch, clean=resize_clean, none=lambda x, size: x)
@@ -797,11 +802,6 @@ def solver_settings(args):
     if args.sampler == 'rk45':
         return dict(rtol=args.rtol, atol=args.atol)
     return dict(steps=args.steps)
-
-
-def bicubic(x, R):
-    """Pictures (B,3,H,W) brought to R x R as Pillow's bicubic filter would."""
-    return F.interpolate(x, (R, R), mode='bicubic', antialias=True, align_corners=False)
 
 
 def render(opened, z, args):

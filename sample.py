@@ -6,7 +6,8 @@
     python sample.py --num 5 --interpolate 8          # between neighbouring seeds
     python sample.py --reconstruct PICTURE_OR_FOLDER --res 256x384
 
-Every size is rendered from the same latents. Pictures go to --out, one PNG each, and a grid.
+Every size is rendered from the same latents. Pictures go to --out, a folder for each size with one
+PNG a sample, and a grid.
 """
 import re
 from pathlib import Path
@@ -61,7 +62,7 @@ def build_parser():
     parser.add_argument('--steps', type=int, default=None,
                         help='network calls; default 20, for ddpm 1000')
     parser.add_argument('--tol', type=float, default=1e-3, help='rtol and atol of rk45')
-    parser.add_argument('--label', type=int, default=None, help='class, for a class-conditional run')
+    parser.add_argument('--label', type=int, default=None, help='class of a conditional run')
     parser.add_argument('--guidance', type=float, default=1.0,
                         help='weight w of classifier-free guidance, 1 = none')
     parser.add_argument('--interpolate', type=int, default=0, metavar='K',
@@ -124,12 +125,15 @@ def encode_pictures(path, vae, device):
         print(f'skipped: {file}: {why}')
     z = torch.cat([vae.encode(pictures.picture(i, r)[None].to(device)).mean
                    for i in good])
-    return [re.sub(r'[^\w.-]', '_', pictures.names[i]) for i in good], z
+    return [re.sub(r'[^\w-]', '_', pictures.names[i].replace('/', '__')) for i in good], z
 
 
 @torch.no_grad()
 def write_pictures(vae, z, names, sizes, box, antialias, out):
-    """Render each latent at each size to OUT/NAME_HxW.png, and a grid of all, at most 256 wide."""
+    """Render each latent at each size to OUT/HxW/NAME.png, and thumbnails to OUT/grid_HxW.png.
+
+    A grid holds the first 64 pictures, rendered anew where they are larger than 256.
+    """
     for h, w in sizes:
         shrink = min(1, 256 / max(h, w))
         small = max(1, round(h * shrink)), max(1, round(w * shrink))
@@ -137,9 +141,10 @@ def write_pictures(vae, z, names, sizes, box, antialias, out):
         for name, latent in zip(common.tqdm(names, desc=f'{h}x{w}', unit='picture'), z):
             xi = vae.decode(latent[None])
             picture = data.to_uint8(vae.render(xi, (h, w), box, antialias)[0])
-            data.save_png(out / f'{name}_{h}x{w}.png', picture)
-            thumbnails.append(picture if small == (h, w) else
-                              data.to_uint8(vae.render(xi, small, box, antialias)[0]))
+            data.save_png(out / f'{h}x{w}' / f'{name}.png', picture)
+            if len(thumbnails) < 64:
+                thumbnails.append(picture if small == (h, w) else
+                                  data.to_uint8(vae.render(xi, small, box, antialias)[0]))
         data.save_grid(out / f'grid_{h}x{w}.png', torch.stack(thumbnails))
     print(f'{len(names) * len(sizes)} pictures and {len(sizes)} grids in {out}')
 

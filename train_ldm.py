@@ -3,7 +3,7 @@
     python train_ldm.py                          # continues the newest stage-1 run
     python train_ldm.py --vae runs/NAME          # or that of this run
     torchrun --nproc_per_node=8 train_ldm.py
-    python train_ldm.py --vae runs/NAME --slim small.pt    # only what sampling needs, half precision
+    python train_ldm.py --vae runs/NAME --slim small.pt    # what sampling needs, in half precision
 
 Encoder, decoder and MLP are frozen (Section 3.3). The result is runs/NAME/ldm.pt, which holds both
 stages; the same command continues it from its last checkpoint.
@@ -26,8 +26,9 @@ from vae import D2CVAE, VAEConfig
 
 # Differences from LDMConfig, LatentConfig and RunConfig only, by the name of stage 1's preset.
 PAPER = dict(weight_decay=0.0, beta2=0.999)
-SMALL = dict(PAPER, ch=64, ch_mult=(1, 2, 2), num_res_blocks=1, attn_factors=(2, 4), mixing_init=-3.0,
-             mixing_lr_mult=10.0, latent_norm='channel', batch=32, lr=5e-4, warmup=200, ema=0.999)
+SMALL = dict(PAPER, ch=64, ch_mult=(1, 2, 2), num_res_blocks=1, attn_factors=(2, 4),
+             mixing_init=-3.0, mixing_lr_mult=10.0, latent_norm='channel', batch=32, lr=5e-4,
+             warmup=200, ema=0.999)
 PRESETS = {
     'toy_image': dict(SMALL, steps=2000, eval_every=1000, save_every=250),
     'image_64': dict(SMALL, ch_mult=(1, 2, 4), steps=10_000),
@@ -141,7 +142,7 @@ class Latents:
         mean, std = torch.as_tensor(self.table[i * self.ways + turned])
         item = dict(mean=mean, std=std)
         labels = self.dataset.labels
-        return item if labels is None else dict(item, label=labels[i])
+        return item if labels is None else dict(item, label=labels[self.dataset.usable(i)])
 
 
 def open_latents(dataset, vae, args, vae_path, folder):
@@ -250,8 +251,8 @@ def main():
                        for split in ('train', 'test'))
     common.require(not args.num_classes or train.labels is not None,
                    f'--num_classes {args.num_classes}: {args.dataset} has no labels')
-    config = common.pick(args, LDMConfig, domain=vae.config.domain, planes=vae.config.latent_sizes(),
-                         z_channels=vae.config.z_channels)
+    config = common.pick(args, LDMConfig, domain=vae.config.domain,
+                         planes=vae.config.latent_sizes(), z_channels=vae.config.z_channels)
     torch.manual_seed(args.seed)
     model = LDM(config).to(device)
     average = LDM(config).to(device).requires_grad_(False)
@@ -263,8 +264,8 @@ def main():
     state = common.resume(folder / 'ldm.pt', args, 'ldm')
     common.require(not state or 'opt' in state, f'{folder}/ldm.pt is slim, without what '
                    'training needs; start from it with --init and another --name')
-    common.require(not state or state['vae_hash'] == digest, f'{vae_path} has changed since stage 2 '
-                   'began on it; start over with --restart')
+    common.require(not state or state['vae_hash'] == digest,
+                   f'{vae_path} has changed since stage 2 began on it; start over with --restart')
     folder.mkdir(parents=True, exist_ok=True)
     latents = open_latents(train, vae, args, vae_path, folder)
     if state:
@@ -298,6 +299,7 @@ def main():
         z_noise = torch.randn(args.batch, *model.shape, generator=generator)
         drawn = model.draw(args.batch, generator)
         opt.zero_grad(set_to_none=True)
+        total = 0
         for i in range(args.accumulate):
             batch = common.to(next(batches), device)
             own = {k: common.rows(v, args, i, rank, world).to(device)
@@ -307,16 +309,17 @@ def main():
                 z = latents_of(batch, vae, own.pop('z'), args.posterior)
                 loss = ddp(z, batch['label'] if args.num_classes else None, **own)
                 (loss / args.accumulate).backward()
+            total = total + loss.detach() / args.accumulate
         norm = common.clip(model, args.clip)
         opt.step()
         step += 1
         ema.update(step)
-        guard.update(step, loss, norm)
+        guard.update(step, total, norm)
         bar.update()
 
         if step % args.log_every == 0 or step == args.steps:
             guard.check()
-            values = common.mean_over_ranks(dict(loss=loss))
+            values = common.mean_over_ranks(dict(loss=total))
             rate = (step - since) * args.batch / (time.time() - started)
             bar.set_postfix(loss=f'{values["loss"]:.4f}', items_per_s=f'{rate:.0f}')
             if rank == 0:

@@ -1,6 +1,6 @@
 """Train stage 1, the D2C-VAE (vae.py), on pictures.
 
-    python train_vae.py                                        # built-in toy pictures, minutes on CPU
+    python train_vae.py                                        # built-in pictures, minutes on CPU
     python train_vae.py --dataset image --data DIR --group REGEX
     torchrun --nproc_per_node=8 train_vae.py --dataset celebahq --data DIR
 
@@ -52,8 +52,8 @@ def build_parser():
     parser.add_argument('--preset', default='', help='settings to start from; empty = those of '
                         f'--dataset. One of {", ".join(PRESETS)}')
     parser.add_argument('--name', default='', help='run folder below runs/; empty = the preset')
-    parser.add_argument('--split', default='', help='held-out fraction, or a file of names; empty = '
-                        "the data set's own split, 0.1 where it has none")
+    parser.add_argument('--split', default='', help='held-out fraction, or a file of names; '
+                        "empty = the data set's own split, 0.1 where it has none")
     parser.add_argument('--group', default='', help='regular expression: names equal without what '
                         'it matches stay on one side (--group=REGEX if it begins with -)')
     parser.add_argument('--scales', type=common.parse_tuple(float), default=(1.0, 1.5, 2.0),
@@ -62,7 +62,7 @@ def build_parser():
                         help='probability of each scale; empty = equal')
     parser.add_argument('--continuous', type=common.parse_bool, nargs='?', const=True,
                         default=False,
-                        help='draw the target resolution uniformly between the extremes of --scales')
+                        help='draw the target resolution uniformly up to the largest of --scales')
     parser.add_argument('--flip', type=common.parse_bool, default=False, nargs='?', const=True,
                         help='mirror half of the training pictures')
     parser.add_config(VAEConfig)
@@ -98,7 +98,7 @@ def evaluate(vae, held_out, args, count=64):
 
 @torch.no_grad()
 def latent_statistics(posterior):
-    """Smallest and largest deviation of a channel over a batch, and how many channels are active."""
+    """Extreme deviations of a channel over a batch, and how many channels are active."""
     std = posterior.sample().transpose(0, 1).flatten(1).std(1)
     active = (posterior.mean.transpose(0, 1).flatten(1).std(1) > 0.1).sum()
     return dict(z_std_min=std.min(), z_std_max=std.max(), z_active=active)
@@ -160,6 +160,7 @@ def main():
         noise = torch.randn(args.batch, config.z_channels, length,
                             generator=common.torch_seeded('posterior', args.seed, step))
         opt.zero_grad(set_to_none=True)
+        totals = {}
         for i in range(args.accumulate):
             batch = common.to(next(batches), device)
             own = common.rows(noise, args, i, rank, world).to(device)
@@ -167,15 +168,16 @@ def main():
                     torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 losses = ddp(batch, weights, own)
                 (losses['total'] / args.accumulate).backward()
+            totals = {k: totals.get(k, 0) + v.detach() / args.accumulate for k, v in losses.items()}
         norm = common.clip(model, args.clip)
         opt.step()
         step += 1
-        guard.update(step, losses['total'], norm)
+        guard.update(step, totals['total'], norm)
         bar.update()
 
         if step % args.log_every == 0 or step == args.steps:
             guard.check()
-            values = common.mean_over_ranks(losses)
+            values = common.mean_over_ranks(totals)
             rate = (step - since) * args.batch / (time.time() - started)
             bar.set_postfix(loss=f'{values["total"]:.4f}', items_per_s=f'{rate:.0f}')
             if rank == 0:

@@ -34,8 +34,8 @@ class VAEConfig:
     num_res_blocks: int = flag(2, 'ResBlocks a level in the encoder; the decoder has one more')
     z_channels: int = flag(64, 'channels of the latent plane')
     decoder_ch: int = flag(64, "decoder's base width (Table 9: head channel)")
-    decoder_mult: tuple = flag((4, 2, 1), 'decoder width of each level over the base, coarse to fine')
-    fields: tuple = flag((1, 2, 4), 'sizes of the basis fields over the latent plane, coarse to fine')
+    decoder_mult: tuple = flag((4, 2, 1), 'decoder width of each level over the base, coarse first')
+    fields: tuple = flag((1, 2, 4), 'sizes of the basis fields over the latent plane, coarse first')
     field_channels: int = flag(64, 'channels of each basis field')
     mlp_width: int = flag(256, 'w_pi: width of the MLP')
     mlp_blocks: int = flag(4, 'n_pi: residual blocks of the MLP')
@@ -78,10 +78,9 @@ class VAEConfig:
 
 
 def annealed(step, steps, config):
-    """(lambda_kl, lambda_sn) of a step, float32 tensor (2,): linear, and log-linear; pure in `step`."""
-    p = (step - 1e-4 * steps) / (config.anneal * steps)
+    """(lambda_kl, lambda_sn) of a step as a float32 tensor (2,): linear, and log-linear."""
+    p = min(max((step - 1e-4 * steps) / (config.anneal * steps), 0), 1)
     kl = config.kl_start + (config.kl_weight - config.kl_start) * p
-    kl = min(max(kl, min(config.kl_start, config.kl_weight)), max(config.kl_start, config.kl_weight))
     sn = 0.0
     if config.sn_start:
         p = min(step / (config.anneal * steps), 1)
@@ -227,7 +226,7 @@ class D2CVAE(nn.Module):
         return values.unflatten(1, shape[1:-1] if batched else shape[:-1])
 
     def read_grid(self, xi, xs, ys, scale):
-        """omega on pixel grids: column centres xs (b,w), row centres ys (b,h), s (b,) -> (B,3,h,w)."""
+        """omega on pixel grids: columns xs (b,w), rows ys (b,h), s (b,) -> (B,3,h,w)."""
         pe = [sample_grid(level['xy'], xs, ys) for level in xi]
         values = self.mlp(pe, scale=scale)
         return values.mT.unflatten(2, (ys.shape[1], xs.shape[1]))
@@ -241,7 +240,8 @@ class D2CVAE(nn.Module):
         would alias; `antialias=False` gives the raw values.
         """
         field = xi[0]['xy']
-        box = torch.as_tensor([(-1.0, 1.0)] * 2 if box is None else box, device=field.device).float()
+        box = [(-1.0, 1.0)] * 2 if box is None else box
+        box = torch.as_tensor(box, dtype=torch.float32, device=field.device)
         size, r = tuple(size), self.config.resolution
         if min(size) < 1 or (box[:, 0] >= box[:, 1]).any():
             raise ValueError(f'cannot render {size} pixels over the box {box.tolist()}')

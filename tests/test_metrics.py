@@ -758,17 +758,32 @@ def test_fid_of_a_run(capsys, toy_run, colour_network):
     close(colour_network.seen[0][:, 0, 0, 0], [.2 * 127.5 + 127.5, .21 * 127.5 + 127.5], 1e-3)
 
 
-@pytest.mark.mutation('metrics.py', '(reconstruct(opened, dataset, part, args) + 1) / 2',
-                      'reconstruct(opened, dataset, part, args)')
+@pytest.mark.mutation('metrics.py', 'args).cpu() / 2 + 0.5, x))', 'args).cpu(), x))')
+@pytest.mark.mutation('metrics.py', 'psnr_each(torch.ones_like(x), x)', 'psnr_each(0 * x, x)')
 def test_psnr_and_rfid_of_a_run(capsys, toy_run, colour_network):
     manifest, _ = result(capsys, 'psnr', toy_run, '--res', 20, '--batch', 2)
     close(manifest['psnr'], 20, 1e-4)
     assert manifest['split'] == 'test' and manifest['resolution'] == 20 and manifest['r'] == 8
+    # pictures are 0.5, 0.6, ..., 0.9 everywhere, their mean 0.7
+    close(manifest['white_picture'], -20 * np.log10([.5, .4, .3, .2, .1]).mean(), 1e-3)
+    close(manifest['mean_picture'], -20 * np.log10([.2, .1, .1, .2]).mean(), 1e-3)
     manifest, line = result(capsys, 'rfid', toy_run, '--no_cache')
     close(manifest['fid'], 3 * 25.5 ** 2, 40)  # colours all too bright by 25.5
     assert manifest['n_fake'] == 5 and line.startswith('rFID')
     sampled, _ = result(capsys, 'rfid', toy_run, '--posterior', 'sample', '--no_cache')
     assert sampled['fake']['posterior'] == 'sample' and sampled['fid'] != manifest['fid']
+
+
+@pytest.mark.mutation('metrics.py', 'if args.bicubic:', 'if not args.bicubic:')
+def test_bicubic_baseline_is_pillows_enlargement_of_the_render_at_r():
+    pictures = {n: torch.rand(1, 3, n, n) for n in (5, 12)}
+    vae = SimpleNamespace(decode=lambda z: z, render=lambda xi, size: pictures[size[0]])
+    opened = SimpleNamespace(vae=vae, r=5, R=12)
+    assert torch.equal(metrics.render(opened, None, SimpleNamespace(bicubic=False)), pictures[12])
+    enlarged = metrics.render(opened, None, SimpleNamespace(bicubic=True))
+    for c in range(3):
+        pillow = Image.fromarray(pictures[5][0, c].numpy()).resize((12, 12), Image.BICUBIC)
+        close(enlarged[0, c], torch.from_numpy(np.array(pillow)), 1e-5)
 
 
 @pytest.mark.mutation('metrics.py', 'atol=float(value))', 'atol=1e-3)')

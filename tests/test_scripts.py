@@ -339,8 +339,9 @@ def test_cached_latents_change_nothing(photos, tmp_path, repo):
 # ---- sampling ----------------------------------------------------------------------------------
 
 def pictures(folder, out='out'):
-    """{file name: uint8 (H,W,3) as int} of what a script has written."""
-    return {p.name: np.asarray(Image.open(p)).astype(int) for p in (folder / out).iterdir()}
+    """{path below out: uint8 (H,W,3) as int} of what a script has written."""
+    return {p.relative_to(folder / out).as_posix(): np.asarray(Image.open(p)).astype(int)
+            for p in (folder / out).rglob('*.*')}
 
 
 def assert_alike(a, b, levels=1):
@@ -356,14 +357,14 @@ def test_a_sample_is_the_same_in_any_batch(toy, tmp_path, repo):
     done(tmp_path, 'sample.py', run, '--num 5 --seed 3 --batch 4 --out a', repo=repo)
     done(tmp_path, 'sample.py', run, '--num 2 --seed 6 --batch 1 --out b', repo=repo)
     a, b = pictures(tmp_path, 'a'), pictures(tmp_path, 'b')
-    assert set(a) == {*(f'{s:06d}_16x16.png' for s in range(3, 8)), 'grid_16x16.png'}
-    assert not np.array_equal(a['000003_16x16.png'], a['000004_16x16.png'])
-    for name in ('000006_16x16.png', '000007_16x16.png'):
+    assert set(a) == {*(f'16x16/{s:06d}.png' for s in range(3, 8)), 'grid_16x16.png'}
+    assert not np.array_equal(a['16x16/000003.png'], a['16x16/000004.png'])
+    for name in ('16x16/000006.png', '16x16/000007.png'):
         assert_alike(a[name], b[name])
     stochastic = f'{run} --sampler ddpm --seed 5'
     done(tmp_path, 'sample.py', stochastic, '--num 2 --batch 2 --out c', repo=repo)
     done(tmp_path, 'sample.py', stochastic, '--num 2 --batch 1 --out d', repo=repo)
-    assert_alike(*(pictures(tmp_path, out)['000006_16x16.png'] for out in 'cd'))
+    assert_alike(*(pictures(tmp_path, out)['16x16/000006.png'] for out in 'cd'))
 
 
 @pytest.mark.mutation('sample.py', 'int(match[2] or match[1])))', 'int(match[1])))')
@@ -374,16 +375,16 @@ def test_sizes_sweep_and_zoom(toy, copy, tmp_path, repo):
     done(copy, 'sample.py', flags, '--res 20x24 --out a', repo=repo)  # the newest run
     done(copy, 'sample.py', flags, '--run toy_image --sweep 16,32,64x96 --out b', repo=repo)
     a, b = pictures(copy, 'a'), pictures(copy, 'b')
-    assert '000001_20x24.png' in a and a['000001_20x24.png'].shape == (20, 24, 3)
-    assert set(b) == {f'{n}_{s}.png' for n in ('000000', '000001', 'grid')
-                      for s in ('16x16', '32x32', '64x96')}
-    assert b['000001_64x96.png'].shape == (64, 96, 3)
-    halved = b['000001_64x96.png'].reshape(32, 2, 32, 3, 3).mean((1, 3))
-    assert np.abs(halved - b['000001_32x32.png']).mean() < 3
+    assert '20x24/000001.png' in a and a['20x24/000001.png'].shape == (20, 24, 3)
+    assert set(b) == {n for s in ('16x16', '32x32', '64x96')
+                      for n in (f'{s}/000000.png', f'{s}/000001.png', f'grid_{s}.png')}
+    assert b['64x96/000001.png'].shape == (64, 96, 3)
+    halved = b['64x96/000001.png'].reshape(32, 2, 32, 3, 3).mean((1, 3))
+    assert np.abs(halved - b['32x32/000001.png']).mean() < 3
     done(copy, 'sample.py', flags, '--res 32 --out c --box=0,1,-1,0', repo=repo)
     done(copy, 'sample.py', flags, '--res 64 --out d', repo=repo)
-    assert_alike(pictures(copy, 'c')['000001_32x32.png'],
-                 pictures(copy, 'd')['000001_64x64.png'][:32, 32:])
+    assert_alike(pictures(copy, 'c')['32x32/000001.png'],
+                 pictures(copy, 'd')['64x64/000001.png'][:32, 32:])
 
 
 @pytest.mark.mutation('sample.py', 'for a, b in zip(noise, noise[1:]) for w in steps',
@@ -396,7 +397,7 @@ def test_interpolation_ends_at_the_samples(toy, tmp_path, repo):
     assert len(a) == 7  # two stretches of three, and the grid
     for between, end in (('000002_000', '000002'), ('000002_002', '000003'),
                          ('000003_000', '000003'), ('000003_002', '000004')):
-        assert_alike(a[f'{between}_16x16.png'], b[f'{end}_16x16.png'])
+        assert_alike(a[f'16x16/{between}.png'], b[f'16x16/{end}.png'])
 
 
 @pytest.mark.mutation('sample.py', 'if i not in pictures.broken]', ']')
@@ -405,17 +406,17 @@ def test_reconstructions(photos, tmp_path, repo):
     done(tmp_path, 'sample.py', run, f'--reconstruct {photos}/set/3.png --res 24x20 --out a',
          repo=repo)
     a = pictures(tmp_path, 'a')
-    assert len(a) == 2 and a['3.png_24x20.png'].shape == (24, 20, 3)
+    assert len(a) == 2 and a['24x20/3_png.png'].shape == (24, 20, 3)
     vae, _ = ldm.load_vae(photos / 'runs/photos/vae.pt')
     x = data.make_dataset('image', photos / 'set/3.png', 'all', resolution=16).picture(0, 16)
     y = data.to_uint8(vae.render(vae.decode(vae.encode(x[None]).mean), (24, 20))[0])
-    assert_alike(a['3.png_24x20.png'], y.permute(1, 2, 0).numpy().astype(int))
+    assert_alike(a['24x20/3_png.png'], y.permute(1, 2, 0).numpy().astype(int))
     folder = Path(shutil.copytree(photos / 'set', tmp_path / 'some'))
     cut = (folder / '5.png').read_bytes()
     (folder / '5.png').write_bytes(cut[:len(cut) // 2])  # a header that opens, pixels that do not
     result = done(tmp_path, 'sample.py', run, f'--reconstruct {folder} --out b', repo=repo)
     assert 'skipped: 5.png' in result.out
-    names = {f'{k}.png_16x16.png' for k in range(12) if k != 5}
+    names = {f'16x16/{k}_png.png' for k in range(12) if k != 5}
     assert set(pictures(tmp_path, 'b')) == names | {'grid_16x16.png'}
 
 

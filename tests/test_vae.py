@@ -125,7 +125,7 @@ def test_balance_does_not_depend_on_the_number_of_coordinates():
 
 
 @pytest.mark.mutation('vae.py', '1e-4 * steps) / (config.anneal', '1e-2 * steps) / (config.anneal')
-@pytest.mark.mutation('vae.py', 'kl = min(max(kl,', 'kl = max(max(kl,')
+@pytest.mark.mutation('vae.py', 'p = min(max((step', 'p = max(max((step')
 @pytest.mark.mutation('vae.py', '(1 - p) * math.log(config.sn_start)', 'math.log(config.sn_start)')
 def test_annealing():
     config = vae.VAEConfig(kl_start=1e-4, kl_weight=0.5, sn_start=10.0, sn_end=0.1)

@@ -1,0 +1,372 @@
+"""Speed and memory, measured in pairs: each case against the first of its table, in one run.
+
+    python tests/bench.py                        # everything; about ten minutes on 2 idle cores
+    python tests/bench.py readout --sizes 128 --repeats 1 --threads 1        # a quick look
+
+The cases of a table take turns, together with a float32 matrix product, so that a change in the
+machine's load falls on all of them. Printed are the median seconds, the median of the speeds
+relative to the first case in the same round, floating-point operations counted over time, and that
+as a share of the best rate the matrix product reached. Peak memory is that of a fresh process in
+which only this case ran, less that of one which only imports. On CUDA the same code waits for the
+device and reports its memory. One JSON line follows each row.
+"""
+import argparse
+import json
+import math
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import common
+import data
+import inr
+import ldm
+import vae
+
+# Quoted, not measured here: the authors' code, float32, 2 cores with a matrix product of about
+# 200 GFLOP/s. (table, case) -> text.
+QUOTED = {
+    ('readout 256', 'plain'): '3.2 s',
+    ('readout 512', 'plain'): '13.6 s, 1.8 GiB',
+    ('readout 1024', 'plain'): '55 s, 6.2 GiB',
+    ('vae', 'float32'): '1.59 s',
+    ('unet step', 'float32'): '0.57 s',
+    ('unet evaluation', 'float32'): '0.138 s',
+}
+
+
+# ---- measuring -------------------------------------------------------------------------------
+
+def seconds(f, device):
+    """Wall-clock seconds of one call, the device's work included."""
+    start = time.perf_counter()
+    f()
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def product_rate(device):
+    """Best FLOP/s of a float32 matrix product over a few sizes, now."""
+    rates = []
+    for n in (1024, 2048) if device.type == 'cpu' else (4096, 8192):
+        a, b = torch.randn(2, n, n, device=device)
+        rates += [2 * n ** 3 / seconds(lambda: a @ b, device) for _ in range(4)]
+    return max(rates)
+
+
+def paired(cases, repeats, device):
+    """Seconds of each case (name -> call) in `repeats` rounds, after a warm-up; best product rate."""
+    for f in cases.values():
+        f()
+    times, rate = {name: [] for name in cases}, 0.0
+    for _ in range(repeats):
+        rate = max(rate, product_rate(device))
+        for name, f in cases.items():
+            times[name].append(seconds(f, device))
+    return times, max(rate, product_rate(device))
+
+
+def peak(device):
+    """Largest memory of this process so far, bytes; on CUDA the largest allocated there.
+
+    Linux's VmHWM, because ru_maxrss survives exec: a child begins with its parent's peak.
+    """
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    status = Path('/proc/self/status')
+    if not status.exists():
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * int(status.read_text().split('VmHWM:')[1].split()[0])
+
+
+def peak_of(args, table='', case=''):
+    """Peak bytes of a fresh process that runs this case once; of one that imports for case ''."""
+    command = [sys.executable, __file__, '--child', table, case, '--threads', str(args.threads),
+               '--device', args.device]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def counted(f):
+    """Floating-point operations of a call, convolutions and matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        f()
+    return counter.get_total_flops()
+
+
+def report(args, table, only=None, flops=None):
+    """Measure a table's cases (or those in `only`), print a row and a JSON line for each.
+
+    `flops` is what one call must compute; counted case by case if not given.
+    """
+    device = torch.device(args.device)
+    builders = TABLES[table.split()[0]](table, device)
+    cases = {name: builders[name]() for name in only or builders}
+    flops = {name: flops or counted(f) for name, f in cases.items()}
+    times, rate = paired(cases, args.repeats, device)
+    base, first = peak_of(args), next(iter(times.values()))
+    print(f'\n{table}: matrix product {rate / 1e9:.0f} GFLOP/s, {args.threads} threads, {device}, '
+          f'{args.repeats} rounds\n{"case":30s}   seconds  speed  GFLOP/s % of mm peak MiB  '
+          "authors' code, quoted")
+    for name, t in times.items():
+        speed = flops[name] / statistics.median(t)
+        row = dict(table=table, case=name, seconds=statistics.median(t),
+                   speed=statistics.median(a / b for a, b in zip(first, t)), gflops=speed / 1e9,
+                   share=100 * speed / rate, product=rate / 1e9,
+                   mib=(peak_of(args, table, name) - base) / 2 ** 20,
+                   quoted=QUOTED.get((table, name), ''))
+        print('{case:30s} {seconds:9.4f} {speed:6.2f} {gflops:8.1f} {share:7.1f} {mib:8.0f}  '
+              '{quoted}\n'.format(**row) + json.dumps(row), flush=True)
+
+
+# ---- the read-out ----------------------------------------------------------------------------
+
+def plain_layer(layer, x, style):
+    """Eq. 13 as a grouped 1x1 convolution with a matrix for each sample, (B,C,H,W)."""
+    weight = layer.weight * layer.affine(style)[:, None]
+    if layer.demodulate:
+        weight = weight / (weight.square().sum(2, keepdim=True) + 1e-8).sqrt()
+    y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), weight.reshape(-1, x.shape[1], 1, 1),
+                 groups=len(x))
+    return y.view(len(x), -1, *x.shape[2:]) + layer.bias[:, None, None]
+
+
+def plain_readout(model, xi, size):
+    """The whole picture at once, layer by layer as the formulas stand: (B,3,size,size)."""
+    mlp, h = model.mlp, None
+    coords = inr.make_grid(size, size, device=xi[0]['xy'].device)
+    coords = coords.expand(len(xi[0]['xy']), -1, -1, -1)
+    pe = [F.grid_sample(level['xy'], coords, padding_mode='border', align_corners=False)
+          for level in xi]
+    style = mlp.style(torch.full((len(coords),), model.config.resolution / size,
+                                 device=coords.device))
+    for i, block in enumerate(mlp.blocks):
+        x = pe[0] if i == 0 else torch.cat([h, pe[i]], dim=1) if i < len(pe) else h
+        h = x
+        for layer in block.layers:
+            h = math.sqrt(2) * F.leaky_relu(plain_layer(layer, h, style), 0.2)
+        skip = x if block.skip is None else F.conv2d(x, block.skip.weight[..., None, None])
+        h = (h + skip) / math.sqrt(2)
+    return plain_layer(mlp.out, h, style)
+
+
+def scaled_input(self, x, style, gain=1.0):
+    """ModulatedLinear with the style on x and the norm on the result; the matrix stays as it is."""
+    y = F.linear(x * self.affine(style)[:, None], self.weight)
+    if self.demodulate:
+        y = y * (self.affine(style).square() @ self.weight.T.square() + 1e-8).rsqrt()[:, None]
+    return gain * (y + self.bias)
+
+
+def channels_first(self, x, style, gain=1.0):
+    """ModulatedLinear on memory in the order (B,C,N), by matrix products."""
+    return torch.baddbmm(self.bias[:, None] * gain, self.modulated(style) * gain, x.mT).mT
+
+
+def grouped(self, x, style, gain=1.0):
+    """ModulatedLinear on memory in the order (B,C,N), by a grouped convolution."""
+    weight = self.modulated(style.expand(len(x), -1)) * gain  # (B, out, in)
+    y = F.conv1d(x.mT.reshape(1, -1, x.shape[1]), weight.flatten(0, 1)[..., None], groups=len(x))
+    return y.view(len(x), -1, x.shape[1]).mT + self.bias * gain
+
+
+def gather(field, xs, ys):
+    """`inr.sample_grid` by grid_sample."""
+    ys, xs = torch.broadcast_tensors(ys[..., None], xs[:, None])  # (b, h, w)
+    coords = torch.stack([xs, ys], dim=-1).flatten(1, 2)
+    return inr.sample_field(field, coords.expand(len(field), -1, -1))
+
+
+leaky_relu = F.leaky_relu
+
+# One thing changed at a time: case -> (object, attribute, replacement).
+ABLATION = {
+    'x scaled, not the matrix': (inr.ModulatedLinear, 'forward', scaled_input),
+    'look-up by grid_sample': (vae, 'sample_grid', gather),
+    'look-up separable': (vae, 'sample_grid', inr.sample_grid),
+    'channels-first memory': (inr.ModulatedLinear, 'forward', channels_first),
+    'channels-first, grouped conv': (inr.ModulatedLinear, 'forward', grouped),
+    'activation not in place': (F, 'leaky_relu', lambda x, slope, inplace: leaky_relu(x, slope)),
+}
+
+
+def readout_cases(table, device):
+    """'readout SIZE': case -> builder of its call, which returns the picture."""
+    size = int(table.split()[1])
+    torch.manual_seed(0)
+    # The networks before the read-out are kept small: only the MLP and the fields matter here.
+    model = vae.D2CVAE(vae.VAEConfig(ch=32, decoder_ch=32, num_res_blocks=1, z_channels=4,
+                                     mlp_layers=3)).to(device).requires_grad_(False)
+    for p in model.mlp.parameters():
+        p.add_(0.01 * torch.randn_like(p))  # so that no bias is zero
+    xi = [dict(xy=torch.randn(1, 64, n, n, device=device).contiguous(
+        memory_format=torch.channels_last)) for n in (64, 128, 256)]  # as the decoder leaves them
+
+    def render(chunk=None):
+        return model.render(xi, (size, size), antialias=False, chunk=chunk)
+
+    def changed(where, name, new):
+        def call():
+            with mock.patch.object(where, name, new):
+                return render()
+        return call
+
+    cases = {'plain': lambda: lambda: plain_readout(model, xi, size), 'render': lambda: render}
+    for name, change in ABLATION.items():
+        cases[name] = lambda change=change: changed(*change)
+    cases['whole picture at once'] = lambda: lambda: render(size * size)
+    for chunk in (1024, 2048, 4096, 8192, 16384, 32768):
+        cases[f'chunks of {chunk}'] = lambda chunk=chunk: lambda: render(chunk)
+    return cases
+
+
+def readout_flops(size):
+    """FLOPs of the layers at size x size points; look-ups and modulation are overhead."""
+    named = inr.CFCMLP([64] * 3, 3, layers=3).named_parameters()
+    layers = [p for name, p in named if p.dim() == 2 and not re.search('affine|style', name)]
+    return 2 * size ** 2 * sum(p.numel() for p in layers)
+
+
+def readout(args):
+    """One picture, width 256, 4 blocks of 3 modulated layers, 3 fields of 64 channels."""
+    device = torch.device(args.device)
+    for size in args.sizes:
+        big = device.type == 'cpu' and size > 512 and not args.full
+        cases = readout_cases(f'readout {size}', device)
+        reference = cases['plain']()() if not big else cases['render']()()
+        for name in ('render', *ABLATION):
+            torch.testing.assert_close(cases[name]()(), reference, rtol=1e-4, atol=1e-4)
+        report(args, f'readout {size}', ['render'] if big else ['plain', 'render'],
+               readout_flops(size))
+    size, chunks = args.sizes[0], [c for c in cases if c.startswith('chunks')]
+    for only in ([*ABLATION, 'whole picture at once'], chunks):
+        report(args, f'readout {size}', ['render', *only], readout_flops(size))
+
+
+# ---- the networks ----------------------------------------------------------------------------
+
+def small_vae(device):
+    """The issue's small VAE and a batch of 16 pictures at 64."""
+    torch.manual_seed(0)
+    model = vae.D2CVAE(vae.VAEConfig(
+        resolution=64, ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, z_channels=16, decoder_ch=32,
+        field_channels=16, mlp_width=64, mlp_layers=3)).to(device)
+    image = torch.rand(16, 3, 64, 64, device=device) * 2 - 1
+    box = torch.tensor([[-1.0, 1.0], [-1.0, 1.0]], device=device).expand(16, 2, 2)
+    return model, dict(image=image, target=image, box=box, scale=torch.ones(16, device=device))
+
+
+def small_unet(device):
+    """The issue's small U-Net in its diffusion model, and 32 latents."""
+    torch.manual_seed(0)
+    model = ldm.LDM(ldm.LDMConfig(z_channels=16, planes=dict(xy=[16, 16]), ch=64,
+                                  ch_mult=(1, 2, 4), num_res_blocks=1, attn_factors=(2, 4)))
+    return model.to(device), torch.randn(32, *model.shape, device=device)
+
+
+def training_step(model, loss, device, bf16=False):
+    """A call that does forward, backward and AdamW; `loss()` is evaluated under autocast if bf16."""
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            value = loss()
+        opt.zero_grad(set_to_none=True)
+        value.backward()
+        opt.step()
+    return step
+
+
+def vae_cases(table, device):
+    """Training steps of the small VAE."""
+    def build(bf16=False, channels_last=True):
+        model, batch = small_vae(device)
+        weights = torch.tensor([0.1, 1.0], device=device)
+        if not channels_last:
+            model.to(memory_format=torch.contiguous_format)
+            for module in (model.encoder, model.decoder):
+                module.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())
+        return training_step(model, lambda: model(batch, weights)['total'], device, bf16)
+    return {'float32': build, 'float32, contiguous': lambda: build(channels_last=False),
+            'bfloat16': lambda: build(bf16=True)}
+
+
+def unet_cases(table, device):
+    """'unet step' and 'unet evaluation' of the small U-Net."""
+    def build(bf16=False, memory_format=torch.contiguous_format):
+        model, z = small_unet(device)
+        model.to(memory_format=memory_format)
+        t = torch.arange(len(z), device=device) * 31
+        if 'step' in table:
+            return training_step(model, lambda: model(z), device, bf16)
+
+        def evaluate():
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                model.eps(z, t)
+        return evaluate
+    return {'float32': build, 'bfloat16': lambda: build(True),
+            'float32, channels last': lambda: build(memory_format=torch.channels_last),
+            'bfloat16, channels last': lambda: build(True, torch.channels_last)}
+
+
+def stage_cases(table, device):
+    """What else a run spends its time on."""
+    model, batch = small_vae(device)
+    unet, _ = small_unet(device)
+    pictures = data.make_dataset('toy_image', None, 'train', resolution=64, scales=(1, 1.5, 2))
+
+    def decode_and_render():
+        model.render(model.decode(torch.randn(16, *unet.shape, device=device)), (64, 64))
+
+    calls = {'sample 16, dpmpp 20': lambda: ldm.generate(model, unet, range(16)),
+             'read 16 toy_image items': lambda: [pictures.item(k, common.seeded('bench', k))
+                                                 for k in range(16)],
+             'encode 16': lambda: model.encode(batch),
+             'decode and render 16 at 64': decode_and_render}
+    return {name: lambda f=f: torch.no_grad()(f) for name, f in calls.items()}
+
+
+TABLES = dict(readout=readout_cases, vae=vae_cases, unet=unet_cases, stage=stage_cases)
+BENCHES = dict(readout=readout, vae=lambda args: report(args, 'vae'),
+               unet=lambda args: [report(args, t) for t in ('unet step', 'unet evaluation')],
+               stage=lambda args: report(args, 'stage'))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('names', nargs='*', help=f'of {", ".join(BENCHES)}; none = all')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    parser.add_argument('--repeats', type=int, default=5, help='rounds the medians are over')
+    parser.add_argument('--sizes', type=common.parse_tuple(int), default=(256, 512, 1024),
+                        help='sides of the pictures read out')
+    parser.add_argument('--full', action='store_true', help='the plain form above 512 on CPU, too')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--child', nargs=2, metavar=('TABLE', 'CASE'), help='run this case once '
+                        'and print the peak memory of this process')
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    unknown = set(args.names) - set(BENCHES)
+    common.require(not unknown, f'no bench {", ".join(unknown)}; one of {", ".join(BENCHES)}')
+    if args.child:
+        table, case = args.child
+        if case:
+            TABLES[table.split()[0]](table, torch.device(args.device))[case]()()
+        print(peak(torch.device(args.device)))
+        return
+    for name in args.names or BENCHES:
+        BENCHES[name](args)
+
+
+if __name__ == '__main__':
+    common.run(main)
