@@ -21,14 +21,14 @@ from vae import D2CVAE, VAEConfig, annealed
 # those of the paper's rows are the authors' configurations on 8 processes.
 PAPER = dict(scales=(1.0, 1.5, 2.0), scale_probs=(0.3, 0.3, 0.4), flip=True)
 AUTHORS = dict(PAPER, decoder_ch=128, mlp_layers=3, sn_start=5.0)
-SMALL = dict(num_res_blocks=1, ch=32, decoder_ch=32, ch_mult=(1, 2, 4), z_channels=16,
-             field_channels=32, mlp_width=64, batch=16, lr=1e-3, warmup=100)
+SMALL = dict(num_res_blocks=1, ch=32, decoder_ch=32, z_channels=16, field_channels=32,
+             mlp_width=64, batch=16, lr=1e-3, warmup=100)
 PRESETS = {
-    'toy_image': dict(SMALL, dataset='toy_image', resolution=32, scales=(1.0, 1.5, 2.0),
-                      ch_mult=(1, 2), decoder_mult=(2, 1), fields=(1, 2), kl_weight=0.02,
-                      steps=1500, eval_every=500, save_every=250),
-    'image_64': dict(SMALL, dataset='image', resolution=64, scales=(1.0, 1.5, 2.0),
-                     kl_weight=0.05, steps=10_000),
+    'toy_image': dict(SMALL, dataset='toy_image', resolution=32, ch=24, decoder_ch=24,
+                      ch_mult=(1, 2, 3), decoder_mult=(3, 2, 1), kl_weight=0.01, steps=1700,
+                      save_every=250),
+    'image_64': dict(SMALL, dataset='image', resolution=64, scale_probs=(0.3, 0.3, 0.4),
+                     kl_weight=0.03, steps=4000),
     'image_256': dict(PAPER, dataset='image', batch=80, steps=20_000),
     'afhq_cat': dict(PAPER, dataset='afhq_cat', batch=160, steps=6_300),
     'afhq_dog': dict(PAPER, dataset='afhq_dog', batch=160, steps=6_300),
