@@ -7,6 +7,7 @@
 Coordinates lie in [-1, 1], order (x, y[, z or t]), at cell centres; fields are read with
 `align_corners=False` and border padding. Nothing else in the project knows about axes.
 """
+import copy
 import math
 
 import torch
@@ -229,6 +230,23 @@ class CFCMLP(nn.Module):
         self.blocks = nn.ModuleList(MLPBlock(linear, n, width, width, layers) for n in inputs)
         self.project = nn.ModuleList(nn.Linear(c, width) for c in later if merge == 'sum')
         self.out = linear(width, out_channels, width, demodulate=False)
+
+    @torch.no_grad()
+    def at(self, scale):
+        """The network of one period, scale (1,): a copy with the modulation multiplied into it."""
+        if self.style is None:
+            return self
+        plain, style = copy.deepcopy(self), self.style(scale)
+        plain.style = None
+        for parent in list(plain.modules()):
+            for name, layer in list(parent.named_children()):
+                if isinstance(layer, ModulatedLinear):
+                    out_features, in_features = layer.weight.shape
+                    folded = ScaledLinear(in_features, out_features).to(layer.weight.device)
+                    folded.weight.copy_(layer.modulated(style)[0])
+                    folded.bias.copy_(layer.bias)
+                    parent._modules[name] = folded  # also where parent is a ModuleList
+        return plain
 
     def join(self, h, pe, i):
         """Input of block i > 0."""

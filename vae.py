@@ -208,6 +208,12 @@ class D2CVAE(nn.Module):
         fields = {name: self.decoder(plane) for name, plane in planes.items()}
         return [dict(zip(fields, level)) for level in zip(*fields.values())]
 
+    def look_up(self, xi, points):
+        """p^1..p^n at points (B,N,D): a list of (B,N,C), the planes of a level side by side."""
+        axes = PLANES[self.config.domain]
+        return [torch.cat([sample_field(field, points[..., axes[name]])
+                           for name, field in level.items()], dim=-1) for level in xi]
+
     def query(self, xi, coords, scale=None):
         """omega(c) at any points: coords (N,D), (B,N,D) or a grid (..., D) -> (B,N,3) or (B,...,3).
 
@@ -218,18 +224,10 @@ class D2CVAE(nn.Module):
         batched = coords.dim() == 3 and shape[0] == batch or coords.dim() > 3 and shape[0] == batch
         points = coords if batched else coords[None].expand(batch, *shape)
         points = points.flatten(1, -2)  # (B, N, D)
-        pe = [torch.cat([sample_field(field, points[..., PLANES[self.config.domain][name]])
-                         for name, field in level.items()], dim=-1) for level in xi]
         if scale is not None:
             scale = torch.as_tensor(scale, dtype=torch.float32, device=coords.device).reshape(-1)
-        values = self.mlp(pe, points, scale)
+        values = self.mlp(self.look_up(xi, points), points, scale)
         return values.unflatten(1, shape[1:-1] if batched else shape[:-1])
-
-    def read_grid(self, xi, xs, ys, scale):
-        """omega on pixel grids: columns xs (b,w), rows ys (b,h), s (b,) -> (B,3,h,w)."""
-        pe = [sample_grid(level['xy'], xs, ys) for level in xi]
-        values = self.mlp(pe, scale=scale)
-        return values.mT.unflatten(2, (ys.shape[1], xs.shape[1]))
 
     def render(self, xi, size, box=None, antialias=True, chunk=None):
         """Pictures (B,3,h,w) of `size` (h, w) over `box` ((x_lo,x_hi),(y_lo,y_hi)), default all.
@@ -245,20 +243,23 @@ class D2CVAE(nn.Module):
         size, r = tuple(size), self.config.resolution
         if min(size) < 1 or (box[:, 0] >= box[:, 1]).any():
             raise ValueError(f'cannot render {size} pixels over the box {box.tolist()}')
-        chunk = chunk or (8192 if field.device.type == 'cpu' else 262144)
+        if chunk is None:  # on CPU, what leaves the activations in each core's cache
+            chunk = 2048 * torch.get_num_threads() if field.device.type == 'cpu' else 262144
         extent = ((box[:, 1] - box[:, 0]) / 2).tolist()[::-1]  # share of the height, width
         fold = [math.ceil(r * e / n - 1e-6) if antialias else 1 for n, e in zip(size, extent)]
         fold = [max(f, 1) for f in fold]
         fine = [n * f for n, f in zip(size, fold)]
-        scale = grid_scale(r, fine, box)[None]
-        xs, ys = cell_centres(fine[1], box[0])[None], cell_centres(fine[0], box[1])[None]
+        mlp = self.mlp.at(grid_scale(r, fine, box)[None])
+        xs, ys = cell_centres(fine[1], box[0]), cell_centres(fine[0], box[1])
         rows = max(1, chunk // (fine[1] * fold[0])) * fold[0]
         samples = max(1, chunk // (fine[0] * fine[1]))
         result = field.new_empty(len(field), self.config.channels, *size)
         for i in range(0, len(field), samples):
             part = [{k: f[i:i + samples] for k, f in level.items()} for level in xi]
             for j in range(0, fine[0], rows):
-                strip = self.read_grid(part, xs, ys[:, j:j + rows], scale)
+                points = torch.cartesian_prod(ys[j:j + rows], xs).flip(1)
+                points = points.expand(len(part[0]['xy']), -1, -1)
+                strip = mlp(self.look_up(part, points)).mT.unflatten(2, (-1, fine[1]))
                 strip = F.avg_pool2d(strip, fold) if max(fold) > 1 else strip
                 result[i:i + samples, :, j // fold[0]:(j + rows) // fold[0]] = strip
         return result
@@ -269,7 +270,8 @@ class D2CVAE(nn.Module):
         xi = self.decode(posterior.sample(noise), posterior.sizes)
         h, w = batch['target'].shape[2:]
         xs, ys = cell_centres(w, batch['box'][:, 0]), cell_centres(h, batch['box'][:, 1])
-        return posterior, self.read_grid(xi, xs, ys, batch['scale'])
+        pe = [sample_grid(level['xy'], xs, ys) for level in xi]
+        return posterior, self.mlp(pe, scale=batch['scale']).mT.unflatten(2, (h, w))
 
     def forward(self, batch, weights, noise=None):
         """Losses of a batch (`image`, `target`, `box`, `scale`; see data.py) as a dict of scalars.

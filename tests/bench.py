@@ -177,22 +177,23 @@ def grouped(self, x, style, gain=1.0):
     return y.view(len(x), -1, x.shape[1]).mT + self.bias * gain
 
 
-def gather(field, xs, ys):
-    """`inr.sample_grid` by grid_sample."""
-    ys, xs = torch.broadcast_tensors(ys[..., None], xs[:, None])  # (b, h, w)
-    coords = torch.stack([xs, ys], dim=-1).flatten(1, 2)
-    return inr.sample_field(field, coords.expand(len(field), -1, -1))
+def separable(field, coords):
+    """`inr.sample_field` on a strip of a grid by two matrix products."""
+    width = int((coords[0, :, 1] == coords[0, 0, 1]).sum())
+    return inr.sample_grid(field, coords[:1, :width, 0], coords[:1, ::width, 1])
 
 
 leaky_relu = F.leaky_relu
 
 # One thing changed at a time: case -> (object, attribute, replacement), ...
 LAYER = inr.ModulatedLinear, 'forward'
+UNFOLDED = inr.CFCMLP, 'at', lambda self, scale: partial(self, scale=scale)
 ABLATION = {
-    'x scaled, not the matrix': [(*LAYER, scaled_input)],
-    'channels-first memory': [(*LAYER, channels_first)],
-    'channels-first, grouped conv': [(*LAYER, grouped)],
-    'look-up by grid_sample': [(vae, 'sample_grid', gather)],
+    'modulated anew in each chunk': [UNFOLDED],
+    'x scaled, not the matrix': [UNFOLDED, (*LAYER, scaled_input)],
+    'channels-first memory': [UNFOLDED, (*LAYER, channels_first)],
+    'channels-first, grouped conv': [UNFOLDED, (*LAYER, grouped)],
+    'separable look-up': [(vae, 'sample_field', separable)],
     'activation not in place': [(F, 'leaky_relu', lambda x, slope, inplace: leaky_relu(x, slope))],
 }
 CHUNKS = {f'chunks of {n}': n for n in (1024, 2048, 4096, 8192, 16384, 32768)}

@@ -213,6 +213,20 @@ def test_scale_is_derived_from_the_grid():
     assert not torch.allclose(mlp(pe, coords), mlp(pe, scale=torch.ones(1)))
 
 
+@pytest.mark.mutation('inr.py', 'folded.bias.copy_(layer.bias)', 'pass')
+@pytest.mark.mutation('inr.py', 'folded.weight.copy_(layer.modulated(style)[0])',
+                      'folded.weight.copy_(layer.weight)')
+def test_network_of_one_period_equals_the_modulated_one():
+    mlp, pe = inr.CFCMLP([4, 4], 3, width=8), [torch.randn(2, 5, 4) for _ in range(2)]
+    for p in mlp.parameters():
+        torch.nn.init.normal_(p)
+    before = mlp(pe, scale=torch.tensor([0.4]))
+    plain = mlp.at(torch.tensor([0.4]))
+    assert plain.style is None and not any('affine' in n for n, _ in plain.named_parameters())
+    torch.testing.assert_close(plain(pe), before)
+    assert torch.equal(mlp(pe, scale=torch.tensor([0.4])), before)  # the original is untouched
+
+
 def test_without_scale_injection_s_is_ignored():
     mlp = inr.CFCMLP([4], 3, width=8, scale_injection=False)
     pe = [torch.randn(1, 5, 4)]

@@ -95,11 +95,11 @@ def log_of(folder, stage):
     return [v for v in lines if v['stage'] == stage and 'lr' in v]
 
 
-def assert_close(a, b, file, stage, tolerance=1e-5):
-    """Two runs that differ in the order of summation only."""
-    for x, y in zip(log_of(a, stage), log_of(b, stage), strict=True):
+def assert_close(a, b, file, stage):
+    """Two runs that differ in the order of summation only: to rounding until Adam magnifies it."""
+    for i, (x, y) in enumerate(zip(log_of(a, stage), log_of(b, stage), strict=True)):
         for k in set(x) - {'items_per_s', 'stage'}:
-            assert x[k] == pytest.approx(y[k], rel=tolerance), (x['step'], k)
+            assert x[k] == pytest.approx(y[k], rel=1e-3 if i else 1e-5), (x['step'], k)
     x, y = trained(a / file), trained(b / file)
     for k in x:
         if k.startswith(('/vae', '/model', '/ema')):  # Adam magnifies the noise of tiny gradients
@@ -299,7 +299,7 @@ def test_two_processes_equal_one(toy, photos, tmp_path):
     folder = Path(shutil.copytree(toy.folder, tmp_path / 'one'))
     shutil.copytree(photos / 'set', folder / 'set')
     shutil.copytree(photos / 'runs' / 'photos', folder / 'runs' / 'photos')
-    twice, cached = f'{VAE} --accumulate 2', f'{LDM} --vae photos --cache memory --accumulate 2'
+    twice, cached = f'{VAE} --accumulate 2 --warmup 100', f'{LDM} --vae photos --cache memory --accumulate 2'
     runs = [('train_vae', VAE, 'toy_image'), ('train_vae', twice, 'twice'),
             ('train_ldm', f'{LDM} --vae {toy.run}', 'toy_image'), ('train_ldm', cached, 'photos')]
     two = Path(shutil.copytree(folder, tmp_path / 'two'))
@@ -331,7 +331,7 @@ def test_cached_latents_change_nothing(photos, tmp_path, repo):
         assert_close(folder / 'runs' / cache, folder / 'runs' / 'none', 'ldm.pt', 'ldm')
     file, = (folder / 'runs' / 'disk').glob('latents_*.npy')
     written = file.stat().st_mtime_ns
-    assert np.load(file).shape[1:] == (2, 4, 64)
+    assert np.load(file).shape[1:] == (2, 4, 16)
     done(folder, 'train_ldm.py', LDM, '--name disk --cache disk --restart --steps 1')
     assert file.stat().st_mtime_ns == written  # read, not made again
 

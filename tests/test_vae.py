@@ -173,8 +173,8 @@ def function():
     return model, model.decode(torch.randn(2, 4, 64))
 
 
-@pytest.mark.mutation('vae.py', 'ys[:, j:j + rows], scale', 'ys[:, :rows], scale')
-@pytest.mark.mutation('vae.py', 'scale = grid_scale(r, fine, box)[None]', 'scale = grid_scale(r, fine)[None]')
+@pytest.mark.mutation('vae.py', 'prod(ys[j:j + rows], xs)', 'prod(ys[:rows], xs)')
+@pytest.mark.mutation('vae.py', 'grid_scale(r, fine, box)[None]', 'grid_scale(r, fine)[None]')
 def test_render_equals_query_at_every_chunk_size(function):
     model, xi = function
     for size, box in (((16, 16), None), ((40, 17), None),
@@ -191,9 +191,8 @@ def test_render_equals_query_at_every_chunk_size(function):
 @pytest.mark.mutation('vae.py', 'rows = max(1, chunk //', 'rows = 1 + max(1, chunk //')
 def test_render_reads_no_more_points_at_a_time_than_asked(function):
     model, xi = function
-    points, read = [], model.read_grid
-    model.read_grid = lambda part, xs, ys, s: points.append(
-        len(part[0]['xy']) * ys.shape[1] * xs.shape[1]) or read(part, xs, ys, s)
+    points, read = [], model.look_up
+    model.look_up = lambda xi, c: points.append(c.shape[0] * c.shape[1]) or read(xi, c)
     model.render(xi, (64, 40), chunk=400)
     assert max(points) == 400 and sum(points) == 2 * 64 * 40
 
@@ -236,7 +235,7 @@ def test_impossible_renders_are_refused(function):
             model.render(xi, size, box)
 
 
-@pytest.mark.mutation('vae.py', 'field, points[..., PLANES', 'field, -points[..., PLANES')
+@pytest.mark.mutation('vae.py', 'field, points[..., axes', 'field, -points[..., axes')
 def test_query_takes_points_of_any_shape(function):
     model, xi = function
     points = torch.rand(5, 2) * 2 - 1
