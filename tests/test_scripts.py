@@ -299,7 +299,8 @@ def test_two_processes_equal_one(toy, photos, tmp_path):
     folder = Path(shutil.copytree(toy.folder, tmp_path / 'one'))
     shutil.copytree(photos / 'set', folder / 'set')
     shutil.copytree(photos / 'runs' / 'photos', folder / 'runs' / 'photos')
-    twice, cached = f'{VAE} --accumulate 2 --warmup 100', f'{LDM} --vae photos --cache memory --accumulate 2'
+    twice = f'{VAE} --accumulate 2 --warmup 100'  # Adam turns noise into steps of size lr
+    cached = f'{LDM} --vae photos --cache memory --accumulate 2'
     runs = [('train_vae', VAE, 'toy_image'), ('train_vae', twice, 'twice'),
             ('train_ldm', f'{LDM} --vae {toy.run}', 'toy_image'), ('train_ldm', cached, 'photos')]
     two = Path(shutil.copytree(folder, tmp_path / 'two'))
