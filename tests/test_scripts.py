@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import random
 import re
 import runpy
@@ -399,6 +400,36 @@ def test_interpolation_ends_at_the_samples(toy, tmp_path, repo):
     for between, end in (('000002_000', '000002'), ('000002_002', '000003'),
                          ('000003_000', '000003'), ('000003_002', '000004')):
         assert_alike(a[f'16x16/{between}.png'], b[f'16x16/{end}.png'])
+
+
+@pytest.mark.mutation('train_ldm.py', "batch['label'] if args.num_classes else None, **own",
+                      'None, **own')
+@pytest.mark.mutation('sample.py', 'condition(args, ldm, len(seeds)), args.guidance', 'None, 1.0')
+def test_class_labels_reach_the_samples(tmp_path, repo):
+    """CIFAR-10's labels condition stage 2: black and white pictures by class."""
+    place = tmp_path / 'data' / 'cifar10' / 'cifar-10-batches-py'
+    place.mkdir(parents=True)
+    for name in [f'data_batch_{k}' for k in range(1, 6)] + ['test_batch']:
+        labels = [0, 1] * 8
+        pixels = np.repeat(np.array(labels, np.uint8)[:, None] * 255, 3072, axis=1)
+        (place / name).write_bytes(pickle.dumps(dict(data=pixels, labels=labels)))
+    done(tmp_path, 'train_vae.py', VAE, '--dataset cifar10 --resolution 8 --fields 1,2 --steps 1',
+         repo=repo)
+    flags = ('--num_classes 2 --batch 8 --steps 80 --lr 1e-2 --mixed no --latent_norm channel '
+             '--eval_every 80 --save_every 80 --log_every 80')
+    done(tmp_path, 'train_ldm.py', LDM, flags, repo=repo)
+    z = {}
+    for label in (0, 1):
+        done(tmp_path, 'sample.py', f'--label {label} --guidance 2 --num 4 --out {label}',
+             repo=repo)
+        z[label] = np.stack([v for k, v in pictures(tmp_path, str(label)).items() if '8x8/' in k])
+    vae, _, info = ldm.load(tmp_path / 'runs/cifar10')
+    train = data.open_run_data(info, 'train', tmp_path / 'data' / 'cifar10')
+    x = torch.stack([train.picture(train.labels.index(label), 8) for label in (0, 1)])
+    black, white = data.to_uint8(vae.render(vae.decode(vae.encode(x).mean), (8, 8))).int()
+    towards_white = (white - black).permute(1, 2, 0).numpy()
+    black, white = ((z[label] * towards_white).mean() for label in (0, 1))
+    assert white - black > 0.05 * (towards_white ** 2).mean()
 
 
 @pytest.mark.mutation('sample.py', 'if i not in pictures.broken]', ']')
