@@ -180,7 +180,7 @@ def dist_init(device='auto'):
     if device.startswith('cuda:'):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
 
 

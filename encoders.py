@@ -11,10 +11,10 @@ from torch import nn
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm computed in float32, also under autocast."""
+    """Group norm in the precision of its weights, float32 also under autocast."""
 
     def forward(self, x):
-        return super().forward(x.float())
+        return super().forward(x.to(self.weight.dtype))
 
 
 def norm(channels):

@@ -52,6 +52,9 @@ def make_grid(*size, box=None, device=None):
     coordinate, x first; default [-1, 1] in all.
     """
     box = [(-1.0, 1.0)] * len(size) if box is None else box
+    if min(size, default=0) < 1 or len(box) != len(size):
+        raise ValueError(f'no grid of size {size} over {len(box)} intervals: sizes must be at '
+                         'least 1, with one (lo, hi) for each coordinate')
     axes = [cell_centres(n, torch.as_tensor(b, device=device, dtype=torch.float32))
             for n, b in zip(size, reversed(list(box)))]
     return torch.stack(torch.meshgrid(*axes, indexing='ij')[::-1], dim=-1)
@@ -75,22 +78,30 @@ def grid_scale(resolution, size, box=None):
     return resolution * (extent.prod(-1) / (h * w)).sqrt()
 
 
+@torch.no_grad()
 def points_scale(resolution, coords):
-    """s of points (B,N,2) that are a flattened regular grid; 1, the training period, of others."""
-    steps = coords[0].diff(dim=0).abs().T  # (2, N-1)
-    periods = [s[s > 1e-6] for s in steps]
-    dx, dy = (p.min() if len(p) else p.new_tensor(2.0) for p in periods)
-    xs, ys = (c[0] for c in coords.unbind(-1))
-    on_grid = all(((c - c.min()) / d).sub(((c - c.min()) / d).round()).abs().max() < 1e-2
-                  for c, d in ((xs, dx), (ys, dy)))
-    return (dx * dy).sqrt() * resolution / 2 if on_grid else torch.ones_like(dx)
+    """s of points (B,N,2) that are a flattened regular grid; 1, the training period, of others.
+
+    A grid has at least two rows and columns, and the same points for every item.
+    """
+    x, y = coords[0].unbind(-1)
+    width = int((y == y[0]).sum())
+    one = coords.new_ones(())
+    if width < 2 or len(x) % width or len(x) == width:
+        return one
+    size = len(x) // width, width
+    pitch = [(c[-1] - c[0]) / (n - 1) / 2 for c, n in zip((x, y), size[::-1])]
+    box = [(c[0] - h, c[-1] + h) for c, h in zip((x, y), pitch)]
+    grid = make_grid(*size, box=box, device=coords.device).flatten(0, 1)
+    same = torch.allclose(coords, grid.to(coords).expand_as(coords), atol=1e-5)
+    return (4 * pitch[0] * pitch[1]).abs().sqrt() * resolution / 2 if same else one
 
 
 # ---- gamma: bilinear look-up -------------------------------------------------------------------
 
 def sample_field(field, coords):
     """gamma(c; Xi): field (B,C,H,W) at any points coords (B,N,2) in [-1,1] -> (B,N,C)."""
-    p = F.grid_sample(field, coords[:, None].to(field.dtype), mode='bilinear',
+    p = F.grid_sample(field.to(coords.dtype), coords[:, None], mode='bilinear',
                       padding_mode='border', align_corners=False)  # (B, C, 1, N)
     return p[:, :, 0].transpose(1, 2)
 
@@ -108,10 +119,10 @@ def sample_grid(field, xs, ys):
     backward pass, and rows come out in the layout the MLP reads.
     """
     B, C, H, W = field.shape
-    rows = hat_matrix(H, ys).to(field.dtype)  # (b, h, H)
-    columns = hat_matrix(W, xs).to(field.dtype)  # (b, w, W)
-    p = rows @ field.permute(0, 2, 3, 1).reshape(B, H, W * C)  # (B, h, W*C)
-    p = columns[:, None] @ p.unflatten(2, (W, C))  # (B, h, w, C)
+    with torch.autocast(field.device.type, enabled=False):  # bfloat16 weights would not sum to 1
+        rows, columns = hat_matrix(H, ys), hat_matrix(W, xs)  # (b, h, H), (b, w, W)
+        p = rows @ field.to(rows.dtype).permute(0, 2, 3, 1).reshape(B, H, W * C)  # (B, h, W*C)
+        p = columns[:, None] @ p.unflatten(2, (W, C))  # (B, h, w, C)
     return p.flatten(1, 2)
 
 
@@ -134,9 +145,9 @@ class ModulatedLinear(nn.Module):
         self.demodulate = demodulate
 
     def modulated(self, style):
-        """phi(s) for each style, (B,out,in), in float32."""
+        """phi(s) for each style, (B,out,in), in the precision of the weights."""
         with torch.autocast(style.device.type, enabled=False):
-            weight = self.weight * self.affine(style.float())[:, None]
+            weight = self.weight * self.affine(style.to(self.weight.dtype))[:, None]
             if self.demodulate:
                 weight = weight * (weight.square().sum(2, keepdim=True) + 1e-8).rsqrt()
         return weight
@@ -174,7 +185,7 @@ class ScaleEmbedding(nn.Module):
 
     def forward(self, s):
         with torch.autocast(s.device.type, enabled=False):
-            angles = s.float()[:, None] * self.frequencies
+            angles = s.to(self.frequencies)[:, None] * self.frequencies
             return self.net(torch.cat([angles.sin(), angles.cos()], dim=1))
 
 
@@ -242,11 +253,11 @@ class CFCMLP(nn.Module):
             for name, layer in list(parent.named_children()):
                 if isinstance(layer, ModulatedLinear):
                     out_features, in_features = layer.weight.shape
-                    folded = ScaledLinear(in_features, out_features).to(layer.weight.device)
+                    folded = ScaledLinear(in_features, out_features).to(layer.weight)
                     folded.weight.copy_(layer.modulated(style)[0])
                     folded.bias.copy_(layer.bias)
                     parent._modules[name] = folded  # also where parent is a ModuleList
-        return plain
+        return plain.requires_grad_(False)
 
     def join(self, h, pe, i):
         """Input of block i > 0."""

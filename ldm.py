@@ -348,7 +348,7 @@ class LDM(nn.Module):
             return
         if not classes and not width:
             raise ValueError('this model is unconditional: give it no label and no text')
-        if classes and (cond.ndim != 1 or cond.min() < 0 or cond.max() > classes):
+        if classes and (cond.ndim != 1 or cond.min() < 0 or cond.max() >= classes):
             raise ValueError(f'class labels must be integers in 0..{classes - 1}')
         if width and (cond.ndim != 3 or cond.shape[2] != width):
             raise ValueError(f'text features {tuple(cond.shape)} where (batch, tokens, {width}) is '

@@ -48,7 +48,8 @@ def build_parser():
     parser.add_argument('--run', default='', help='run folder, its name, or a checkpoint file; '
                         'empty = the newest run')
     parser.add_argument('--out', default='out', help='folder for the pictures')
-    parser.add_argument('--res', default='', help='size N or HxW; empty = the training resolution')
+    parser.add_argument('--res', default='', help='size N or HxW of the whole square '
+                        'frame, stretched if they differ; empty = the training resolution')
     parser.add_argument('--sweep', default='', help='several sizes of the same samples, 64,128,512')
     parser.add_argument('--box', type=common.parse_tuple(float), default=(),
                         help='x_lo,x_hi,y_lo,y_hi in -1..1: render this region only '
@@ -74,11 +75,11 @@ def build_parser():
     return parser
 
 
-def find_run(text):
-    """Path of the run or checkpoint --run names."""
+def find_run(text, first_stage_will_do):
+    """Path of the run or checkpoint --run names; without, the newest that can do the work."""
     if text:
         return next((p for p in (Path(text), common.RUNS / text) if p.exists()), Path(text))
-    run = common.newest_run('ldm.pt')
+    run = common.newest_run('ldm.pt') or first_stage_will_do and common.newest_run('vae.pt')
     common.require(run, 'no finished run in runs/: train one with python train_vae.py and then '
                    'python train_ldm.py, or name one with --run')
     return run
@@ -159,7 +160,7 @@ def main():
     common.require(args.guidance == 1 or args.label is not None, f'--guidance {args.guidance}: has '
                    'no effect without --label')
     common.require(not (args.res and args.sweep), '--res and --sweep: give one of them')
-    box, path = parse_box(args.box), find_run(args.run)
+    box, path = parse_box(args.box), find_run(args.run, args.reconstruct)
     wanted = args.sweep or args.res
     sizes = parse_sizes(wanted) if wanted else None
     _, _, device = common.dist_init(args.device)

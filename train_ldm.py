@@ -25,8 +25,8 @@ from ldm import LDM, LDMConfig, generate
 from vae import D2CVAE, VAEConfig
 
 # Differences from LDMConfig, LatentConfig and RunConfig only, by the name of stage 1's preset.
-PAPER = dict(weight_decay=0.0, beta2=0.999)
-SMALL = dict(PAPER, ch=64, ch_mult=(1, 2, 2), num_res_blocks=1, attn_factors=(2, 4),
+PAPER = dict(weight_decay=0.0, beta2=0.999, accumulate=5)
+SMALL = dict(PAPER, accumulate=1, ch=64, ch_mult=(1, 2, 2), num_res_blocks=1, attn_factors=(2, 4),
              mixing_init=-3.0, mixing_lr_mult=10.0, latent_norm='channel', batch=32, lr=5e-4,
              warmup=200, ema=0.999)
 PRESETS = {
@@ -180,8 +180,8 @@ def measure_latents(latents, vae, args, device, batches=16):
     stream = common.Stream(latents, args.seed)
     count = min(batches * args.batch, len(latents))
     total = 0
-    for start in range(0, count, args.batch):
-        items = [stream[k] for k in range(start, min(start + args.batch, count))]
+    for start in range(0, count, 16):
+        items = [stream[k] for k in range(start, min(start + 16, count))]
         batch = common.to(torch.utils.data.default_collate(items), device)
         noise = torch.randn(len(items), *latent_shape(vae.config),
                             generator=common.torch_seeded('statistics', args.seed, start))
@@ -304,10 +304,10 @@ def main():
             batch = common.to(next(batches), device)
             own = {k: common.rows(v, args, i, rank, world).to(device)
                    for k, v in dict(drawn, z=z_noise).items()}
-            with common.sync(ddp, i == args.accumulate - 1), \
-                    torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                z = latents_of(batch, vae, own.pop('z'), args.posterior)
-                loss = ddp(z, batch['label'] if args.num_classes else None, **own)
+            z = latents_of(batch, vae, own.pop('z'), args.posterior)
+            with common.sync(ddp, i == args.accumulate - 1):
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    loss = ddp(z, batch['label'] if args.num_classes else None, **own)
                 (loss / args.accumulate).backward()
             total = total + loss.detach() / args.accumulate
         norm = common.clip(model, args.clip)

@@ -19,7 +19,7 @@ from vae import D2CVAE, VAEConfig, annealed
 
 # Differences from VAEConfig and RunConfig only. The paper gives no batch sizes or step counts:
 # those of the paper's rows are the authors' configurations on 8 processes.
-PAPER = dict(scales=(1.0, 1.5, 2.0), scale_probs=(0.3, 0.3, 0.4), flip=True)
+PAPER = dict(scales=(1.0, 1.5, 2.0), scale_probs=(0.3, 0.3, 0.4), flip=True, accumulate=5)
 AUTHORS = dict(PAPER, decoder_ch=128, mlp_layers=3, sn_start=5.0)
 SMALL = dict(num_res_blocks=1, ch=32, decoder_ch=32, z_channels=16, field_channels=32,
              mlp_width=64, batch=16, lr=1e-3, warmup=100)
@@ -74,7 +74,7 @@ def open_data(args, split):
     """The training or held-out data set, at every scale asked for."""
     return data.make_dataset(
         args.dataset, args.data or None, split, resolution=args.resolution, scales=args.scales,
-        scale_probs=args.scale_probs or None, continuous=args.continuous,
+        scale_probs=None if args.continuous else args.scale_probs, continuous=args.continuous,
         flip=args.flip and split == 'train', holdout=args.split, group=args.group or None,
         seed=args.seed)
 
@@ -87,7 +87,7 @@ def evaluate(vae, held_out, args, count=64):
     index = common.spread(len(held_out), count)
     result, r = {}, args.resolution
     x = torch.stack([held_out.picture(i, r) for i in index]).to(device)
-    xi = vae.decode(vae.encode(x).mean)
+    xi = vae.decode(torch.cat([vae.encode(part).mean for part in x.split(16)]))
     for R in sorted({r, round(max(args.scales) * r)}):
         truth = torch.stack([held_out.picture(i, R) for i in index]).to(device)
         y = vae.render(xi, (R, R)).clamp(-1, 1)
@@ -97,8 +97,9 @@ def evaluate(vae, held_out, args, count=64):
 
 
 @torch.no_grad()
-def latent_statistics(posterior):
+def latent_statistics(vae, batch):
     """Extreme deviations of a channel over a batch, and how many channels are active."""
+    posterior = vae.encode(batch)
     std = posterior.sample().transpose(0, 1).flatten(1).std(1)
     active = (posterior.mean.transpose(0, 1).flatten(1).std(1) > 0.1).sum()
     return dict(z_std_min=std.min(), z_std_max=std.max(), z_active=active)
@@ -164,9 +165,9 @@ def main():
         for i in range(args.accumulate):
             batch = common.to(next(batches), device)
             own = common.rows(noise, args, i, rank, world).to(device)
-            with common.sync(ddp, i == args.accumulate - 1), \
-                    torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                losses = ddp(batch, weights, own)
+            with common.sync(ddp, i == args.accumulate - 1):
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    losses = ddp(batch, weights, own)
                 (losses['total'] / args.accumulate).backward()
             totals = {k: totals.get(k, 0) + v.detach() / args.accumulate for k, v in losses.items()}
         norm = common.clip(model, args.clip)
@@ -185,7 +186,7 @@ def main():
                           items_per_s=rate)
         if rank == 0 and (step % args.eval_every == 0 or step == args.steps):
             result, pictures = evaluate(model, held_out, args)
-            stats = latent_statistics(model.encode(batch))
+            stats = latent_statistics(model, batch)
             log.write(step=step, **result, **stats)
             data.save_grid(folder / 'samples' / f'reconstruction_{step:07d}.png', pictures, 8)
             bar.write(f'step {step}: held-out PSNR ' + ', '.join(

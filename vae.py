@@ -116,7 +116,8 @@ class HDBFDecoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         c, width = config, config.decoder_ch * config.decoder_mult[0]
-        self.fields = c.fields
+        # The ablation without HDBF has no coarse heads: they would get no gradient.
+        self.fields = c.fields[-1:] if c.conditioning == 'single' else c.fields
         self.stem = nn.Sequential(
             nn.Conv2d(c.z_channels, c.z_channels, 1), conv3x3(c.z_channels, width),
             ResBlock(width, width), PlaneAttention(width), ResBlock(width, width))
@@ -132,7 +133,7 @@ class HDBFDecoder(nn.Module):
                     norm(width), nn.SiLU(inplace=True), conv3x3(width, c.field_channels))
             else:
                 self.ups.append(Upsample(width))
-                if 2 ** i in c.fields:
+                if 2 ** i in self.fields:
                     self.heads[str(2 ** i)] = nn.Conv2d(width, c.field_channels, 1)
 
     def forward(self, z):
@@ -189,7 +190,8 @@ class D2CVAE(nn.Module):
         c = self.config = config
         self.encoder = ConvEncoder(c.channels, c.ch, c.ch_mult, c.num_res_blocks, c.z_channels)
         self.decoder = HDBFDecoder(c)
-        self.mlp = CFCMLP([c.field_channels * len(PLANES[c.domain])] * len(c.fields), c.channels,
+        planes = len(PLANES[c.domain])
+        self.mlp = CFCMLP([c.field_channels * planes] * len(self.decoder.fields), c.channels,
                           c.mlp_width, c.mlp_blocks, c.mlp_layers, c.conditioning, c.cfc_merge,
                           c.scale_injection, c.resolution)
         scope = [self.encoder] if c.sn_scope == 'encoder' else [self.encoder, self.decoder]
@@ -215,20 +217,23 @@ class D2CVAE(nn.Module):
                            for name, field in level.items()], dim=-1) for level in xi]
 
     def query(self, xi, coords, scale=None):
-        """omega(c) at any points: coords (N,D), (B,N,D) or a grid (..., D) -> (B,N,3) or (B,...,3).
+        """omega(c) at any points: coords (N,D), (B,N,D) or grids (H,W,D), (B,H,W,D) -> (B,...,3).
 
-        `scale` is s, a float or (B,); None derives it from a regular grid and takes the training
-        period 1 for scattered points.
+        Three dimensions of which the first is 1 or B are a batch of points, so a grid of B rows
+        must come as (1,H,W,D). `scale` is s, a float or (B,); None derives it from a regular grid
+        and takes the training period 1 for scattered points.
         """
-        batch, shape = len(next(iter(xi[0].values()))), coords.shape
-        batched = coords.dim() == 3 and shape[0] == batch or coords.dim() > 3 and shape[0] == batch
-        points = coords if batched else coords[None].expand(batch, *shape)
-        points = points.flatten(1, -2)  # (B, N, D)
+        batch = len(next(iter(xi[0].values())))
+        batched = coords.dim() > 2 and coords.shape[0] in (1, batch)
+        coords = coords if batched else coords[None]
+        shape = coords.shape[1:-1]
+        points = coords.expand(batch, *coords.shape[1:]).flatten(1, -2)  # (B, N, D)
         if scale is not None:
             scale = torch.as_tensor(scale, dtype=torch.float32, device=coords.device).reshape(-1)
         values = self.mlp(self.look_up(xi, points), points, scale)
-        return values.unflatten(1, shape[1:-1] if batched else shape[:-1])
+        return values.unflatten(1, shape)
 
+    @torch.no_grad()
     def render(self, xi, size, box=None, antialias=True, chunk=None):
         """Pictures (B,3,h,w) of `size` (h, w) over `box` ((x_lo,x_hi),(y_lo,y_hi)), default all.
 
@@ -264,7 +269,7 @@ class D2CVAE(nn.Module):
                 result[i:i + samples, :, j // fold[0]:(j + rows) // fold[0]] = strip
         return result
 
-    def reconstruct(self, batch, weights=None, noise=None):
+    def reconstruct(self, batch, noise=None):
         """Posterior and the function it decodes to, read on the targets' grids: (B,3,h,w)."""
         posterior = self.encode(batch)
         xi = self.decode(posterior.sample(noise), posterior.sizes)
@@ -273,14 +278,17 @@ class D2CVAE(nn.Module):
         pe = [sample_grid(level['xy'], xs, ys) for level in xi]
         return posterior, self.mlp(pe, scale=batch['scale']).mT.unflatten(2, (h, w))
 
-    def forward(self, batch, weights, noise=None):
+    def forward(self, batch, weights=None, noise=None):
         """Losses of a batch (`image`, `target`, `box`, `scale`; see data.py) as a dict of scalars.
 
-        `weights` (2,) is (lambda_kl, lambda_sn), see `annealed`; `noise` (B,C,L) fixes the
-        posterior sample. Key 'total' is what to minimise; 'kl' is in nats a sample.
+        `weights` (2,) is (lambda_kl, lambda_sn), see `annealed`, and by default what they end at;
+        `noise` (B,C,L) fixes the posterior sample. Key 'total' is what to minimise; 'kl' is in
+        nats a sample.
         """
         c = self.config
-        posterior, values = self.reconstruct(batch, noise=noise)
+        posterior, values = self.reconstruct(batch, noise)
+        if weights is None:
+            weights = torch.tensor([c.kl_weight, c.sn_end], device=values.device)
         with torch.autocast(values.device.type, enabled=False):
             error = values.float() - batch['target']
             reconstruction = (error.abs() if c.loss == 'l1' else error.square()).mean()

@@ -38,12 +38,39 @@ def test_scale_is_the_sampling_period():
     torch.testing.assert_close(inr.grid_scale(64, (64, 64), quarter), torch.tensor(0.5))
 
 
-@pytest.mark.parametrize('size', [(16, 16), (5, 9), (7, 2)])
-@pytest.mark.mutation('inr.py', '* resolution / 2 if on_grid', '* resolution if on_grid')
+@pytest.mark.parametrize('size', [(16, 16), (5, 9), (7, 2), (3, 1000), (768, 768)])
+@pytest.mark.mutation('inr.py', '* resolution / 2 if same', '* resolution if same')
 def test_scale_of_points_is_that_of_their_grid(size):
     points = inr.make_grid(*size).reshape(1, -1, 2)
     torch.testing.assert_close(inr.points_scale(16, points), inr.grid_scale(16, size))
-    assert inr.points_scale(16, torch.rand(1, 100, 2) * 2 - 1) == 1
+
+
+@pytest.mark.mutation('inr.py', '.sqrt() * resolution / 2 if same else one', '.sqrt() * resolution / 2')
+def test_scale_of_scattered_points_is_that_of_training():
+    row = inr.make_grid(1, 9).reshape(1, -1, 2)
+    mixed = torch.cat([inr.make_grid(4, 4).reshape(1, -1, 2), torch.rand(1, 16, 2)])
+    bent = inr.make_grid(4, 4).reshape(1, -1, 2) ** 3
+    for points in (torch.rand(1, 100, 2), row, row[:, :1], row.flip(2), mixed, bent,
+                   torch.rand(1, 2, 2)):
+        assert inr.points_scale(16, points) == 1
+
+
+@pytest.mark.mutation('inr.py', 'if min(size, default=0) < 1 or len(box) != len(size):', 'if False:')
+def test_impossible_grids_are_refused():
+    for size, box in (((0, 4), None), ((4, 4), ((-1, 1),))):
+        with pytest.raises(ValueError, match='no grid of size'):
+            inr.make_grid(*size, box=box)
+
+
+@pytest.mark.mutation('inr.py', 'style.to(self.weight.dtype)', 'style.float()')
+def test_double_precision_throughout():
+    mlp = inr.CFCMLP([4, 4], 3, width=8).double()
+    pe = [torch.randn(2, 5, 4, dtype=torch.double) for _ in range(2)]
+    s = torch.tensor([0.5], dtype=torch.double)
+    try:
+        torch.testing.assert_close(mlp.at(s)(pe), mlp(pe, scale=s), rtol=1e-12, atol=1e-12)
+    except RuntimeError as error:
+        pytest.fail(str(error))
 
 
 # ---- planes ------------------------------------------------------------------------------------
@@ -89,7 +116,7 @@ def bilinear(field, x, y):
 
 @pytest.mark.mutation('inr.py', '.clamp(0, n - 1)', '')
 @pytest.mark.mutation('inr.py', '* n - 1) / 2)', '* n) / 2)')
-@pytest.mark.mutation('inr.py', 'rows = hat_matrix(H, ys)', 'rows = hat_matrix(H, xs)')
+@pytest.mark.mutation('inr.py', 'hat_matrix(H, ys), hat', 'hat_matrix(H, xs), hat')
 def test_separable_look_up_equals_the_pointwise_ones():
     field = torch.randn(2, 3, 4, 6)
     xs, ys = torch.rand(2, 9) * 2 - 1, torch.rand(2, 9).sort().values * 2 - 1
@@ -111,7 +138,7 @@ def test_planes_do_not_see_the_axis_they_lack():
 
 @pytest.mark.mutation('inr.py', '(weight.square().sum(2, keepdim=True) + 1e-8).rsqrt()',
                       '(weight.square().sum(1, keepdim=True) + 1e-8).rsqrt()')
-@pytest.mark.mutation('inr.py', 'self.weight * self.affine(style.float())[:, None]',
+@pytest.mark.mutation('inr.py', 'self.weight * self.affine(style.to(self.weight.dtype))[:, None]',
                       'self.weight.expand(len(style), -1, -1)')
 def test_modulated_weights_are_equation_13():
     layer = inr.ModulatedLinear(5, 4, 3)

@@ -460,7 +460,7 @@ def test_conditions_that_were_kept_get_gradients():
     assert (text.grad.abs().sum((1, 2)) > 0).tolist() == [True, False, True]
 
 
-@pytest.mark.mutation('ldm.py', 'cond.max() > classes', 'False')
+@pytest.mark.mutation('ldm.py', 'cond.max() >= classes', 'False')
 @pytest.mark.mutation('ldm.py', 'cond.shape[2] != width', 'False')
 @pytest.mark.mutation('ldm.py', 'if not classes and not width:', 'if False:')
 def test_wrong_conditions_are_refused():

@@ -157,10 +157,28 @@ def test_spectral_penalty_equals_singular_values():
     assert tiny(sn_scope='encoder').spectral() < penalty
 
 
+@pytest.mark.mutation('vae.py', "c.fields[-1:] if c.conditioning == 'single' else c.fields", 'c.fields')
 def test_every_parameter_of_the_objective_learns():
+    for conditioning in ('cfc', 'concat', 'single'):
+        model = tiny(conditioning=conditioning, sn_start=0.0)
+        model(batch_of(), torch.tensor([0.1, 1.0]))['total'].backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_weights_of_the_objective_end_at_the_configured_ones():
+    model, batch, noise = tiny(kl_weight=0.3, sn_end=0.2), batch_of(), torch.randn(3, 4, 64)
+    expected = model(batch, torch.tensor([0.3, 0.2]), noise)['total']
+    torch.testing.assert_close(model(batch, noise=noise)['total'], expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.mutation('vae.py', '@torch.no_grad()\n    def render', 'def render')
+@pytest.mark.mutation('inr.py', 'return plain.requires_grad_(False)', 'return plain')
+def test_render_keeps_no_graph():
     model = tiny()
-    model(batch_of(), torch.tensor([0.1, 1.0]))['total'].backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    xi = model.decode(torch.randn(1, 4, 64))
+    assert not model.render(xi, (8, 8)).requires_grad
+    frozen = model.mlp.at(torch.ones(1))
+    assert not any(p.requires_grad for p in frozen.parameters())
 
 
 # ---- reading the function ----------------------------------------------------------------------
@@ -242,6 +260,9 @@ def test_query_takes_points_of_any_shape(function):
     shared, each = model.query(xi, points), model.query(xi, points.expand(2, 5, 2))
     assert shared.shape == (2, 5, 3)
     torch.testing.assert_close(shared, each)
+    torch.testing.assert_close(shared, model.query(xi, points[None]))
+    two_rows = inr.make_grid(2, 6)  # as many rows as samples: only its own dimension tells
+    assert model.query(xi, two_rows[None]).shape == (2, 2, 6, 3)
     grid = inr.make_grid(16, 16)
     field = xi[-1]['xy']
     torch.testing.assert_close(inr.sample_field(xi[0]['xy'], inr.make_grid(8, 8).reshape(
