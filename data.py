@@ -822,6 +822,7 @@ def check(args):
 
 
 def command_parser(prog, description):
+    """Parser of a subcommand, for argparse's add_subparsers."""
     parser = common.Parser(description)
     parser.prog = prog
     return parser

@@ -44,6 +44,7 @@ def parse_box(values):
 
 
 def build_parser():
+    """Every flag, with its default and help."""
     parser = common.Parser(__doc__.split('\n')[0])
     parser.add_argument('--run', default='', help='run folder, its name, or a checkpoint file; '
                         'empty = the newest run')

@@ -57,6 +57,7 @@ class LatentConfig:
 
 
 def build_parser():
+    """Every flag, with its default and help."""
     parser = common.Parser(__doc__.split('\n')[0])
     parser.add_argument('--vae', default='', help='run folder or vae.pt of stage 1; empty = newest')
     parser.add_argument('--data', default='', help='where the data are now, if they have moved')

@@ -46,6 +46,7 @@ PRESETS['image'] = PRESETS['image_64']
 
 
 def build_parser():
+    """Every flag, with its default and help."""
     parser = common.Parser(__doc__.split('\n')[0])
     parser.add_argument('--dataset', default='toy_image', choices=data.NAMES, help='what to learn')
     parser.add_argument('--data', default='', help='where the data are; empty = data/DATASET')
@@ -106,6 +107,7 @@ def latent_statistics(vae, batch):
 
 
 def save(path, step, args, model, opt, dataset):
+    """Write vae.pt: weights, optimiser, flags and split, all that continuing needs."""
     common.save_checkpoint(path, dict(
         kind='vae', step=step, args=vars(args), vae_config=vars(model.config),
         vae=model.state_dict(), opt=opt.state_dict(), splits=dataset.splits()))
