@@ -8,6 +8,7 @@ would have seen.
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -356,6 +357,12 @@ def load_checkpoint(path, kind=None, device='cpu'):
     if kind and state['kind'] != kind:
         raise ValueError(f'{path}: holds a {state["kind"]} checkpoint where {kind} is needed')
     return state
+
+
+def file_digest(path):
+    """sha256 of a file, in hexadecimal."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def newest_run(file, runs=None):

@@ -33,7 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from common import Parser, require, run, save_checkpoint, torch_seeded
+from common import Parser, file_digest, require, run, save_checkpoint, torch_seeded
 
 # ---- distances between feature sets ------------------------------------------------------------
 
@@ -607,12 +607,6 @@ def check_state(net, state, path, kind):
         if keys:
             raise ValueError(f'{path}: not the weights of {kind}, {what} {keys[0]} and '
                              f'{len(keys) - 1} more; {wanted(kind)}')
-
-
-def file_digest(path):
-    """sha256 of a file, in hexadecimal."""
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def load_network(kind, path='weights'):

@@ -8,7 +8,6 @@
 Encoder, decoder and MLP are frozen (Section 3.3). The result is runs/NAME/ldm.pt, which holds both
 stages; the same command continues it from its last checkpoint.
 """
-import hashlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,13 +154,7 @@ def open_latents(dataset, vae, args, vae_path, folder):
         return dataset
     if args.cache != 'disk':
         return Latents(dataset, vae)
-    return Latents(dataset, vae, folder / f'latents_{file_hash(vae_path)[:16]}.npy')
-
-
-def file_hash(path):
-    """sha256 of a file, in hexadecimal."""
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+    return Latents(dataset, vae, folder / f'latents_{common.file_digest(vae_path)[:16]}.npy')
 
 
 @torch.no_grad()
@@ -261,7 +254,7 @@ def main():
                             lr=args.lr, betas=(0.9, args.beta2), fused=True)
 
     # 2. continue if there is something to continue
-    step, digest = 0, file_hash(vae_path)
+    step, digest = 0, common.file_digest(vae_path)
     state = common.resume(folder / 'ldm.pt', args, 'ldm')
     common.require(not state or 'opt' in state, f'{folder}/ldm.pt is slim, without what '
                    'training needs; start from it with --init and another --name')

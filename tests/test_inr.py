@@ -166,7 +166,8 @@ def grouped_convolution(layer, x, style):
     return y.reshape(B, -1, N).mT + layer.bias
 
 
-@pytest.mark.mutation('inr.py', 'x, weight.transpose(1, 2))', 'x, weight[:1].transpose(1, 2).expand(len(x), -1, -1))')
+@pytest.mark.mutation('inr.py', 'x, weight.transpose(1, 2))',
+                      'x, weight[:1].transpose(1, 2).expand(len(x), -1, -1))')
 def test_mixed_scales_in_a_batch_equal_separate_runs():
     layer = inr.ModulatedLinear(6, 6, 4)
     x, style = torch.randn(3, 5, 6), torch.randn(3, 4)
@@ -223,7 +224,8 @@ def test_mlp_equals_the_written_out_form(conditioning, merge):
     torch.testing.assert_close(mlp(pe, scale=s), mlp.out(h, style))
 
 
-@pytest.mark.mutation('inr.py', 'first = {\'cfc\': pe[0], \'single\': pe[-1]}', 'first = {\'cfc\': pe[0], \'single\': pe[0]}')
+@pytest.mark.mutation('inr.py', 'first = {\'cfc\': pe[0], \'single\': pe[-1]}',
+                      'first = {\'cfc\': pe[0], \'single\': pe[0]}')
 def test_ablations_depend_on_the_fields_they_should():
     for conditioning, seen in dict(single=[0, 0, 1], concat=[1, 1, 1], cfc=[1, 1, 1]).items():
         mlp = inr.CFCMLP([4, 4, 4], 3, width=8, conditioning=conditioning)
@@ -232,7 +234,8 @@ def test_ablations_depend_on_the_fields_they_should():
         assert [int(g is not None) for g in grads] == seen
 
 
-@pytest.mark.mutation('inr.py', "scale = points_scale(self.resolution, coords)[None]", 'scale = coords.new_ones(1)')
+@pytest.mark.mutation('inr.py', "scale = points_scale(self.resolution, coords)[None]",
+                      'scale = coords.new_ones(1)')
 def test_scale_is_derived_from_the_grid():
     mlp = inr.CFCMLP([4], 3, width=8, resolution=16)
     coords, pe = inr.make_grid(32, 32).reshape(1, -1, 2), [torch.randn(1, 1024, 4)]

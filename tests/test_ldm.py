@@ -554,7 +554,8 @@ def test_load_gives_back_what_was_saved(checkpoint):
 
 @pytest.mark.mutation('ldm.py', "if state['kind'] == 'vae':", 'if False:')
 @pytest.mark.mutation('ldm.py', "if state['kind'] not in ('vae', 'ldm'):", 'if False:')
-@pytest.mark.mutation('ldm.py', "find_checkpoint(path, 'ldm.pt', 'vae.pt')", "find_checkpoint(path, 'ldm.pt')")
+@pytest.mark.mutation('ldm.py', "find_checkpoint(path, 'ldm.pt', 'vae.pt')",
+                      "find_checkpoint(path, 'ldm.pt')")
 def test_load_refuses_other_files(checkpoint, tmp_path):
     folder, state, _ = checkpoint
 
