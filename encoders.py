@@ -22,7 +22,10 @@ def norm(channels):
 
     (On CPU the backward pass over channels-last groups of a single channel is also 3x slower.)
     """
-    return GroupNorm(math.gcd(32, max(channels // 4, 1)), channels, eps=1e-6)
+    groups = math.gcd(32, channels)
+    while groups > 1 and channels < 4 * groups:
+        groups //= 2
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 def conv3x3(in_channels, out_channels, stride=1):

@@ -140,8 +140,10 @@ def main():
         model.load_state_dict(state['vae'])
         opt.load_state_dict(state['opt'])
         step = state['step']
-    elif args.init:
-        common.load_weights(model, common.load_checkpoint(args.init)['vae'], args.init)
+    else:
+        if args.init:
+            common.load_weights(model, common.load_checkpoint(args.init)['vae'], args.init)
+        model.spectral(rounds=40)
     amp = common.switch(args.amp, device)
     log = common.start(folder, 'vae', args, step, rank, world, device, amp, train, model,
                        f'latent {config.z_channels} x {config.latent_sizes()["xy"]}, '

@@ -150,8 +150,9 @@ class HDBFDecoder(nn.Module):
 class SpectralPenalty:
     """SN: sum of the largest singular values of all convolutions + sum of max |gamma| of all norms.
 
-    As in LSGM and the authors' code. Convolutions of one shape share a batched power iteration, 4
-    rounds a call and 40 the first time; its vectors are buffers of `owner`, so they resume exactly.
+    As in LSGM and the authors' code. Convolutions of one shape share a batched power iteration,
+    which goes on from call to call; its vectors are buffers of `owner`, so they resume exactly. A
+    new model needs one call of about 40 rounds to begin with.
     """
 
     def __init__(self, owner, modules):
@@ -165,10 +166,8 @@ class SpectralPenalty:
         for (rows, columns), weights in self.groups.items():
             u = F.normalize(torch.randn(len(weights), rows, 1, generator=generator), dim=1)
             owner.register_buffer(f'sn_u_{rows}x{columns}', u)
-        owner.register_buffer('sn_started', torch.zeros((), dtype=torch.bool))
 
-    def __call__(self):
-        rounds = 4 if self.owner.sn_started else 40
+    def __call__(self, rounds=4):
         total = sum(g.float().abs().max() for g in self.gammas)
         for (rows, columns), weights in self.groups.items():
             w = torch.stack([p.flatten(1) for p in weights]).float()  # (n, rows, columns)
@@ -178,7 +177,6 @@ class SpectralPenalty:
                     v = F.normalize(w.mT @ u, dim=1)
                     u.copy_(F.normalize(w @ v, dim=1))
             total = total + (u.mT.clone() @ w @ v).sum()
-        self.owner.sn_started.fill_(True)
         return total
 
 
