@@ -25,7 +25,7 @@ SMALL = dict(num_res_blocks=1, ch=32, decoder_ch=32, z_channels=16, field_channe
              mlp_width=64, batch=16, lr=1e-3, warmup=100)
 PRESETS = {
     'toy_image': dict(SMALL, dataset='toy_image', resolution=32, ch=24, decoder_ch=24,
-                      ch_mult=(1, 2, 3), decoder_mult=(3, 2, 1), kl_weight=0.01, steps=1700,
+                      ch_mult=(1, 2, 3), decoder_mult=(3, 2, 1), kl_weight=0.01, steps=1850,
                       save_every=250),
     'image_64': dict(SMALL, dataset='image', resolution=64, scale_probs=(0.3, 0.3, 0.4),
                      kl_weight=0.03, steps=4000),

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import encoders
 import inr
 import vae
 
@@ -54,6 +55,16 @@ def test_any_picture_size():
         h, w = q.sizes['xy']
         assert [f['xy'].shape[2:] for f in xi] == [(h, w), (2 * h, 2 * w)]
         assert model.render(xi, (7, 3)).shape == (2, 3, 7, 3)
+
+
+@pytest.mark.mutation('encoders.py', 'channels < 4 * groups', 'channels < groups')
+@pytest.mark.mutation('encoders.py', 'math.gcd(32, channels)', 'min(32, channels)')
+def test_groups_of_a_norm():
+    groups = {c: encoders.norm(c).num_groups for c in range(1, 513)}
+    assert groups[512] == groups[128] == 32 and groups[64] == 16 and groups[24] == 4
+    for channels, count in groups.items():  # the most, of 32 halved, that divide into at least 4
+        fit = [n for n in (32, 16, 8, 4, 2) if channels % n == 0 and channels >= 4 * n]
+        assert count == max(fit, default=1)
 
 
 @pytest.mark.mutation('vae.py', 'Upsample(width))', 'nn.Identity())')
@@ -139,10 +150,11 @@ def test_annealing():
 
 @pytest.mark.mutation('vae.py', "p.flatten(1) for p in weights", "p.flatten(2).mean(2) for p in weights")
 @pytest.mark.mutation('vae.py', 'for g in self.gammas', 'for g in self.gammas[1:]')
+@pytest.mark.mutation('vae.py', 'range(rounds)', 'range(1)')
 def test_spectral_penalty_equals_singular_values():
     model = tiny()
-    for _ in range(30):
-        penalty = model.spectral()
+    model.spectral(rounds=100)
+    penalty = model.spectral()
     convs = [m.weight for n in (model.encoder, model.decoder) for m in n.modules()
              if isinstance(m, torch.nn.Conv2d)]
     norms = [m.weight for n in (model.encoder, model.decoder) for m in n.modules()
