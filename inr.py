@@ -1,4 +1,4 @@
-"""The continuous function: planes and coordinates, bilinear read-out, the CFC MLP.
+"""The continuous function: planes and coordinates, bilinear read-out, the CFC MLP, surfaces.
 
     p^i = gamma(c; Xi^i)                    bilinear look-up of basis field i at coordinate c
     h = Block_1(p^1);  h = Block_i([h; p^i])  coarse-to-fine conditioning (CFC), Section 3.2
@@ -8,7 +8,10 @@ Coordinates lie in [-1, 1], order (x, y[, z or t]), at cell centres; fields are 
 `align_corners=False` and border padding. Nothing else in the project knows about axes.
 """
 import copy
+import functools
+import itertools
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -278,3 +281,302 @@ class CFCMLP(nn.Module):
         for i, block in enumerate(self.blocks[1:], start=1):
             h = block(self.join(h, pe, i), style)
         return self.out(h, style)
+
+
+# ---- iso-surfaces ------------------------------------------------------------------------------
+
+CORNERS = torch.tensor([[k & 1, k >> 1 & 1, k >> 2] for k in range(8)])  # offsets (x, y, z)
+
+
+def cube_edges():
+    """The 12 edges of a cell as (corner, corner), the first the lower in the edge's direction."""
+    return [(a, a | 1 << axis) for axis in range(3) for a in range(8) if not a & 1 << axis]
+
+
+def cube_faces():
+    """The 6 faces of a cell as corners in order round the face, counterclockwise from outside."""
+    faces = []
+    for axis in range(3):
+        u, v, w = 1 << (axis + 1) % 3, 1 << (axis + 2) % 3, 1 << axis
+        faces += [[w, w | u, w | u | v, w | v], [0, v, u | v, u]]
+    return faces
+
+
+def surface_loops(inside):
+    """Closed polygons, as lists of edge numbers, between inside and outside corners of a cell.
+
+    On every face each inside corner, or run of them, is cut off by one segment. The rule looks at
+    the face's own corners only, so that two cells agree on the face they share and no hole is left.
+    """
+    number = {frozenset(e): i for i, e in enumerate(cube_edges())}
+    following = {}
+    for face in cube_faces():
+        for k, a in enumerate(face):
+            if inside[a] and not inside[face[k - 1]]:  # a run of inside corners begins at a
+                end = k
+                while inside[face[(end + 1) % 4]]:
+                    end += 1
+                leave = face[end % 4], face[(end + 1) % 4]
+                following[number[frozenset((face[k - 1], a))]] = number[frozenset(leave)]
+    loops = []
+    while following:
+        loop = [next(iter(following))]
+        while following[loop[-1]] != loop[0]:
+            loop.append(following[loop[-1]])
+        for edge in loop:
+            del following[edge]
+        loops.append(loop)
+    return loops
+
+
+def triangulations(loop):
+    """All ways to cut a polygon into triangles of its own vertices."""
+    if len(loop) < 3:
+        yield []
+    for k in range(1, len(loop) - 1):
+        for left in triangulations(loop[:k + 1]):
+            for right in triangulations(loop[k:]):
+                yield [(loop[0], loop[k], loop[-1]), *left, *right]
+
+
+def flat(triangles, loop):
+    """Whether a triangulated loop has a cut that lies in a face of the cell."""
+    edges, sides = [{*e} for e in cube_edges()], [{*s} for s in zip(loop, loop[1:] + loop[:1])]
+    cuts = [c for t in triangles for c in itertools.combinations(t, 2) if {*c} not in sides]
+    return any(edges[a] | edges[b] <= {*face} for a, b in cuts for face in cube_faces())
+
+
+@functools.cache
+def triangle_table():
+    """Triangles of the 256 sign patterns, (256, 5, 3) edge numbers, -1 where there are fewer.
+
+    Bit k of the pattern is set where corner k is inside. No cut lies in a face of the cell: the
+    neighbour may have the same one, and an edge would belong to four triangles.
+    """
+    table = torch.full((256, 5, 3), -1)
+    for pattern in range(256):
+        loops = surface_loops([bool(pattern >> k & 1) for k in range(8)])
+        triangles = [t for loop in loops
+                     for t in next(c for c in triangulations(loop) if not flat(c, loop))]
+        if triangles:
+            table[pattern, :len(triangles)] = torch.tensor(triangles)
+    return table
+
+
+class Nodes:
+    """A field on the (n+1)^3 nodes of a grid over `box`, minus infinity outside of it.
+
+    Nodes are named by integers (..., 3), order x, y, z. Infinity is what closes the surface where
+    it leaves the box: on its faces.
+    """
+
+    def __init__(self, logit_fn, n, level, box, chunk, device):
+        self.logit_fn, self.n, self.level, self.chunk = logit_fn, n, level, chunk
+        self.lo, self.hi = torch.as_tensor(box, dtype=torch.float64, device=device).unbind(1)
+
+    def position(self, nodes):
+        return self.lo + (self.hi - self.lo) * nodes / self.n
+
+    def inside_box(self, nodes):
+        return ((nodes >= 0) & (nodes <= self.n)).all(-1)
+
+    def key(self, nodes):
+        """One integer for each node, also those a step outside."""
+        x, y, z = (nodes + self.n).unbind(-1)
+        return (z * 3 * self.n + y) * 3 * self.n + x
+
+    @torch.no_grad()
+    def values(self, nodes):
+        """Field minus level at nodes (M,3): (M,)."""
+        parts = [self.logit_fn(self.position(part).float()).float().reshape(-1)
+                 for part in nodes.split(self.chunk)]
+        values = torch.cat(parts) - self.level if parts else nodes.new_empty(0, dtype=torch.float)
+        if not values.isfinite().all():
+            raise ValueError('the field is not finite everywhere: no surface can be drawn')
+        return values
+
+    def corners(self, cells, step):
+        """Values at the 8 corners of cells (M,3), named by their lowest node, `step` wide: (M,8)."""
+        nodes = cells[:, None] + CORNERS.to(cells.device) * step
+        keys, inverse = self.key(nodes).unique(return_inverse=True)
+        first = torch.empty_like(keys).scatter_(
+            0, inverse.flatten(), torch.arange(inverse.numel(), device=keys.device))
+        nodes = nodes.flatten(0, 1)[first]
+        values = torch.full(keys.shape, -math.inf, device=keys.device)
+        inside = self.inside_box(nodes)
+        values[inside] = self.values(nodes[inside])
+        return values[inverse]
+
+
+def first_cells(grid, step):
+    """Cells of the first, dense grid that may hold surface: lowest nodes (M,3) and reach (M,).
+
+    A cell is kept if its corners have two signs, or if one of them is within `reach` of the level:
+    half the change of the field over the cell and its neighbours. That is enough for a slab, a rod
+    or a ball of any thickness between the corners, where the field is a distance.
+    """
+    line = torch.arange(0, grid.n + 1, step, device=grid.lo.device)
+    nodes = torch.cartesian_prod(line, line, line).flip(1)  # x fastest
+    inner = grid.values(nodes).reshape(1, 1, *[len(line)] * 3)
+    del nodes
+    pool = partial(F.max_pool3d, kernel_size=2, stride=1)
+    v = F.pad(inner, [1] * 6, value=-math.inf)
+    mixed, near = (pool(v) > 0) & (pool(-v) >= 0), -pool(-v.abs())
+    wide = partial(F.max_pool3d, kernel_size=4, stride=1, padding=2)
+    change = wide(inner) + wide(-inner)
+    reach = 0.5 * change if step > 1 else torch.zeros_like(near)
+    cells = (mixed | (near <= reach) & (step > 1))[0, 0].nonzero().flip(1)
+    return (cells - 1) * step, reach[0, 0][tuple((cells.flip(1)).T)]
+
+
+def finer_cells(grid, cells, reach, step, block=2 ** 15):
+    """Halves of cells (M,3), `step` wide, that may hold surface; with the reach, halved as well."""
+    kept = []
+    for part, near in zip(cells.split(block), reach.split(block)):
+        halves = (part[:, None] + CORNERS.to(part.device) * step).flatten(0, 1)
+        near = near.repeat_interleave(8) / 2
+        touches = ((halves + step >= 0) & (halves <= grid.n)).all(1)
+        halves, near = halves[touches], near[touches]
+        v = grid.corners(halves, step)
+        inside = v > 0
+        keep = inside.any(1) & ~inside.all(1)
+        if step > 1:
+            keep |= v.abs().amin(1) <= near
+        kept.append((halves[keep], near[keep]))
+    return map(torch.cat, zip(*kept))
+
+
+def triangulate(grid, cells, v):
+    """Vertices (V,3) and faces (F,3) of the surface in cells (M,3) of one step; v (M,8) values."""
+    weights = 2 ** torch.arange(8, device=cells.device)
+    table = triangle_table().to(cells.device)[((v > 0) * weights).sum(1)]  # (M, 5, 3)
+    cell, triangle = (table[:, :, 0] >= 0).nonzero(as_tuple=True)
+    a, b = torch.tensor(cube_edges(), device=cells.device)[table[cell, triangle]].unbind(-1)
+    lower = cells[cell][:, None] + CORNERS.to(cells.device)[a]  # (F, 3 vertices, 3)
+    axis = (b - a).log2().long()
+    keys, faces = (3 * grid.key(lower) + axis).unique(return_inverse=True)
+    first = torch.empty_like(keys).scatter_(
+        0, faces.flatten(), torch.arange(faces.numel(), device=keys.device))
+    va, vb = v[cell].gather(1, a), v[cell].gather(1, b)
+    t = (va / (va - vb)).nan_to_num(1.0).flatten()[first].double()  # nan: inf / inf, va outside
+    direction = torch.eye(3, device=cells.device, dtype=torch.float64)[axis.flatten()[first]]
+    nodes = lower.flatten(0, 1)[first] + t[:, None] * direction
+    return grid.position(nodes).float(), faces
+
+
+def extract_mesh(logit_fn, resolution, level=0.0, box=None, coarse=64, chunk=65536, device=None):
+    """The surface logit_fn = level as vertices (V,3) float32 and faces (F,3) int64, by marching cubes.
+
+    logit_fn maps points (N,3) to (N,), higher inside. `resolution` is cells an axis over `box`
+    ((lo, hi) for x, y, z; default [-1, 1]), with nodes on its faces. Closed, also where the shape
+    leaves the box, each edge in two triangles, normals outwards; empty for an empty field.
+
+    The field is evaluated on a grid of about `coarse` cells an axis, then only where surface may
+    be (see `first_cells`); `coarse=resolution` evaluates everything. `chunk` points go to logit_fn
+    at a time. ValueError for a field that is not finite.
+    """
+    box = [(-1.0, 1.0)] * 3 if box is None else box
+    if resolution < 1 or coarse < 1 or len(box) != 3 or any(lo >= hi for lo, hi in box):
+        raise ValueError(f'no surface at resolution {resolution}, coarse {coarse} over {box}')
+    grid = Nodes(logit_fn, resolution, level, box, chunk, device)
+    step = 2 ** max(0, int(math.log2(resolution / coarse)))
+    cells, reach = first_cells(grid, step)
+    while step > 1:
+        step //= 2
+        cells, reach = finer_cells(grid, cells, reach, step)
+    return triangulate(grid, cells, grid.corners(cells, 1))
+
+
+# ---- drawing meshes ----------------------------------------------------------------------------
+
+def vertex_normals(vertices, faces):
+    """Unit normals (V,3): those of the faces round each vertex (F,3), weighted by area."""
+    a, b, c = vertices[faces].unbind(1)
+    normals = torch.linalg.cross(b - a, c - a).repeat_interleave(3, 0)
+    return F.normalize(torch.zeros_like(vertices).index_add_(0, faces.flatten(), normals), dim=1)
+
+
+def camera_axes(elevation, azimuth):
+    """Right, up and backwards (3,3) of a camera that looks at the origin; angles in degrees.
+
+    y is up; the camera stands towards +z at azimuth 0 and towards +x at 90.
+    """
+    e, a = math.radians(elevation), math.radians(azimuth)
+    back = torch.tensor([math.cos(e) * math.sin(a), math.sin(e), math.cos(e) * math.cos(a)])
+    right = torch.tensor([math.cos(a), 0.0, -math.sin(a)])
+    return torch.stack([right, torch.linalg.cross(back, right), back])
+
+
+def covered_pixels(corners, size):
+    """Pairs (face, pixel) whose centre may lie in the face: corners (F,3,2) in pixels -> two (K,)."""
+    lo = (corners.amin(1) - 0.5).ceil().clamp(0, size).long()  # pixel k has its centre at k + 0.5
+    hi = (corners.amax(1) - 0.5).floor().clamp(-1, size - 1).long()
+    span = (hi - lo + 1).clamp(min=0)  # (F, 2)
+    count = span.prod(1)
+    face = torch.arange(len(corners), device=corners.device).repeat_interleave(count)
+    k = torch.arange(len(face), device=face.device) - (count.cumsum(0) - count)[face]
+    x, y = lo[face, 0] + k % span[face, 0], lo[face, 1] + k // span[face, 0]
+    return face, y * size + x
+
+
+def rasterise(points, faces, size, block=2 ** 14):
+    """The nearest face at each pixel of a square, (size^2,), -1 where none is, and its weights.
+
+    points (V,3) are column and row in pixels and 1 / distance, which is linear on the screen and
+    positive in front of the camera; faces with a corner behind it are left out. The weights
+    (size^2,3) are barycentric on the screen.
+    """
+    faces_left = (points[faces, 2] > 0).all(1).nonzero()[:, 0]
+    nearest = points.new_zeros(size * size)
+    winner, weights = faces.new_full((size * size,), -1), points.new_zeros(size * size, 3)
+    for part in faces_left.split(block):
+        corners = points[faces[part]]  # (F, 3, 3)
+        face, pixel = covered_pixels(corners[..., :2], size)
+        centre = torch.stack([pixel % size, pixel // size], dim=1) + 0.5
+        a, b, c = corners[face, :, :2].unbind(1)
+        w = torch.stack([cross2(c - b, centre - b), cross2(a - c, centre - c),
+                         cross2(b - a, centre - a)], dim=1)
+        w = w / w.sum(1, keepdim=True)  # a face seen edge-on gives nan, which is outside
+        inside = (w >= 0).all(1)
+        face, pixel, w = face[inside], pixel[inside], w[inside]
+        inverse = (w * corners[face, :, 2]).sum(1)
+        nearest.scatter_reduce_(0, pixel, inverse, 'amax')
+        front = inverse == nearest[pixel]
+        winner[pixel[front]], weights[pixel[front]] = part[face[front]], w[front]
+    return winner, weights
+
+
+def cross2(a, b):
+    """Cross product of plane vectors (..., 2)."""
+    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+
+
+def render_mesh(vertices, faces, size=256, elevation=20.0, azimuth=30.0, distance=2.5, fov=40.0,
+                normals=None):
+    """A mesh seen in perspective: dict(shade (S,S), normal (S,S,3), depth (S,S)), S = size.
+
+    The camera looks at the origin from `distance`, see `camera_axes`; `fov` degrees fill the
+    picture. shade is in [0, 1], white where there is nothing, by a light beside the camera;
+    normals are in the camera's axes, 0 for none; depth is the distance along the view, infinite
+    for none. `normals` (V,3) default to `vertex_normals`.
+    """
+    axes = camera_axes(elevation, azimuth).to(vertices)
+    normals = vertex_normals(vertices, faces) if normals is None else normals
+    view = vertices @ axes.T - vertices.new_tensor([0, 0, distance])
+    inverse = -1 / view[:, 2:]
+    focal = size / 2 / math.tan(math.radians(fov) / 2)
+    screen = view[:, :2] * inverse * vertices.new_tensor([focal, -focal]) + size / 2
+    winner, w = rasterise(torch.cat([screen, inverse], 1), faces, size)
+    seen = winner >= 0
+    corner, w = faces[winner[seen]], w[seen]
+    w = w * inverse[corner, 0]
+    depth = vertices.new_full((size * size,), math.inf)
+    depth[seen] = 1 / w.sum(1)
+    n = F.normalize(((w / w.sum(1, keepdim=True))[..., None] * normals[corner]).sum(1), dim=1)
+    normal = vertices.new_zeros(size * size, 3)
+    normal[seen] = n @ axes.T
+    light = F.normalize(vertices.new_tensor([0.4, 0.6, 0.7]), dim=0)
+    shade = vertices.new_ones(size * size)
+    shade[seen] = 0.2 + 0.6 * (normal[seen] @ light).relu() + 0.15 * normal[seen, 2].abs()
+    return dict(shade=shade.view(size, size), normal=normal.view(size, size, 3),
+                depth=depth.view(size, size))

@@ -267,3 +267,170 @@ def test_without_scale_injection_s_is_ignored():
 def test_more_fields_than_blocks_is_refused():
     with pytest.raises(ValueError, match='mlp_blocks'):
         inr.CFCMLP([4] * 5, 3, blocks=4)
+
+
+# ---- iso-surfaces ------------------------------------------------------------------------------
+
+def ball(points):
+    return 0.7 - points.norm(dim=1)
+
+
+def noise_field(n, seed):
+    values = torch.randn((n + 1) ** 3, generator=torch.Generator().manual_seed(seed))
+
+    def field(points):
+        x, y, z = ((points + 1) / 2 * n).round().long().unbind(1)
+        return values[(z * (n + 1) + y) * (n + 1) + x]
+    return field
+
+
+def edges_of(faces):
+    """Directed edges as a sorted list of pairs."""
+    return sorted(map(tuple, torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).tolist()))
+
+
+def volume(vertices, faces):
+    a, b, c = vertices[faces].double().unbind(1)
+    return float((a * torch.linalg.cross(b, c)).sum() / 6)
+
+
+def area(vertices, faces):
+    a, b, c = vertices[faces].double().unbind(1)
+    return float(torch.linalg.cross(b - a, c - a).norm(dim=1).sum() / 2)
+
+
+@pytest.mark.mutation('inr.py', '[[w, w | u, w | u | v, w | v], [0, v, u | v, u]]',
+                      '[[w, w | v, w | u | v, w | u], [0, u, u | v, v]]')
+@pytest.mark.mutation('inr.py', 't = (va / (va - vb))', 't = (vb / (vb - va))')
+@pytest.mark.mutation('inr.py', '3 * grid.key(lower) + axis', 'grid.key(lower) + axis')
+def test_surface_of_a_ball():
+    vertices, faces = inr.extract_mesh(ball, 64)
+    assert vertices.dtype == torch.float32 and faces.dtype == torch.int64
+    assert volume(vertices, faces) == pytest.approx(4 / 3 * math.pi * 0.7 ** 3, rel=0.01)
+    assert area(vertices, faces) == pytest.approx(4 * math.pi * 0.7 ** 2, rel=0.01)
+    assert (vertices.norm(dim=1) - 0.7).abs().max() < 1e-3
+    assert len(vertices) - len(faces) * 3 // 2 + len(faces) == 2  # Euler
+
+
+@pytest.mark.mutation('inr.py', 'for c in triangulations(loop) if not flat(c, loop)', 'for c in triangulations(loop)')
+@pytest.mark.mutation('inr.py', '(z * 3 * self.n + y) * 3', '(z * self.n + y) * 3')
+def test_surface_of_noise_is_a_closed_manifold():
+    for n, seed in ((1, 0), (5, 1), (8, 2), (13, 3)):
+        vertices, faces = inr.extract_mesh(noise_field(n, seed), n, coarse=n)
+        edges = edges_of(faces)
+        assert len(set(edges)) == len(edges)  # no edge twice in one direction
+        assert set(edges) == {(b, a) for a, b in edges}  # each once in the other
+        assert set(faces.flatten().tolist()) == set(range(len(vertices)))
+        assert 0 < volume(vertices, faces) < 8 and vertices.abs().max() <= 1
+
+
+@pytest.mark.mutation('inr.py', '0.5 * change if', '0.2 * change if')
+@pytest.mark.mutation('inr.py', '-pool(-v.abs())', 'pool(v.abs())')
+@pytest.mark.mutation('inr.py', 'keep |= v.abs().amin(1) <= near', 'keep |= v.abs().amin(1) < 0')
+@pytest.mark.mutation('inr.py', '(cells - 1) * step', 'cells * step')
+@pytest.mark.mutation('inr.py', '(halves + step >= 0)', '(halves >= 0)')
+def test_coarse_to_fine_finds_what_the_dense_grid_finds():
+    for offset in (0.0, 0.013, 0.031, 0.05):
+        fields = [lambda p: 0.021 - (p[:, 0] - offset).abs(),  # thinner than a cell
+                  lambda p: 0.03 - (p[:, :2] - offset).norm(dim=1),
+                  lambda p: 0.037 - (p - offset).norm(dim=1),
+                  lambda p: (p - 1 - offset).norm(dim=1) - 0.3]
+        for field in fields:
+            for n, coarse in ((64, 16), (50, 20)):
+                found = inr.extract_mesh(field, n, coarse=coarse)
+                dense = inr.extract_mesh(field, n, coarse=n)
+                assert len(dense[1]) > 0 and torch.equal(found[0], dense[0])
+                assert sorted(found[1].tolist()) == sorted(dense[1].tolist())
+
+
+@pytest.mark.mutation('inr.py', 'torch.cat(parts) - self.level', 'torch.cat(parts)')
+@pytest.mark.mutation('inr.py', 'self.values(nodes[inside])', 'self.values(nodes[inside]) * 0 - 1')
+def test_surface_in_a_box_at_a_level():
+    box = [(-0.5, 1.0), (0.0, 2.0), (-3.0, -1.0)]
+    full = inr.extract_mesh(lambda p: p[:, 0] * 0 + 1, 8, box=box)
+    assert volume(*full) == pytest.approx(1.5 * 2 * 2, rel=1e-6)
+    assert volume(*inr.extract_mesh(lambda p: p[:, 0], 6, level=0.25, box=box)) == pytest.approx(3)
+    for empty in (inr.extract_mesh(lambda p: p[:, 0] * 0 - 1, 8),
+                  inr.extract_mesh(lambda p: p[:, 0] * 0 + 1, 8, level=2.0, coarse=2)):
+        assert empty[0].shape == (0, 3) and empty[1].shape == (0, 3)
+
+
+@pytest.mark.mutation('inr.py', 'nodes.split(self.chunk)', 'nodes.split(len(nodes) + 1)')
+@pytest.mark.mutation('inr.py', 'keys, inverse = self.key(nodes).unique(return_inverse=True)\n        first',
+                      'keys, inverse = self.key(nodes).flatten(), torch.arange(nodes[..., 0].numel()).view(-1, 8)\n        first')
+def test_few_points_are_evaluated_and_few_at_a_time():
+    seen = []
+
+    def field(points):
+        seen.append(len(points))
+        return ball(points)
+    inr.extract_mesh(field, 128, coarse=32, chunk=5000)
+    assert max(seen) <= 5000 and sum(seen) < 0.3 * 129 ** 3
+
+
+@pytest.mark.mutation('inr.py', 'if not values.isfinite().all():', 'if False:')
+def test_what_has_no_surface():
+    for wrong in (lambda: inr.extract_mesh(lambda p: p[:, 0] / 0, 8),
+                  lambda: inr.extract_mesh(ball, 0), lambda: inr.extract_mesh(ball, 8, coarse=0),
+                  lambda: inr.extract_mesh(ball, 8, box=[(1, -1)] * 3)):
+        with pytest.raises(ValueError):
+            wrong()
+
+
+# ---- drawing meshes ----------------------------------------------------------------------------
+
+def cast_rays(vertices, faces, size, elevation, azimuth, distance, fov):
+    """Depth (S,S) and face (S,S) by intersecting the ray of every pixel with every triangle."""
+    right, up, back = inr.camera_axes(elevation, azimuth).double()
+    k = (torch.arange(size) + 0.5 - size / 2) / (size / 2) * math.tan(math.radians(fov) / 2)
+    rays = (k[None, :, None] * right - k[:, None, None] * up - back).flatten(0, 1)  # depth 1 each
+    a, b, c = vertices[faces].double().unbind(1)
+    normal = torch.linalg.cross(b - a, c - a)
+    origin = back * distance
+    t = ((a - origin) * normal).sum(1) / (rays @ normal.T)  # (S*S, F)
+    hit = origin + t[..., None] * rays[:, None]
+    inside = t > 0
+    for p, q in ((a, b), (b, c), (c, a)):
+        inside &= (torch.linalg.cross((q - p).expand_as(hit), hit - p) * normal).sum(2) >= 0
+    depth, face = t.masked_fill(~inside, math.inf).min(1)
+    return depth.view(size, size), face.view(size, size)
+
+
+@pytest.mark.mutation('inr.py', "inverse, 'amax')", "inverse, 'amin')")
+@pytest.mark.mutation('inr.py', '[focal, -focal]', '[focal, focal]')
+@pytest.mark.mutation('inr.py', 'w = w * inverse[corner, 0]',
+                      'w = w / (w / inverse[corner, 0]).sum(1, keepdim=True)')
+@pytest.mark.mutation('inr.py', 'pixel // size], dim=1) + 0.5', 'pixel // size], dim=1)')
+@pytest.mark.mutation('inr.py', 'torch.tensor([math.cos(a), 0.0, -math.sin(a)])', 'torch.tensor([math.cos(a), 0.0, math.sin(a)])')
+def test_drawing_equals_casting_rays():
+    generator = torch.Generator().manual_seed(0)
+    vertices = torch.rand(40, 3, generator=generator) * 2 - 1
+    faces = torch.randint(40, (25, 3), generator=generator)
+    faces = faces[(faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])]
+    view = dict(size=48, elevation=25, azimuth=130, distance=3.0, fov=50)
+    drawn = inr.render_mesh(vertices, faces, **view)
+    depth, face = cast_rays(vertices, faces, **view)
+    both = depth.isfinite() & drawn['depth'].isfinite()
+    assert (depth.isfinite() != drawn['depth'].isfinite()).float().mean() < 2e-3  # on the very edges
+    assert ((depth - drawn['depth']).abs()[both] > 1e-4).float().mean() < 2e-3
+    assert (drawn['shade'][~depth.isfinite()] == 1).float().mean() > 0.99
+
+
+@pytest.mark.mutation('inr.py', 'normal[seen] = n @ axes.T', 'normal[seen] = n')
+def test_drawing_of_a_ball():
+    vertices, faces = inr.extract_mesh(ball, 48)
+    for elevation, azimuth in ((0, 0), (35, 200)):
+        seen = inr.render_mesh(vertices, faces, 101, elevation, azimuth, distance=3.0)
+        torch.testing.assert_close(seen['depth'][50, 50], torch.tensor(2.3), atol=2e-3, rtol=0)
+        torch.testing.assert_close(seen['normal'][50, 50], torch.tensor([0.0, 0, 1]), atol=0.03, rtol=0)
+        radius = math.tan(math.asin(0.7 / 3)) / math.tan(math.radians(20)) / 2  # of the outline
+        share = seen['depth'].isfinite().float().mean()
+        assert share == pytest.approx(math.pi * radius ** 2, rel=0.02)
+
+
+def test_cameras_stand_where_they_say():
+    for elevation, azimuth, place in ((0, 0, (0, 0, 1)), (0, 90, (1, 0, 0)), (90, 0, (0, 1, 0))):
+        axes = inr.camera_axes(elevation, azimuth)
+        torch.testing.assert_close(axes[2], torch.tensor(place).float(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(axes @ axes.T, torch.eye(3), atol=1e-6, rtol=0)
+        assert torch.linalg.det(axes) > 0
