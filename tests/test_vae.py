@@ -58,7 +58,7 @@ def test_any_picture_size():
 
 
 @pytest.mark.mutation('encoders.py', 'channels < 4 * groups', 'channels < groups')
-@pytest.mark.mutation('encoders.py', 'math.gcd(32, channels)', 'min(32, channels)')
+@pytest.mark.mutation('encoders.py', 'math.gcd(32, channels)', 'math.gcd(16, channels)')
 def test_groups_of_a_norm():
     groups = {c: encoders.norm(c).num_groups for c in range(1, 513)}
     assert groups[512] == groups[128] == 32 and groups[64] == 16 and groups[24] == 4
