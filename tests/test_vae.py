@@ -179,6 +179,7 @@ def test_every_parameter_of_the_objective_learns():
 
 def test_weights_of_the_objective_end_at_the_configured_ones():
     model, batch, noise = tiny(kl_weight=0.3, sn_end=0.2), batch_of(), torch.randn(3, 4, 64)
+    model.spectral(rounds=100)
     expected = model(batch, torch.tensor([0.3, 0.2]), noise)['total']
     torch.testing.assert_close(model(batch, noise=noise)['total'], expected, rtol=1e-4, atol=0)
 
