@@ -260,15 +260,18 @@ def test_accumulation_changes_nothing(toy, copy, repo):
         assert x['norm'] == pytest.approx(y['norm'], rel=1e-4)
 
 
-def test_bfloat16_is_near_float32(toy, copy):
+@pytest.mark.mutation('train_vae.py', 'enabled=amp', 'enabled=False')
+@pytest.mark.mutation('train_ldm.py', 'enabled=amp', 'enabled=False')
+def test_bfloat16_is_near_float32(toy, copy, repo):
     for script, (file, flags) in STAGES.items():
         done(copy, script, flags, '--name half --amp on --steps 2', *(
-            ['--vae toy_image'] if file == 'ldm.pt' else []))
+            ['--vae toy_image'] if file == 'ldm.pt' else []), repo=repo)
         stage = Path(file).stem
         step = 1 if stage == 'ldm' else 0  # stage 2 starts from an output of zero
         a, b = (log_of(copy / 'runs' / n, stage)[step] for n in ('half', 'toy_image'))
-        for k in ('total', 'norm') if stage == 'vae' else ('loss', 'norm'):
-            assert a[k] == pytest.approx(b[k], rel=0.05) and a[k] != b[k]
+        for k in ('total' if stage == 'vae' else 'loss', 'norm'):
+            assert a[k] == pytest.approx(b[k], rel=0.05)
+        assert a['norm'] != b['norm']  # stage 2's first losses hardly depend on the network
 
 
 def test_fine_tuning_starts_from_the_given_weights(toy, copy):
