@@ -122,13 +122,25 @@ def require(condition, message):
         raise ValueError(message)
 
 
+def one_line(error):
+    """What an exception says, without the traceback that a loader's worker puts before it."""
+    text = str(error)
+    if 'Original Traceback' in text:
+        text = text.rpartition(f'\n{type(error).__name__}: ')[2]
+    return ' '.join(text.split())
+
+
 def run(main):
     """Call `main()`; what a user can mend becomes one line on stderr and exit code 2."""
     try:
         main()
         return
     except (ValueError, OSError) as error:
-        message, code = f'error: {" ".join(str(error).split())}', 2
+        message, code = f'error: {one_line(error)}', 2
+    except RuntimeError as error:
+        if 'allocate' not in str(error):
+            raise
+        message, code = f'error: {one_line(error)}; try a smaller size or --batch', 2
     except KeyboardInterrupt:
         message, code = 'stopped; the same command continues from the last checkpoint', 130
     finally:
@@ -365,6 +377,11 @@ def file_digest(path):
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
+def find_run(text):
+    """The path that a user means: `text` itself, or the run of this name."""
+    return next((p for p in (Path(text), RUNS / text) if p.exists()), Path(text))
+
+
 def newest_run(file, runs=None):
     """The folder of the run whose `file` ('vae.pt' or 'ldm.pt') is newest, or None."""
     found = sorted((runs or RUNS).glob(f'*/{file}'), key=lambda p: p.stat().st_mtime)
@@ -402,7 +419,7 @@ class Log:
             file.write(json.dumps(dict(stage=self.stage, **values)) + '\n')
 
 
-def start(folder, stage, args, step, rank, world, device, amp, dataset, model, more):
+def start(folder, stage, args, step, rank, world, device, amp, dataset, held_out, model, more):
     """Make the run's folder, write args.json, print the first line; the run's Log (rank 0)."""
     if rank > 0:
         return None
@@ -415,18 +432,22 @@ def start(folder, stage, args, step, rank, world, device, amp, dataset, model, m
     print(f'{folder}: {args.dataset}, {len(dataset)} training items, {world} x {where}, '
           f'{"bfloat16" if amp else "float32"}, {parameters_of(model)}, {more}, '
           + (f'continues at step {step}' if step else 'starts') + f' of {args.steps}', flush=True)
-    for line in getattr(dataset, 'notes', []):
+    for line in dataset.notes:
         print(f'note: {line}')
-    for file, why in getattr(dataset, 'bad', [])[:20]:
+    for file, why in (dataset.bad + held_out.bad)[:20]:
         print(f'skipped: {file}: {why}')
     return Log(folder / 'log.jsonl', stage, step)
+
+
+def in_float32(weights):
+    """A state dict with its half-precision tensors, if any, as float32."""
+    return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
 
 
 def load_weights(module, weights, path):
     """Load a state dict (any float precision); ValueError naming `path` if it does not fit."""
     try:
-        module.load_state_dict({k: v.float() if v.is_floating_point() else v
-                                for k, v in weights.items()})
+        module.load_state_dict(in_float32(weights))
     except RuntimeError as error:
         raise ValueError(f'{path} does not fit this model: {str(error).splitlines()[-1].strip()}')
 

@@ -255,24 +255,31 @@ class Zip:
 
 
 class Lmdb:
-    """LSUN's layout: key -> encoded picture; needs the package lmdb, imported here only."""
+    """LSUN's layout: key -> encoded picture; needs the package lmdb, imported here only.
+
+    A process may open an lmdb only once, so that all parts of a data set share it.
+    """
+
+    opened = {}  # place -> process, environment
 
     def __init__(self, root):
-        self.root, self.opened = root, (None, None)
+        self.root = root.resolve()
         with self.file().begin() as table:
             self.names = [key.decode('latin1') for key in table.cursor().iternext(values=False)]
 
-    __getstate__ = Zip.__getstate__
-
     def file(self):
-        if self.opened[0] != os.getpid():
+        process, environment = self.opened.get(self.root, (None, None))
+        if process != os.getpid():
             try:
                 import lmdb
             except ImportError:
                 raise ValueError(f'{self.root}: an lmdb, and the package lmdb is not installed; '
                                  'pip install lmdb, or unpack the pictures into a folder') from None
-            self.opened = os.getpid(), lmdb.open(str(self.root), readonly=True, lock=False)
-        return self.opened[1]
+            if environment is not None:
+                environment.close()  # the parent process's, which stays open there
+            environment = lmdb.open(str(self.root), readonly=True, lock=False)
+            self.opened[self.root] = os.getpid(), environment
+        return environment
 
     def open(self, name):
         with self.file().begin() as table:
@@ -434,6 +441,7 @@ def divide(names, holdout=None, group=None, seed=0, official=None):
     out if its hash with `seed` is below it, so that adding files moves no other; a file (see
     read_split) or such a dict. Without 'train' the rest is the training part.
     group: regular expression; names equal once what it matches is removed stay on one side.
+    ValueError where a name is on both sides, or `group` given and both sides are listed.
     """
     key = group_key(group)
     if holdout in (None, ''):
@@ -445,7 +453,7 @@ def divide(names, holdout=None, group=None, seed=0, official=None):
             holdout = read_split(holdout)
     if isinstance(holdout, dict):
         if 'train' in holdout:
-            return {side: list(holdout[side]) for side in ('train', 'test')}
+            return listed_sides(holdout, group)
         return divide_by_list(names, holdout['test'], key)
     if not 0 <= holdout < 1:
         raise ValueError(f'--split {holdout}: the held-out fraction must be in [0, 1)')
@@ -463,6 +471,17 @@ def group_key(group):
         return partial(re.compile(group).sub, '') if group else str
     except re.error as error:
         raise ValueError(f'--group {group}: not a regular expression ({error})') from None
+
+
+def listed_sides(sides, group):
+    """A split of which both sides are listed, checked."""
+    twice = {*sides['train']} & {*sides['test']}
+    if twice:
+        raise ValueError(f'--split: {len(twice)} names are on both sides, e.g. {min(twice)}')
+    if group:
+        raise ValueError(f'--group {group}: the split lists both sides; give a fraction as '
+                         '--split, or leave --group out')
+    return {side: list(sides[side]) for side in ('train', 'test')}
 
 
 def divide_by_list(names, listed, key):
@@ -514,7 +533,7 @@ class Pictures(Dataset):
         scales = tuple(scales)
         if resolution < 4:
             raise ValueError(f'--resolution {resolution}: must be at least 4')
-        if not scales or min(scales) < 1:
+        if not scales or not all(1 <= s < np.inf for s in scales):
             raise ValueError(f'--scales {scales}: factors of the resolution, each at least 1')
         probs = tuple(scale_probs or [1 / len(scales)] * len(scales))
         if len(probs) != len(scales) or min(probs) < 0 or sum(probs) <= 0:
@@ -662,6 +681,7 @@ class FilePictures(Pictures):
         except Exception as error:  # as in header
             self.broken.add(i)
             self.bad.append((self.names[i], reason(error)))
+            tqdm.write(f'skipped: {self.names[i]}: {reason(error)}')
             self.refuse_bad()
             return False
         self.decoded.add(i)
@@ -771,11 +791,11 @@ def open_run_data(info, split, root=None, **options):
     root: where the data are now, if they have moved; options override the run's own.
     """
     args = info['args']
-    kept = ('resolution', 'scales', 'scale_probs', 'continuous', 'flip', 'group', 'seed')
+    kept = ('resolution', 'scales', 'scale_probs', 'continuous', 'flip', 'seed')
     options = {**{k: args[k] for k in kept}, **options}
     try:
-        return make_dataset(args['dataset'], root or args['data'], split, **options,
-                            holdout=info.get('splits') or args['split'])
+        return make_dataset(args['dataset'], root or args['data'], split, holdout=info['splits'],
+                            **options)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'the data this run was trained on are gone: {error}') from None
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import flag, load_checkpoint, torch_seeded
+from common import flag, in_float32, load_checkpoint, torch_seeded
 from encoders import Attention, Downsample, ResBlock, Upsample, conv3x3, norm, zeroed
 from inr import PLANES, pack, unpack
 
@@ -588,11 +588,6 @@ def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler='dpmpp', steps=20
     bar.close()
     z = torch.cat(out).to(next(vae.parameters()).device)
     return (z, nfe) if return_nfe else z
-
-
-def in_float32(weights):
-    """A state dict with its half-precision tensors, if any, as float32."""
-    return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
 
 
 def find_checkpoint(path, *names):

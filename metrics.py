@@ -33,7 +33,8 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from common import Parser, file_digest, require, run, save_checkpoint, torch_seeded
+from common import (Parser, dist_init, file_digest, find_run, require, run, save_checkpoint,
+                    torch_seeded)
 
 # ---- distances between feature sets ------------------------------------------------------------
 
@@ -673,9 +674,9 @@ class Pictures:
     key: dict = field(default_factory=dict)  # what its content depends on, for the cache
 
 
-def chunks(n, size):
-    """range(n) in pieces of `size`."""
-    return (range(i, min(i + size, n)) for i in range(0, n, size))
+def pieces(items, size):
+    """A list or range in pieces of `size`."""
+    return (items[i:i + size] for i in range(0, len(items), size))
 
 
 def read_picture(files, name, resolution=0):
@@ -683,8 +684,11 @@ def read_picture(files, name, resolution=0):
 
     ValueError for a picture smaller than that; OSError for one that cannot be read.
     """
-    with files.open(name) as image:
-        image = data.to_rgb(image)
+    try:
+        with files.open(name) as image:
+            image = data.to_rgb(image)
+    except Exception as error:  # a decoder may raise anything on a broken file
+        raise OSError(f'{name}: cannot be read ({data.reason(error)})') from None
     if resolution:
         require(min(image.size) >= resolution, f'{name}: {image.size[0]} x {image.size[1]} pixels '
                                                f'are less than --res {resolution}')
@@ -706,8 +710,8 @@ def folder_batches(files, names, resolution, size):
             bad.append(name)
 
     with ThreadPoolExecutor(4) as pool:
-        for part in chunks(len(names), size):
-            read = [p for p in pool.map(attempt, [names[i] for i in part]) if p is not None]
+        for part in pieces(names, size):
+            read = [p for p in pool.map(attempt, part) if p is not None]
             for _, same in groupby(read, lambda p: p.shape):
                 yield torch.stack(list(same))
     if bad:
@@ -732,7 +736,7 @@ def folder_pictures(folder, resolution=0, limit=None):
 
 def is_run(path):
     """A run's folder or one of its checkpoints, rather than a folder of pictures."""
-    path = Path(path)
+    path = find_run(path)
     return path.suffix == '.pt' or any((path / f).is_file() for f in ('ldm.pt', 'vae.pt'))
 
 
@@ -742,6 +746,7 @@ def open_run(path, args, stage=2):
     `stage` 1 reads the VAE alone, finished second stage or not; ldm is then None.
     """
     import ldm  # here, so that folders can be measured without the model
+    path = find_run(path)
     require(is_run(path), f'{path}: not a run; give a folder with vae.pt or ldm.pt')
     vae, *diffusion, info = (ldm.load if stage == 2 else ldm.load_vae)(path, args.device)
     r = vae.config.resolution
@@ -766,16 +771,26 @@ def stacked(dataset, indices, resolution):
     return torch.stack([dataset.picture(i, resolution) for i in indices])
 
 
+def true_at(dataset, opened, limit):
+    """The first `limit` indices whose pictures need no enlarging to be the truth at R > r."""
+    found = [i for i in range(len(dataset)) if opened.R <= opened.r
+             or dataset.largest(i) >= opened.R]
+    require(found, f'{opened.path}: none of its {len(dataset)} pictures has {opened.R} pixels a '
+                   'side; try a smaller --res')
+    return found[:limit]
+
+
 def run_reals(opened, args, limit):
     """The first `limit` pictures of the run's split, at R, as Pictures."""
     dataset = open_data(opened, args.split)
-    n = min(len(dataset), limit)
+    index = true_at(dataset, opened, limit)
+    n = len(index)
 
     def batches(size):
-        return (quantise(stacked(dataset, part, opened.R)) for part in chunks(n, size))
+        return (quantise(stacked(dataset, part, opened.R)) for part in pieces(index, size))
 
-    probe = quantise(stacked(dataset, sorted({0, n // 2, n - 1}), opened.R))
-    names = hashlib.sha256('\n'.join(map(str, dataset.names[:n])).encode()).hexdigest()
+    probe = quantise(stacked(dataset, [index[k] for k in sorted({0, n // 2, n - 1})], opened.R))
+    names = hashlib.sha256('\n'.join(str(dataset.names[i]) for i in index).encode()).hexdigest()
     pixels = hashlib.sha256(probe.numpy().tobytes()).hexdigest()
     return Pictures(n, batches, dict(source=opened.path, split=args.split, resolution=opened.R),
                     dict(names=names, pixels=pixels, n=n, resolution=opened.R))
@@ -784,7 +799,7 @@ def run_reals(opened, args, limit):
 def sampled_latents(opened, args, size):
     """(z (B,C,L), network calls) batch by batch; sample k has seed --seed + k."""
     import ldm
-    for part in chunks(args.num, size):
+    for part in pieces(range(args.num), size):
         seeds = [args.seed + k for k in part]
         z, nfe = ldm.generate(opened.vae, opened.ldm, seeds, sampler=args.sampler, batch=size,
                               return_nfe=True, **solver_settings(args))
@@ -842,10 +857,11 @@ def reconstruct(opened, dataset, part, args):
 def run_reconstructions(opened, args, n):
     """The first n pictures of the run's split as the first stage gives them back, as Pictures."""
     dataset = open_data(opened, args.split)
+    index = true_at(dataset, opened, n)
 
     def batches(size):
         return (quantise(reconstruct(opened, dataset, part, args), args.float)
-                for part in chunks(n, size))
+                for part in pieces(index, size))
     return Pictures(n, batches, dict(
         source=opened.path, step=opened.info['step'], posterior=args.posterior, seed=args.seed,
         r=opened.r, resolution=opened.R, bicubic=args.bicubic, quantised=not args.float))
@@ -967,9 +983,10 @@ def run_psnr(args):
     opened = open_run(args.a, args, stage=1)
     dataset, train = open_data(opened, args.split), open_data(opened, 'train')
     seen = min(len(train), 1000)
-    mean = sum(stacked(train, part, opened.R).sum(0) for part in chunks(seen, 100)) / seen
-    n, values, plain = min(len(dataset), args.num), [], dict(mean_picture=[], white_picture=[])
-    for part in tqdm(list(chunks(n, args.batch)), desc='reconstructing', unit='batch'):
+    mean = sum(stacked(train, part, opened.R).sum(0) for part in pieces(range(seen), 100)) / seen
+    index, values, plain = true_at(dataset, opened, args.num), [], dict(mean_picture=[],
+                                                                        white_picture=[])
+    for part in tqdm(list(pieces(index, args.batch)), desc='reconstructing', unit='batch'):
         x = stacked(dataset, part, opened.R) / 2 + 0.5
         values.append(psnr_each(reconstruct(opened, dataset, part, args).cpu() / 2 + 0.5, x))
         plain['mean_picture'].append(psnr_each(mean.expand_as(x) / 2 + 0.5, x))
@@ -1104,8 +1121,7 @@ def main(argv=None):
     for name, least in dict(batch=1, num=1, num_real=1, res=0, k=1, steps=1).items():
         value = getattr(args, name, least)
         require(value >= least, f'--{name} {value}: must be at least {least}')
-    if args.device == 'auto':
-        args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    _, _, args.device = dist_init(args.device)
     COMMANDS[args.command][0](args)
 
 

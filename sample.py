@@ -13,7 +13,6 @@ import re
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 import common
 import data
@@ -79,7 +78,7 @@ def build_parser():
 def find_run(text, first_stage_will_do):
     """Path of the run or checkpoint --run names; without, the newest that can do the work."""
     if text:
-        return next((p for p in (Path(text), common.RUNS / text) if p.exists()), Path(text))
+        return common.find_run(text)
     run = common.newest_run('ldm.pt') or first_stage_will_do and common.newest_run('vae.pt')
     common.require(run, 'no finished run in runs/: train one with python train_vae.py and then '
                    'python train_ldm.py, or name one with --run')
@@ -112,7 +111,8 @@ def draw(args, vae, ldm):
     z, nfe = stage2.generate(vae, ldm, seeds, condition(args, ldm, len(seeds)), args.guidance,
                              args.sampler, steps, args.tol, args.tol, args.batch, z_T,
                              return_nfe=True, progress=True)
-    print(f'{len(z)} latents, {args.sampler}, {sum(nfe) / len(nfe):g} network calls each')
+    twice = ' of both branches' if args.guidance != 1 else ''
+    print(f'{len(z)} latents, {args.sampler}, {sum(nfe) / len(nfe):g} network calls{twice} each')
     return names, z
 
 
@@ -127,7 +127,8 @@ def encode_pictures(path, vae, device):
         print(f'skipped: {file}: {why}')
     z = torch.cat([vae.encode(pictures.picture(i, r)[None].to(device)).mean
                    for i in good])
-    return [re.sub(r'[^\w-]', '_', pictures.names[i].replace('/', '__')) for i in good], z
+    names = [re.sub(r'[^\w-]', '_', pictures.names[i].replace('/', '__')) for i in good]
+    return [n if names.count(n) == 1 else f'{n}_{k}' for k, n in enumerate(names)], z
 
 
 @torch.no_grad()

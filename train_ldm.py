@@ -8,6 +8,7 @@
 Encoder, decoder and MLP are frozen (Section 3.3). The result is runs/NAME/ldm.pt, which holds both
 stages; the same command continues it from its last checkpoint.
 """
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 import data
 from common import flag
-from ldm import LDM, LDMConfig, generate
-from vae import D2CVAE, VAEConfig
+from ldm import LDM, LDMConfig, first_stage, generate
 
 # Differences from LDMConfig, LatentConfig and RunConfig only, by the name of stage 1's preset.
 PAPER = dict(weight_decay=0.0, beta2=0.999, accumulate=5)
@@ -77,7 +77,7 @@ def find_vae(text):
         run = common.newest_run('vae.pt')
         common.require(run, 'no stage-1 run in runs/: train one with python train_vae.py')
         return run / 'vae.pt'
-    path = next((p for p in (Path(text), common.RUNS / text) if p.exists()), Path(text))
+    path = common.find_run(text)
     return path / 'vae.pt' if path.is_dir() else path
 
 
@@ -96,14 +96,14 @@ def write_slim(path, target):
 class Latents:
     """A data set's latents as (mean, std), encoded once, both ways round where it flips.
 
-    Rows are shared out over the processes and gathered. `item` makes the same draws as the data
-    set's own, so that training with and without the cache is the same.
+    In memory, rows are shared out over the processes and gathered; a file is written by the first
+    process. `item` makes the same draws as the data set's own, so that training with and without
+    the cache is the same.
     """
 
     def __init__(self, dataset, vae, file=None):
         self.dataset, self.ways = dataset, 2 if dataset.flip else 1
-        C, L = vae.config.z_channels, sum(h * w for h, w in vae.config.latent_sizes().values())
-        shape = (len(dataset) * self.ways, 2, C, L)
+        shape = (len(dataset) * self.ways, 2, *latent_shape(vae.config))
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if file is None:
             self.table = torch.zeros(shape)
@@ -147,9 +147,7 @@ class Latents:
 
 def open_latents(dataset, vae, args, vae_path, folder):
     """The data set to stream from: `Latents`, or the pictures themselves without a cache."""
-    config = vae.config
-    size = 8 * config.z_channels * sum(h * w for h, w in config.latent_sizes().values())
-    size *= len(dataset) * (2 if dataset.flip else 1)
+    size = 8 * math.prod(latent_shape(vae.config)) * len(dataset) * (2 if dataset.flip else 1)
     if args.cache == 'none' or args.cache == 'auto' and size >= 2 ** 31:
         return dataset
     if args.cache != 'disk':
@@ -238,13 +236,15 @@ def main():
     common.require(args.ema < 1, f'--ema {args.ema}: must be below 1')
 
     # 1. the frozen first stage, its data, the model
-    vae = D2CVAE(VAEConfig(**first['vae_config'])).to(device).eval().requires_grad_(False)
-    vae.load_state_dict(first['vae'])
+    vae, _ = first_stage(first, device, vae_path)
     one_scale = dict(scales=(1.0,), scale_probs=None, continuous=False)
     train, held_out = (data.open_run_data(first, split, args.data, **one_scale)
                        for split in ('train', 'test'))
     common.require(not args.num_classes or train.labels is not None,
                    f'--num_classes {args.num_classes}: {args.dataset} has no labels')
+    common.require(not args.num_classes or max(train.labels) < args.num_classes,
+                   f'--num_classes {args.num_classes}: there are labels up to '
+                   f'{max(train.labels or [0])}')
     config = common.pick(args, LDMConfig, domain=vae.config.domain,
                          planes=vae.config.latent_sizes(), z_channels=vae.config.z_channels)
     torch.manual_seed(args.seed)
@@ -275,7 +275,7 @@ def main():
         ema.load_state_dict(state['ema'])
     amp = common.switch(args.amp, device)
     low, high = model.z_std.min().item(), model.z_std.max().item()
-    log = common.start(folder, 'ldm', args, step, rank, world, device, amp, train, model,
+    log = common.start(folder, 'ldm', args, step, rank, world, device, amp, train, held_out, model,
                        f'stage 1 at step {first["step"]} of {first["args"]["steps"]}, latent std '
                        f'{low:.2f} to {high:.2f}')
     if rank == 0 and (low < 0.7 or high > 1.3) and config.latent_norm == 'none':

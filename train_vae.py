@@ -17,8 +17,8 @@ import data
 import metrics
 from vae import D2CVAE, VAEConfig, annealed
 
-# Differences from VAEConfig and RunConfig only. The paper gives no batch sizes or step counts:
-# those of the paper's rows are the authors' configurations on 8 processes.
+# Differences from VAEConfig and RunConfig only. The paper gives no batch sizes or step counts: for
+# AFHQ and CelebA-HQ they are the authors' configurations on 8 processes, who published no others.
 PAPER = dict(scales=(1.0, 1.5, 2.0), scale_probs=(0.3, 0.3, 0.4), flip=True, accumulate=5)
 AUTHORS = dict(PAPER, decoder_ch=128, mlp_layers=3, sn_start=5.0)
 SMALL = dict(num_res_blocks=1, ch=32, decoder_ch=32, z_channels=16, field_channels=32,
@@ -82,7 +82,10 @@ def open_data(args, split):
 
 @torch.no_grad()
 def evaluate(vae, held_out, args, count=64):
-    """Held-out PSNR in dB at r and at the largest scale, posterior mean, and a picture of both."""
+    """Held-out PSNR in dB at r and at the largest scale, posterior mean, and a picture of both.
+
+    Only pictures that are no smaller than a scale count there.
+    """
     vae.eval()
     device = next(vae.parameters()).device
     index = common.spread(len(held_out), count)
@@ -90,18 +93,21 @@ def evaluate(vae, held_out, args, count=64):
     x = torch.stack([held_out.picture(i, r) for i in index]).to(device)
     xi = vae.decode(torch.cat([vae.encode(part).mean for part in x.split(16)]))
     for R in sorted({r, round(max(args.scales) * r)}):
-        truth = torch.stack([held_out.picture(i, R) for i in index]).to(device)
-        y = vae.render(xi, (R, R)).clamp(-1, 1)
+        fit = [k for k, i in enumerate(index) if R == r or held_out.largest(i) >= R]
+        if not fit:
+            continue
+        truth = torch.stack([held_out.picture(index[k], R) for k in fit]).to(device)
+        y = vae.render([{n: f[fit] for n, f in level.items()} for level in xi], (R, R)).clamp(-1, 1)
         result[f'psnr_{R}'] = metrics.psnr(truth / 2 + 0.5, y / 2 + 0.5)
     vae.train()
     return result, torch.stack([truth[:16], y[:16]], dim=1).flatten(0, 1)
 
 
 @torch.no_grad()
-def latent_statistics(vae, batch):
+def latent_statistics(vae, batch, noise):
     """Extreme deviations of a channel over a batch, and how many channels are active."""
     posterior = vae.encode(batch)
-    std = posterior.sample().transpose(0, 1).flatten(1).std(1)
+    std = posterior.sample(noise).transpose(0, 1).flatten(1).std(1)
     active = (posterior.mean.transpose(0, 1).flatten(1).std(1) > 0.1).sum()
     return dict(z_std_min=std.min(), z_std_max=std.max(), z_active=active)
 
@@ -137,7 +143,9 @@ def main():
     folder, step = common.RUNS / args.name, 0
     state = common.resume(folder / 'vae.pt', args, 'vae')
     if state:
-        model.load_state_dict(state['vae'])
+        common.require(state['splits'] == train.splits(), f'{folder}/vae.pt was made with other '
+                       'data: files have come or gone; start over with --restart or another --name')
+        common.load_weights(model, state['vae'], folder / 'vae.pt')
         opt.load_state_dict(state['opt'])
         step = state['step']
     else:
@@ -145,7 +153,7 @@ def main():
             common.load_weights(model, common.load_checkpoint(args.init)['vae'], args.init)
         model.spectral(rounds=40)
     amp = common.switch(args.amp, device)
-    log = common.start(folder, 'vae', args, step, rank, world, device, amp, train, model,
+    log = common.start(folder, 'vae', args, step, rank, world, device, amp, train, held_out, model,
                        f'latent {config.z_channels} x {config.latent_sizes()["xy"]}, '
                        f'{config.n_ref} values a picture')
     if rank == 0 and not state:
@@ -190,7 +198,7 @@ def main():
                           items_per_s=rate)
         if rank == 0 and (step % args.eval_every == 0 or step == args.steps):
             result, pictures = evaluate(model, held_out, args)
-            stats = latent_statistics(model, batch)
+            stats = latent_statistics(model, batch, own)
             log.write(step=step, **result, **stats)
             data.save_grid(folder / 'samples' / f'reconstruction_{step:07d}.png', pictures, 8)
             bar.write(f'step {step}: held-out PSNR ' + ', '.join(

@@ -12,6 +12,7 @@ code there is no LPIPS (inert at its weight) and no adversarial phase (not in th
 """
 import math
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -254,17 +255,20 @@ class D2CVAE(nn.Module):
         fine = [n * f for n, f in zip(size, fold)]
         mlp = self.mlp.at(grid_scale(r, fine, box)[None])
         xs, ys = cell_centres(fine[1], box[0]), cell_centres(fine[0], box[1])
-        rows = max(1, chunk // (fine[1] * fold[0])) * fold[0]
+        # In pixels: full rows where they fit, otherwise a part of one.
+        columns = min(size[1], max(1, chunk // (fold[0] * fold[1])))
+        rows = max(1, chunk // (columns * fold[0] * fold[1]))
         samples = max(1, chunk // (fine[0] * fine[1]))
         result = field.new_empty(len(field), self.config.channels, *size)
         for i in range(0, len(field), samples):
             part = [{k: f[i:i + samples] for k, f in level.items()} for level in xi]
-            for j in range(0, fine[0], rows):
-                points = torch.cartesian_prod(ys[j:j + rows], xs).flip(1)
-                points = points.expand(len(part[0]['xy']), -1, -1)
-                strip = mlp(self.look_up(part, points)).mT.unflatten(2, (-1, fine[1]))
-                strip = F.avg_pool2d(strip, fold) if max(fold) > 1 else strip
-                result[i:i + samples, :, j // fold[0]:(j + rows) // fold[0]] = strip
+            for top, left in product(range(0, size[0], rows), range(0, size[1], columns)):
+                y = ys[top * fold[0]:(top + rows) * fold[0]]
+                x = xs[left * fold[1]:(left + columns) * fold[1]]
+                points = torch.cartesian_prod(y, x).flip(1).expand(len(part[0]['xy']), -1, -1)
+                tile = mlp(self.look_up(part, points)).mT.unflatten(2, (-1, len(x)))
+                tile = F.avg_pool2d(tile, fold) if max(fold) > 1 else tile
+                result[i:i + samples, :, top:top + rows, left:left + columns] = tile
         return result
 
     def reconstruct(self, batch, noise=None):

@@ -429,8 +429,9 @@ def test_run_flags_no_run_can_have():
             common.check_run_flags(arguments(**changes), 2)
 
 
-@pytest.mark.mutation('common.py', '" ".join(str(error).split())', 'error')
-@pytest.mark.mutation('common.py', "', 2\n", "', 1\n")
+@pytest.mark.mutation('common.py', "message, code = f'error: {one_line(error)}', 2",
+                      "message, code = f'error: {error}', 2")
+@pytest.mark.mutation('common.py', "(error)}', 2\n", "(error)}', 1\n")
 def test_run_makes_one_line_of_an_error(capsys):
     bars = []
 
@@ -443,6 +444,36 @@ def test_run_makes_one_line_of_an_error(capsys):
     assert caught.value.code == 2
     err = capsys.readouterr().err
     assert err.endswith('\nerror: first second\n')  # on a line of its own, below the bar
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        raise ValueError('3 of 4 files: ValueError: inside')
+
+
+@pytest.mark.mutation('common.py', "if 'Original Traceback' in text", 'if False')
+@pytest.mark.mutation('common.py', "'allocate' not in str(error)", 'True')
+def test_errors_of_workers_and_of_memory_are_one_line(capsys):
+    def huge():
+        try:
+            torch.empty(2 ** 60)
+        except RuntimeError as error:
+            raise error
+    for main, message in (
+            (lambda: next(iter(torch.utils.data.DataLoader(Broken(), num_workers=1))),
+             'error: 3 of 4 files: ValueError: inside'),
+            (huge, 'try a smaller size or --batch')):
+        try:
+            common.run(main)
+        except SystemExit as caught:
+            assert caught.code == 2
+        except RuntimeError:
+            pytest.fail('a traceback')
+        err = capsys.readouterr().err.strip()
+        assert message in err and '\n' not in err
 
 
 def test_device_that_is_not_there():

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
@@ -272,6 +273,7 @@ def test_the_default_place_may_be_a_zip(folder, monkeypatch):
 
 
 @pytest.mark.mutation('data.py', "*root.glob('*train_lmdb/data.mdb')", '')
+@pytest.mark.mutation('data.py', 'self.opened[self.root] = os.getpid(), environment', 'pass')
 def test_lsun_lmdb_needs_its_package_only_then(tmp_path, monkeypatch):
     """A stand-in for lmdb with the calls the reader makes."""
     stored = {}
@@ -291,12 +293,21 @@ def test_lsun_lmdb_needs_its_package_only_then(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'lmdb', None)
     with pytest.raises(ValueError, match='pip install lmdb'):
         data.make_dataset('lsun_church', tmp_path, resolution=16)
-    fake = types.SimpleNamespace(open=lambda *_, **__: Table(stored))
-    monkeypatch.setitem(sys.modules, 'lmdb', fake)
+    opened = []
+
+    def open_once(place, **options):
+        opened.append(place)
+        return Table(stored)
+    monkeypatch.setitem(sys.modules, 'lmdb', types.SimpleNamespace(open=open_once))
+    monkeypatch.setattr(data.Lmdb, 'opened', {})
+    parts = [data.make_dataset('lsun_church', tmp_path, side, resolution=32)
+             for side in ('train', 'test')]
+    assert sorted(parts[0].names + parts[1].names) == ['key0', 'key1', 'key2', 'key3']
     dataset = data.make_dataset('lsun_church', tmp_path, 'all', resolution=32)
     assert dataset.names == ['key0', 'key1', 'key2', 'key3']
     got = data.to_uint8(dataset.picture(2, 32)).permute(1, 2, 0).numpy()
     assert (got == noise(32, 40, 2)[:, 4:36]).all()
+    assert opened == [str(place.resolve())]  # lmdb refuses a second time
 
 
 # ---- bad files ----------------------------------------------------------------------------------
@@ -316,7 +327,8 @@ def test_unreadable_and_tiny_files_are_listed_and_skipped(folder):
 
 
 @pytest.mark.mutation('data.py', 'i = (i + 1) % len(self)', 'i = (i + 2) % len(self)')
-def test_a_picture_that_fails_late_is_replaced_by_the_next(folder):
+@pytest.mark.mutation('data.py', "tqdm.write(f'skipped: {self", "str(f'skipped: {self")
+def test_a_picture_that_fails_late_is_replaced_by_the_next(folder, capsys):
     cut(folder / 'p4.png')
     cut(folder / 'p11.png')
     dataset = pictures(folder)
@@ -324,6 +336,7 @@ def test_a_picture_that_fails_late_is_replaced_by_the_next(folder):
     assert torch.equal(dataset[4]['image'], dataset[5]['image'])
     assert torch.equal(dataset.picture(11, 20), dataset.picture(0, 20))
     assert [name for name, _ in dataset.bad] == ['p4.png', 'p11.png']
+    assert re.findall('skipped: (p[0-9]+.png): ', capsys.readouterr().out) == ['p4.png', 'p11.png']
     again = pictures(folder)
     again.verify()
     assert again.bad == dataset.bad
@@ -368,11 +381,12 @@ def test_missing_places_say_the_cure(tmp_path):
         data.make_dataset('imagenet', resolution=16)
 
 
-@pytest.mark.mutation('data.py', 'min(scales) < 1', 'min(scales) < 0')
+@pytest.mark.mutation('data.py', '1 <= s < np.inf', '0 <= s < np.inf')
 @pytest.mark.mutation('data.py', 'resolution < 4', 'resolution < 0')
 @pytest.mark.mutation('data.py', 'len(probs) != len(scales)', 'False')
 def test_impossible_options_are_refused():
     for options, message in ((dict(scales=(0.5, 1)), '--scales'),
+                             (dict(scales=(1, float('inf'))), '--scales'),
                              (dict(resolution=2), '--resolution'),
                              (dict(scale_probs=(0.5, 0.5)), '--scale_probs'),
                              (dict(continuous=True, scale_probs=(1,)), '--scale_probs')):
@@ -523,8 +537,7 @@ def test_an_empty_part_is_an_error(folder):
         pictures(folder, 'test', holdout=0.0)
 
 
-@pytest.mark.mutation('data.py', "holdout=info.get('splits') or args['split']",
-                      "holdout=args['split']")
+@pytest.mark.mutation('data.py', "holdout=info['splits']", "holdout=args['split']")
 def test_a_finished_run_gets_its_split_back(folder):
     args = dict(dataset='image', data=str(folder), resolution=16, scales=(1.0,), scale_probs=(),
                 continuous=False, flip=False, split='0.3', group=None, seed=4)
@@ -540,6 +553,20 @@ def test_a_finished_run_gets_its_split_back(folder):
     toy = dict(args, dataset='toy_image', data='')
     splits = data.make_dataset('toy_image', resolution=16).splits()
     assert len(data.open_run_data(dict(args=toy, splits=splits), 'test')) == 1000
+
+
+@pytest.mark.mutation('data.py', "{*sides['train']} & {*sides['test']}", 'set()')
+@pytest.mark.mutation('data.py', """    if group:
+        raise""", """    if False:
+        raise""")
+def test_a_split_of_two_sides_is_checked():
+    sides = dict(train=['a', 'b'], test=['c'])
+    assert data.divide('abc', sides) == sides
+    with pytest.raises(ValueError, match='1 names are on both sides, e.g. b'):
+        data.divide('abc', dict(sides, test=['b', 'c']))
+    for given in (dict(holdout=sides), dict(official=sides)):
+        with pytest.raises(ValueError, match='--group x: the split lists both sides'):
+            data.divide('abc', group='x', **given)
 
 
 @pytest.mark.mutation('data.py', "{'test', 'val'} & {*parts[n][1:]}", "{'val'} & {*parts[n][1:]}")

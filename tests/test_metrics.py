@@ -691,6 +691,9 @@ class Signals:
     def picture(self, i, R):
         return torch.full((3, R, R), i / 5)
 
+    def largest(self, i):
+        return 24 if i == 3 else 100
+
 
 class Model:
     """Reads the mean colour, gives it back with an error of 0.2 in [-1, 1]."""
@@ -759,6 +762,7 @@ def test_fid_of_a_run(capsys, toy_run, colour_network):
 
 
 @pytest.mark.mutation('metrics.py', 'args).cpu() / 2 + 0.5, x))', 'args).cpu(), x))')
+@pytest.mark.mutation('metrics.py', 'dataset.largest(i) >= opened.R', 'True')
 @pytest.mark.mutation('metrics.py', 'psnr_each(torch.ones_like(x), x)', 'psnr_each(0 * x, x)')
 def test_psnr_and_rfid_of_a_run(capsys, toy_run, colour_network):
     manifest, _ = result(capsys, 'psnr', toy_run, '--res', 20, '--batch', 2)
@@ -767,6 +771,9 @@ def test_psnr_and_rfid_of_a_run(capsys, toy_run, colour_network):
     # pictures are 0.5, 0.6, ..., 0.9 everywhere, their mean 0.7
     close(manifest['white_picture'], -20 * np.log10([.5, .4, .3, .2, .1]).mean(), 1e-3)
     close(manifest['mean_picture'], -20 * np.log10([.2, .1, .1, .2]).mean(), 1e-3)
+    (toy_run / 'runs' / 'mine').mkdir(parents=True)
+    (toy_run / 'runs' / 'mine' / 'vae.pt').touch()
+    assert result(capsys, 'psnr', 'mine', '--res', 30)[0]['n'] == 4  # one is smaller than 30
     manifest, line = result(capsys, 'rfid', toy_run, '--no_cache')
     close(manifest['fid'], 3 * 25.5 ** 2, 40)  # colours all too bright by 25.5
     assert manifest['n_fake'] == 5 and line.startswith('rFID')
@@ -796,6 +803,19 @@ def test_nfe_table(capsys, toy_run, colour_network):
     assert 'NFE   100.0' in lines[0] and 'rtol 1e-05' in lines[2]
     with pytest.raises(ValueError, match='expected NAME:STEPS'):
         metrics.main(['nfe', str(toy_run), '--samplers', 'ddim'])
+
+
+@pytest.mark.mutation('metrics.py', 'except Exception as error:  # a decoder may',
+                      'except OSError as error:  # a decoder may')
+def test_a_broken_picture_of_a_folder_is_skipped(folders, capsys):
+    path = Path('A/2.png')
+    path.write_bytes(path.read_bytes().replace(b'IDAT', b'ID\0T', 1))  # a SyntaxError to Pillow
+    try:
+        kept = torch.cat(list(metrics.folder_pictures('A').batches(4)))
+    except SyntaxError:
+        pytest.fail('a traceback')
+    assert torch.equal(kept, folders[0][[0, 1, 3, 4, 5]])
+    assert 'skipped 1 unreadable pictures: 2.png' in capsys.readouterr().err
 
 
 def test_errors_are_one_line(repo, folders, tmp_path):

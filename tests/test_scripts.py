@@ -96,7 +96,7 @@ def log_of(folder, stage):
     return [v for v in lines if v['stage'] == stage and 'lr' in v]
 
 
-def assert_close(a, b, file, stage):
+def assert_close(a, b, file, stage, atol=2e-4):
     """Two runs that differ in the order of summation only: to rounding until Adam magnifies it."""
     for i, (x, y) in enumerate(zip(log_of(a, stage), log_of(b, stage), strict=True)):
         for k in set(x) - {'items_per_s', 'stage'}:
@@ -104,7 +104,7 @@ def assert_close(a, b, file, stage):
     x, y = trained(a / file), trained(b / file)
     for k in x:
         if k.startswith(('/vae', '/model', '/ema')):  # Adam magnifies the noise of tiny gradients
-            torch.testing.assert_close(x[k], y[k], rtol=1e-3, atol=2e-4, msg=k)
+            torch.testing.assert_close(x[k], y[k], rtol=1e-3, atol=atol, msg=k)
 
 
 def snapshot(folder):
@@ -220,13 +220,16 @@ def test_stage_2_resumes_bit_by_bit(toy, copy, repo, monkeypatch):
     assert [v['step'] for v in log_of(run, 'vae')] == [1, 2, 3, 4, 5, 6]  # left alone
 
 
+@pytest.mark.mutation('common.py', 'self.first, self.rank = step * batch, rank',
+                      'self.first, self.rank = 0, rank')
+@pytest.mark.mutation('common.py', "if s.endswith('}')]", "]")
 @pytest.mark.parametrize('script', STAGES)
-def test_a_kill_loses_nothing(script, toy, copy):
+def test_a_kill_loses_nothing(script, toy, copy, repo):
     """kill -9 at any moment, then the same command: bit by bit the run that nobody killed."""
     file, flags = STAGES[script]
     run, delay = copy / 'runs' / 'toy_image', random.uniform(0, 0.4)
     (run / file).unlink()
-    command = [sys.executable, ROOT / script, *flags.split(), '--save_every', '1']
+    command = [sys.executable, repo / script, *flags.split(), '--save_every', '1']
     process = subprocess.Popen(command, cwd=copy, env=dict(os.environ, OMP_NUM_THREADS='1'),
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (run / file).exists() and process.poll() is None:
@@ -237,7 +240,7 @@ def test_a_kill_loses_nothing(script, toy, copy):
     (run / f'{file}.tmp').write_bytes(b'half a checkpoint')  # where a kill may well strike
     with (run / 'log.jsonl').open('a') as log:
         log.write('{"stage": "')
-    result = done(copy, script, flags)
+    result = done(copy, script, flags, repo=repo)
     assert 'continues at step' in result.out, delay
     assert_same(run / file, toy.run / file)
     assert [v['step'] for v in log_of(run, Path(file).stem)] == [1, 2, 3, 4, 5, 6], delay
@@ -299,7 +302,9 @@ def free_port():
         return s.getsockname()[1]
 
 
-def test_two_processes_equal_one(toy, photos, tmp_path):
+@pytest.mark.mutation('common.py', 'start = self.first + self.rank * self.local',
+                      'start = self.first')
+def test_two_processes_equal_one(toy, photos, tmp_path, repo):
     """torchrun with two processes, both stages, with accumulation and with cached latents."""
     folder = Path(shutil.copytree(toy.folder, tmp_path / 'one'))
     shutil.copytree(photos / 'set', folder / 'set')
@@ -315,13 +320,14 @@ def test_two_processes_equal_one(toy, photos, tmp_path):
     (tmp_path / 'driver.py').write_text(DRIVER)
     result = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
-         f'--master_port={free_port()}', tmp_path / 'driver.py', ROOT, json.dumps(jobs)],
+         f'--master_port={free_port()}', tmp_path / 'driver.py', repo, json.dumps(jobs)],
         cwd=two, env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count('2 x CPU') == 4
     for script, _, name in runs:
         stage = script.removeprefix('train_')
-        assert_close(two / 'runs' / name, folder / 'runs' / name, f'{stage}.pt', stage)
+        assert_close(two / 'runs' / name, folder / 'runs' / name, f'{stage}.pt', stage,
+                     2e-5 if name == 'twice' else 2e-4)  # where weights move by 2e-4 in all
 
 
 @pytest.mark.filterwarnings('error')
@@ -418,6 +424,8 @@ def test_class_labels_reach_the_samples(tmp_path, repo):
         (place / name).write_bytes(pickle.dumps(dict(data=pixels, labels=[0, 1, 0, 1])))
     done(tmp_path, 'train_vae.py', VAE, '--dataset cifar10 --resolution 8 --fields 1,2 --steps 1',
          '--accumulate 1', repo=repo)
+    assert_refused(call(tmp_path, 'train_ldm.py', LDM, '--accumulate 1 --num_classes 1'),
+                   'labels up to 1')
     done(tmp_path, 'train_ldm.py', LDM, '--accumulate 1 --num_classes 3 --lr 1e-2', repo=repo)
     vae, model, _ = ldm.load(tmp_path / 'runs/cifar10')
     torch.manual_seed(0)  # as the script begins
@@ -484,6 +492,8 @@ def broken(toy, tmp_path_factory):
     """The toy folder and, beside it, every kind of file that is not what it should be."""
     folder = Path(shutil.copytree(toy.folder, tmp_path_factory.mktemp('broken') / 'copy'))
     (folder / 'empty').mkdir()
+    for side in ('train', 'test'):
+        data.save_png(folder / 'afhq' / side / 'cat' / '0.png', torch.zeros(3, 16, 16))
     (folder / 'notes').mkdir()
     (folder / 'notes' / 'a.txt').write_text('no picture')
     (folder / 'notes' / 'tiny.png').write_bytes(b'')
@@ -528,6 +538,10 @@ MISUSE = [
     ('train_vae.py', f'{VAE} --lr 0.25', '--lr', 'now 0.25', '--restart'),
     ('train_vae.py', f'{VAE} --batch 8 --ch 16', '--batch 4 (now 8)', '--ch 8 (now 16)'),
     ('train_vae.py', f'{VAE} --name cut1', 'cut1/vae.pt', 'truncated'),
+    ('train_vae.py', f'{NEW} --scales 1,inf', '--scales'),
+    ('train_vae.py', f'{NEW} --dataset afhq_cat --data afhq --accumulate 1 --group x',
+     '--group x'),
+    ('metrics.py', 'psnr toy_image --device nonsense', '--device nonsense'),
     ('train_ldm.py', f'{TOY} --lr 0.25', 'now 0.25'),
     ('train_ldm.py', f'{LDM} --vae nowhere', 'nowhere'),
     ('train_ldm.py', f'{LDM} --vae cut1', 'cut1/vae.pt', 'truncated'),
@@ -571,9 +585,10 @@ MISUSE = [
 
 @pytest.mark.parametrize('script, flags, words', [
     pytest.param(s, f, w, id=f'{s}-{f.replace(VAE, "").replace(LDM, "")}') for s, f, *w in MISUSE])
-def test_misuse_is_one_line_and_writes_nothing(script, flags, words, broken):
+@pytest.mark.mutation('common.py', "{one_line(error)}', 2", "{one_line(error)}', 1")
+def test_misuse_is_one_line_and_writes_nothing(script, flags, words, broken, repo):
     before = snapshot(broken)
-    result = call(broken, script, flags)
+    result = call(broken, script, flags, repo=repo)
     assert_refused(result, *words)
     assert snapshot(broken) == before
 
@@ -598,6 +613,16 @@ def test_a_process_says_nothing_else(broken):
 def test_a_changed_stage_1_is_noticed(copy, repo):
     done(copy, 'train_vae.py', VAE, '--steps 7')
     assert_refused(call(copy, 'train_ldm.py', LDM, repo=repo), 'changed', '--restart')
+
+
+@pytest.mark.mutation('train_vae.py', "state['splits'] == train.splits()", 'True')
+def test_other_data_is_noticed(photos, tmp_path, repo):
+    folder = Path(shutil.copytree(photos, tmp_path / 'copy'))
+    flags = (f'{VAE} --preset toy_image --dataset image --data set --flip --name photos --steps 2 '
+             '--split 0.3')
+    assert 'continues at step 2' in done(folder, 'train_vae.py', flags, repo=repo).out
+    shutil.copy(folder / 'set' / '3.png', folder / 'set' / 'new.png')
+    assert_refused(call(folder, 'train_vae.py', flags, repo=repo), 'other data', '--restart')
 
 
 @pytest.mark.parametrize('script', STAGES)

@@ -204,7 +204,8 @@ def function():
     return model, model.decode(torch.randn(2, 4, 64))
 
 
-@pytest.mark.mutation('vae.py', 'prod(ys[j:j + rows], xs)', 'prod(ys[:rows], xs)')
+@pytest.mark.mutation('vae.py', 'prod(y, x)', 'prod(ys[:len(y)], x)')
+@pytest.mark.mutation('vae.py', 'prod(y, x)', 'prod(y, xs[:len(x)])')
 @pytest.mark.mutation('vae.py', 'grid_scale(r, fine, box)[None]', 'grid_scale(r, fine)[None]')
 def test_render_equals_query_at_every_chunk_size(function):
     model, xi = function
@@ -220,15 +221,20 @@ def test_render_equals_query_at_every_chunk_size(function):
 
 
 @pytest.mark.mutation('vae.py', 'rows = max(1, chunk //', 'rows = 1 + max(1, chunk //')
+@pytest.mark.mutation('vae.py', 'columns = min(size[1], max(1, chunk // (fold[0] * fold[1])))',
+                      'columns = size[1]')
 def test_render_reads_no_more_points_at_a_time_than_asked(function):
     model, xi = function
     points, read = [], model.look_up
     model.look_up = lambda xi, c: points.append(c.shape[0] * c.shape[1]) or read(xi, c)
     model.render(xi, (64, 40), chunk=400)
     assert max(points) == 400 and sum(points) == 2 * 64 * 40
+    points.clear()
+    model.render(xi, (2, 1000), chunk=400)  # averages 8 rows
+    assert max(points) == 400 and sum(points) == 2 * 16 * 1000
 
 
-@pytest.mark.mutation('vae.py', 'F.avg_pool2d(strip, fold) if', 'strip[:, :, ::fold[0], ::fold[1]] if')
+@pytest.mark.mutation('vae.py', 'F.avg_pool2d(tile, fold) if', 'tile[:, :, ::fold[0], ::fold[1]] if')
 @pytest.mark.mutation('vae.py', 'if antialias else 1', 'if True else 1')
 def test_small_renders_are_area_averages(function):
     model, xi = function
@@ -236,6 +242,8 @@ def test_small_renders_are_area_averages(function):
     torch.testing.assert_close(model.render(xi, (8, 12)), F.avg_pool2d(
         model.render(xi, (16, 24)), 2), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.render(xi, (16, 24)), fine)
+    torch.testing.assert_close(model.render(xi, (8, 12), chunk=20), model.render(xi, (8, 12)),
+                               rtol=1e-5, atol=1e-5)
     raw = model.render(xi, (8, 8), antialias=False)
     values = model.query(xi, inr.make_grid(8, 8), 2.0).permute(0, 3, 1, 2)
     torch.testing.assert_close(raw, values, rtol=1e-5, atol=1e-5)
