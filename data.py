@@ -1,6 +1,7 @@
-"""Every data set: closed-form toy pictures, folders, zips and lmdbs of pictures, CIFAR-10.
+"""Every data set: closed-form toy pictures, folders, zips and lmdbs of pictures, CIFAR-10, meshes.
 
     python data.py check DATASET_OR_PATH        # counts, sizes, bad files, a preview
+    python data.py mesh FOLDER --out FOLDER     # points and occupancies of .obj, .ply, .off, .stl
 
 Stage 1 learns from pairs (Section 3.3 of the paper, multi-scale training): the encoder sees the
 full frame at r x r, the loss an r x r crop, at known coordinates, of the same picture at R >= r.
@@ -13,6 +14,7 @@ extent of a crop of the frame [-1, 1]^2, y down.
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -800,6 +802,398 @@ def open_run_data(info, split, root=None, **options):
         raise FileNotFoundError(f'the data this run was trained on are gone: {error}') from None
 
 
+# ---- mesh files ---------------------------------------------------------------------------------
+
+def fans(polygons):
+    """Polygons, lists of vertex numbers, as triangles that share each one's first corner."""
+    return [(p[0], b, c) for p in polygons for b, c in zip(p[1:], p[2:])]
+
+
+def read_obj(data):
+    """Wavefront `v` and `f` lines; numbers count from 1, negative ones back from the last vertex."""
+    vertices, polygons = [], []
+    for line in data.decode('utf-8', 'replace').replace('\\\n', ' ').splitlines():
+        key, *words = line.split() or ['']
+        if key == 'v':
+            vertices.append([float(w) for w in words[:3]])
+        elif key == 'f':
+            corners = [int(w.split('/')[0]) for w in words]
+            polygons.append([c - 1 if c > 0 else len(vertices) + c for c in corners])
+    return vertices, fans(polygons)
+
+
+def read_off(data):
+    """OFF; the counts may stand on the header's line, and colours behind a vertex or a face."""
+    lines = [line.split('#')[0].strip() for line in data.decode('utf-8', 'replace').splitlines()]
+    header, _, text = '\n'.join(filter(None, lines)).partition('OFF')
+    if header not in ('', 'C', 'N', 'CN', 'ST'):
+        raise ValueError('no OFF header')
+    counts, *rows = text.strip().split('\n')
+    n, m = map(int, counts.split()[:2])
+    if len(rows) < n + m:
+        raise ValueError('cut short')
+    polygons = [list(map(int, row.split()[:1 + int(row.split()[0])])) for row in rows[n:n + m]]
+    return [list(map(float, row.split()[:3])) for row in rows[:n]], fans(p[1:] for p in polygons)
+
+
+def read_stl(data):
+    """STL, binary or text; corners at the same place become one vertex."""
+    count = int.from_bytes(data[80:84], 'little')
+    if len(data) == 84 + 50 * count:  # text files, too, may begin with any 80 bytes
+        rows = np.frombuffer(data, np.dtype([('normal', '<f4', 3), ('corners', '<f4', (3, 3)),
+                                             ('attribute', '<u2')]), count, 84)
+        corners = rows['corners'].reshape(-1, 3)
+    elif data.lstrip().startswith(b'solid'):
+        found = re.findall(rb'vertex\s+(\S+)\s+(\S+)\s+(\S+)', data)
+        corners = np.array(found).astype(float).reshape(-1, 3)
+    else:
+        raise ValueError('neither a text STL nor a binary one of the length it states')
+    vertices, index = np.unique(corners, axis=0, return_inverse=True)
+    return vertices, index.reshape(-1, 3)
+
+
+PLY_TYPES = {name: code for names, code in (
+    ('char int8', 'i1'), ('uchar uint8', 'u1'), ('short int16', 'i2'), ('ushort uint16', 'u2'),
+    ('int int32', 'i4'), ('uint uint32', 'u4'), ('float float32', 'f4'), ('double float64', 'f8'))
+    for name in names.split()}
+
+
+def ply_header(data):
+    """Format, [(element, count, [(property, type, type of its length or None)])], what follows."""
+    head, found, body = data.partition(b'end_header')
+    lines = [line.split() for line in head.decode('ascii', 'replace').splitlines()]
+    if not found or lines[0] != ['ply']:
+        raise ValueError('no PLY header')
+    form, elements = None, []
+    for key, *words in filter(None, lines[1:]):
+        if key == 'format':
+            form = words[0]
+        elif key == 'element':
+            elements.append((words[0], int(words[1]), []))
+        elif key == 'property':
+            types = [PLY_TYPES[w] for w in words[:-1] if w != 'list']
+            elements[-1][2].append((words[-1], types[-1], types[0] if len(types) > 1 else None))
+    return form, elements, body.partition(b'\n')[2]
+
+
+def read_ply(data):
+    """PLY, text or binary of either byte order; only positions and faces are kept."""
+    form, elements, body = ply_header(data)
+    if form == 'ascii':
+        words = iter(body.split())
+
+        def take(kind, count):
+            return [float(next(words)) for _ in range(count)]
+    else:
+        order, place = dict(binary_little_endian='<', binary_big_endian='>')[form], 0
+
+        def take(kind, count):
+            nonlocal place
+            values = np.frombuffer(body, order + kind, count, place)
+            place += values.nbytes
+            return values.tolist()
+    columns = dict(vertex={}, face={})
+    for element, count, properties in elements:
+        table = {name: [] for name, _, _ in properties}
+        for _ in range(count):
+            for name, kind, length in properties:
+                n = int(take(length, 1)[0]) if length else 1
+                table[name].append(take(kind, n))
+        columns[element] = table
+    vertices = np.hstack([columns['vertex'][axis] for axis in 'xyz'])
+    polygons = columns['face'].get('vertex_indices') or columns['face'].get('vertex_index') or []
+    return vertices, fans([int(k) for k in p] for p in polygons)
+
+
+MESH_READERS = {'.obj': read_obj, '.off': read_off, '.ply': read_ply, '.stl': read_stl}
+
+
+def read_mesh(path):
+    """(vertices (V,3) float64, triangles (F,3) int64) of an .obj, .ply, .off or .stl file.
+
+    Polygons become fans; colours, normals, materials and vertices without a face are passed over.
+    ValueError, one line, for a file that cannot be read or holds no surface.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in MESH_READERS:
+        raise ValueError(f'{path}: not one of {" ".join(MESH_READERS)}')
+    data = path.read_bytes()
+    try:
+        vertices, faces = MESH_READERS[path.suffix.lower()](data)
+        vertices = np.asarray(vertices, 'float64').reshape(-1, 3)
+        faces = np.asarray(faces, 'int64').reshape(-1, 3)
+    except Exception as error:  # a file of some other kind may fail in any line of a reader
+        raise ValueError(f'{path}: not a readable mesh ({reason(error)})') from None
+    if not len(faces):
+        raise ValueError(f'{path}: no faces')
+    if faces.min() < 0 or faces.max() >= len(vertices):
+        raise ValueError(f'{path}: a face names a vertex that is not there')
+    used, faces = np.unique(faces, return_inverse=True)
+    vertices, faces = vertices[used], faces.reshape(-1, 3)
+    if not np.isfinite(vertices).all() or not np.ptp(vertices, axis=0).any():
+        raise ValueError(f'{path}: no finite extent')
+    return vertices, faces
+
+
+def obj_bytes(vertices, faces):
+    lines = ['v %.7g %.7g %.7g' % tuple(v) for v in vertices]
+    lines += ['f %d %d %d' % tuple(f) for f in faces + 1]
+    return ('\n'.join(lines) + '\n').encode()
+
+
+def ply_bytes(vertices, faces):
+    rows = np.empty(len(faces), np.dtype([('count', 'u1'), ('corners', '<i4', 3)]))
+    rows['count'], rows['corners'] = 3, faces
+    properties = ''.join(f'property float {axis}\n' for axis in 'xyz')
+    header = (f'ply\nformat binary_little_endian 1.0\nelement vertex {len(vertices)}\n{properties}'
+              f'element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n')
+    return header.encode() + vertices.astype('<f4').tobytes() + rows.tobytes()
+
+
+def stl_bytes(vertices, faces):
+    corners = vertices[faces].astype('float32')
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    rows = np.zeros(len(faces), np.dtype([('normal', '<f4', 3), ('corners', '<f4', (3, 3)),
+                                          ('attribute', '<u2')]))
+    rows['normal'] = normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-30)
+    rows['corners'] = corners
+    return b'\0' * 80 + len(faces).to_bytes(4, 'little') + rows.tobytes()
+
+
+MESH_WRITERS = {'.obj': obj_bytes, '.ply': ply_bytes, '.stl': stl_bytes}
+
+
+def write_mesh(path, vertices, faces):
+    """Write vertices (V,3) and triangles (F,3), tensors or arrays, as .obj, .ply or .stl."""
+    path = Path(path)
+    if path.suffix.lower() not in MESH_WRITERS:
+        raise ValueError(f'{path}: a mesh is written as one of {" ".join(MESH_WRITERS)}')
+    data = MESH_WRITERS[path.suffix.lower()](*map(np.asarray, (vertices, faces)))
+    common.replace(path, lambda temporary: temporary.write_bytes(data))
+
+
+# ---- inside or outside a mesh -------------------------------------------------------------------
+
+def cells_of(points, size):
+    """Indices (2^d, m) of points (N,3) in cells of at most `size`, halved along the longest side.
+
+    Cells 2k and 2k + 1 of one halving lie in cell k of the one before, so that they are a tree.
+    Where N is not a multiple of 2^d, some indices stand twice: which, `first` (2^d, m) says, False
+    for a repetition. Returns (indices, first).
+    """
+    depth = max(0, math.ceil(math.log2(len(points) / size)))
+    total = 2 ** depth * math.ceil(len(points) / 2 ** depth)
+    index = (torch.arange(total) * len(points)) // total
+    first = torch.ones(total, dtype=torch.bool)
+    first[1:] = index[1:] != index[:-1]
+    index, first = index[None], first[None]
+    for _ in range(depth):
+        p = points[index]  # (cells, m, 3)
+        axis = (p.amax(1) - p.amin(1)).argmax(1)
+        order = p.gather(2, axis[:, None, None].expand(-1, p.shape[1], 1))[..., 0].argsort(1)
+        index = index.gather(1, order).reshape(2 * len(index), -1)
+        first = first.gather(1, order).reshape(index.shape)
+    return index, first
+
+
+def solid_angles(a, b, c):
+    """Signed solid angles of triangles seen from the origin, corners (...,3); van Oosterom (1983)."""
+    la, lb, lc = (x.norm(dim=-1) for x in (a, b, c))
+    volume = (a * torch.linalg.cross(b, c)).sum(-1)
+    rest = la * lb * lc + (a * b).sum(-1) * lc + (b * c).sum(-1) * la + (c * a).sum(-1) * lb
+    return 2 * torch.atan2(volume, rest)
+
+
+class WindingNumber:
+    """w(q) = sum of the solid angles of all triangles seen from q, over 4 pi: 1 inside, 0 outside.
+
+    Fractional near holes (Jacobson et al., 2013). Clusters of triangles far from q count by the
+    first three terms of their expansion about the area centroid (Barill et al., 2018), near ones
+    triangle by triangle; `beta` is how many cluster radii are far.
+    """
+
+    def __init__(self, vertices, faces, beta=2.0, leaf=8):
+        corners = torch.as_tensor(vertices, dtype=torch.float32)[torch.as_tensor(faces)]
+        index, first = cells_of(corners.mean(1), leaf)
+        self.corners = torch.where(first[..., None, None], corners[index],
+                                   corners[index].mean(2, keepdim=True))  # repetitions: no area
+        self.beta, self.levels = beta, []
+        for level in range(int(math.log2(len(index))) + 1):
+            self.levels.append(self.clusters(self.corners.reshape(2 ** level, -1, 3, 3)))
+
+    def clusters(self, corners):
+        """Centre, radius, and both moments of the normals of clusters (K,m,3,3)."""
+        a, b, c = corners.unbind(2)
+        normal = torch.linalg.cross(b - a, c - a) / 2  # length = area
+        area = normal.norm(dim=2, keepdim=True) + 1e-30
+        middle = corners.mean(2)
+        centre = (area * middle).sum(1) / area.sum(1)
+        radius = (corners - centre[:, None, None]).norm(dim=3).flatten(1).amax(1)
+        middle, corners = middle - centre[:, None], corners - centre[:, None, None]
+        square = (9 * middle[..., None] * middle[..., None, :] + corners.mT @ corners) / 12
+        spread = torch.einsum('kmi,kmj->kij', normal, middle)
+        second = torch.einsum('kmi,kmjl->kijl', normal, square)  # square: mean over a triangle
+        trace = 2 * torch.einsum('kiil->kl', second) + torch.einsum('kljj->kl', second)
+        return centre, radius, normal.sum(1), spread, second, trace
+
+    @torch.no_grad()
+    def __call__(self, points, block=16, budget=2 ** 15):
+        """w at points (N,3), as (N,)."""
+        points = torch.as_tensor(points, dtype=torch.float32)
+        index, _ = cells_of(points, block)
+        blocks = points[index]  # (B, m, 3)
+        middle = (blocks.amax(1) + blocks.amin(1)) / 2
+        reach = (blocks - middle[:, None]).norm(dim=2).amax(1)
+        w = points.new_zeros(index.shape)
+        b, k = torch.arange(len(blocks)), torch.zeros(len(blocks), dtype=torch.long)
+        for depth, (centre, radius, *moments) in enumerate(self.levels):
+            far = (middle[b] - centre[k]).norm(dim=1) - reach[b] > self.beta * radius[k]
+            for i, j in self.pairs(b[far], k[far], budget // blocks.shape[1]):
+                w.index_add_(0, i, self.expansion(centre[j, None] - blocks[i], *(
+                    m[j] for m in moments)))
+            b, k = b[~far], k[~far]
+            if depth < len(self.levels) - 1:
+                b, k = b.repeat_interleave(2), (2 * k[:, None] + torch.arange(2)).flatten()
+        for i, j in self.pairs(b, k, budget // blocks.shape[1] // self.corners.shape[1]):
+            seen = self.corners[j, None] - blocks[i, :, None, None]  # (pairs, m, leaf, 3, 3)
+            w.index_add_(0, i, solid_angles(*seen.unbind(3)).sum(2))
+        result = torch.empty(len(points))
+        result[index] = w / (4 * math.pi)
+        return result
+
+    @staticmethod
+    def pairs(b, k, size):
+        return zip(b.split(max(1, size)), k.split(max(1, size)))
+
+    @staticmethod
+    def expansion(r, normal, spread, second, trace):
+        """Solid angle of clusters at r (K,m,3): r / |r|^3 and its first two derivatives, by moments."""
+        inverse = 1 / r.square().sum(2)
+        outer = (r[..., None] * r[..., None, :]).flatten(2)  # (K, m, 9)
+        cubic = (r * (outer @ second.flatten(2).mT)).sum(2)
+        first = spread.diagonal(dim1=1, dim2=2).sum(1)[:, None] - 3 * inverse * (
+            outer @ spread.flatten(1)[..., None])[..., 0]
+        linear = r @ torch.stack([normal, trace], dim=2)  # (K, m, 2)
+        return (linear[..., 0] + first - 1.5 * inverse * linear[..., 1]
+                + 7.5 * inverse ** 2 * cubic) * inverse * inverse.sqrt()
+
+
+# ---- python data.py mesh: a folder of meshes -> the layout of Occupancy Networks -----------------
+
+HALF_BOX = 0.55  # volume points lie in [-0.55, 0.55]^3 around a mesh in the unit cube
+AMBIGUOUS, HOLLOW = 0.05, 0.005  # largest share with 0.1 < |w| < 0.9, smallest share inside
+
+
+def unit_cube(vertices):
+    """(vertices, loc (3,), scale): bounding box centred on 0, longest side 1; old = new * scale + loc."""
+    lo, hi = vertices.min(0), vertices.max(0)
+    loc, scale = (lo + hi) / 2, (hi - lo).max()
+    return (vertices - loc) / scale, loc, scale
+
+
+def surface_points(vertices, faces, n, rng):
+    """n points uniform on the surface and the unit normals of their faces, (n,3) each."""
+    a, b, c = vertices[faces].transpose(1, 0, 2)
+    normals = np.cross(b - a, c - a)
+    area = np.linalg.norm(normals, axis=1)
+    k = rng.choice(len(faces), n, p=area / area.sum())
+    u, v = np.sqrt(rng.random((n, 1))), rng.random((n, 1))
+    return (1 - u) * a[k] + u * (1 - v) * b[k] + u * v * c[k], normals[k] / area[k, None]
+
+
+def save_npz(path, **arrays):
+    """np.savez to `path`, complete or not at all."""
+    def write(temporary):
+        with open(temporary, 'wb') as file:
+            np.savez(file, **arrays)
+    common.replace(path, write)
+
+
+def convert_mesh(path, folder, n, seed):
+    """Sample one mesh into FOLDER/{pointcloud,points}.npz unless they are there already.
+
+    Returns (share inside, share ambiguous) of n volume points. |w| decides, so that a mesh turned
+    inside out is the same solid. Occupancy is that of the positions as stored, in half precision.
+    """
+    target = folder / 'points.npz'  # written last
+    if not target.exists():
+        vertices, faces = read_mesh(path)
+        vertices, loc, scale = unit_cube(vertices)
+        rng = common.seeded('mesh', seed, folder.name)
+        points, normals = surface_points(vertices, faces, n, rng)
+        volume = rng.uniform(-HALF_BOX, HALF_BOX, (n, 3)).astype('float16')
+        w = WindingNumber(vertices, faces)(volume.astype('float32')).abs().numpy()
+        save_npz(folder / 'pointcloud.npz', points=points.astype('float16'),
+                 normals=normals.astype('float16'), loc=loc, scale=scale)
+        save_npz(target, points=volume, occupancies=np.packbits(w > 0.5), loc=loc, scale=scale,
+                 ambiguous=np.mean((w > 0.1) & (w < 0.9)))
+    with np.load(target) as stored:
+        inside = np.unpackbits(stored['occupancies'])[:len(stored['points'])]
+        return inside.mean(), float(stored['ambiguous'])
+
+
+def find_meshes(root):
+    """{(class, id): path} of the meshes below a folder: class is the first folder, id the rest."""
+    paths = sorted((p for p in Path(root).rglob('*') if p.suffix.lower() in MESH_READERS),
+                   key=lambda p: natural(p.as_posix()))
+    if not paths:
+        raise ValueError(f'{root}: no such folder, or no meshes ({" ".join(MESH_READERS)}) in it')
+    found = {}
+    for path in paths:
+        parts = path.relative_to(root).with_suffix('').parts
+        group = parts[0] if len(parts) > 1 else Path(root).resolve().name
+        key = group, '__'.join(parts[1:] or parts)
+        if key in found:
+            raise ValueError(f'{path} and {found[key]} would get the same name; rename one of them')
+        found[key] = path
+    return found
+
+
+def doubt(inside, ambiguous):
+    """Why a mesh is a doubtful solid, or ''."""
+    if ambiguous > AMBIGUOUS:
+        return f'{ambiguous:.1%} of the points neither in nor out: holes, or faces turned both ways'
+    return f'{inside:.2%} of the box inside: hardly a solid' if inside < HOLLOW else ''
+
+
+def write_lists(out, keys, args):
+    """{train,val,test}.lst in each class folder, and metadata.yaml (its JSON subset)."""
+    first = divide(['/'.join(k) for k in keys], args.split, args.group, args.seed)
+    second = divide(first['train'], args.split, args.group, args.seed + 1)
+    sides = dict(train=second['train'], val=second['test'], test=first['test'])
+    for group in {g for g, _ in keys}:
+        for side, members in sides.items():
+            ids = [n.split('/', 1)[1] for n in members if n.split('/', 1)[0] == group]
+            text = ''.join(f'{i}\n' for i in ids)
+            common.replace(out / group / f'{side}.lst', lambda t, text=text: t.write_text(text))
+    about = {g: dict(id=g, name=g) for g in sorted({g for g, _ in keys})}
+    common.replace(out / 'metadata.yaml', lambda t: t.write_text(json.dumps(about, indent=1)))
+    return {side: len(members) for side, members in sides.items()}
+
+
+def mesh(args):
+    """What `python data.py mesh` does; a second call goes on where the first one was stopped."""
+    found, out = find_meshes(args.folder), Path(args.out)
+
+    def convert(key):
+        try:
+            return convert_mesh(found[key], out.joinpath(*key), args.points, args.seed)
+        except ValueError as error:
+            return str(error)
+    rows = dict(zip(found, threaded(convert, list(found), 'sampling meshes')))
+    bad = {k: r for k, r in rows.items() if isinstance(r, str)}
+    doubts = {k: doubt(*r) for k, r in rows.items() if k not in bad and doubt(*r)}
+    for key, why in (bad | doubts).items():
+        print(f'{"/".join(key)}: {why}')
+    keys = [k for k in rows if k not in bad and (args.keep or k not in doubts)]
+    if not keys or len(bad) >= 3 and len(bad) > len(rows) / 100:
+        raise ValueError(f'{args.folder}: {len(bad)} of {len(rows)} meshes cannot be read, '
+                         f'{len(doubts)} are doubtful: mend or remove them, or try --keep')
+    counts = write_lists(out, keys, args)
+    print(f'{out}: {", ".join(f"{n} {side}" for side, n in counts.items())}; {len(bad)} unreadable, '
+          f'{len(doubts)} doubtful, {"kept" if args.keep else "left out of the lists"}')
+
+
 # ---- python data.py check -----------------------------------------------------------------------
 
 def describe(dataset):
@@ -860,7 +1254,21 @@ def main():
     flags.add_argument('--group', default='', help='regular expression; names equal without what '
                        'it matches stay on one side (--group=REGEX if it begins with -)')
     flags.add_argument('--out', default='', help='preview, default out/check_DATASET.png')
-    check(parser.parse_args())
+    flags.set_defaults(run=check)
+    what = 'sample meshes into the files that shapes are trained on'
+    flags = commands.add_parser('mesh', help=what, description=what)
+    flags.add_argument('folder', help='folder of .obj, .ply, .off or .stl files; each folder in it '
+                       'is a class')
+    flags.add_argument('--out', default='data/shape', help='folder to write')
+    flags.add_argument('--points', type=common.at_least(8, int), default=100_000,
+                       help='points on the surface and in the box, each; a multiple of 8')
+    flags.add_argument('--split', default='0.1', help='fraction for val.lst and again for test.lst')
+    flags.add_argument('--group', default='', help='as for check')
+    flags.add_argument('--seed', type=int, default=0, help='of the points and the split')
+    flags.add_argument('--keep', action='store_true', help='list doubtful meshes for training, too')
+    flags.set_defaults(run=mesh)
+    args = parser.parse_args()
+    args.run(args)
 
 
 if __name__ == '__main__':

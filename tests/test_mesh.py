@@ -1,0 +1,296 @@
+"""Meshes in data.py: every file format, points on a surface, the inside test, the prepared layout."""
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import data
+
+CORNERS = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
+QUADS = [[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]]
+TRIANGLES = np.array([t for a, b, c, d in QUADS for t in ((a, b, c), (a, c, d))])
+
+
+def volume(vertices, faces):
+    """Signed volume of a closed mesh, positive if its faces are counterclockwise from outside."""
+    a, b, c = np.asarray(vertices)[np.asarray(faces)].transpose(1, 0, 2)
+    return (a * np.cross(b, c)).sum() / 6
+
+
+def ply(order, form):
+    """The unit cube as binary PLY with properties that are to be passed over."""
+    text = (f'ply\nformat {form} 1.0\ncomment x\nelement vertex 8\nproperty uchar red\n'
+            'property double x\nproperty float y\nproperty float z\nelement face 6\n'
+            'property list uchar int vertex_indices\nproperty short flags\nend_header\n')
+    body = b''.join(struct.pack(order + 'Bdff', 7, *c) for c in CORNERS)
+    return text.encode() + body + b''.join(struct.pack(order + 'B4ih', 4, *q, 9) for q in QUADS)
+
+
+def text_ply():
+    head = ('ply\nformat ascii 1.0\nelement vertex 8\nproperty float x\nproperty float y\n'
+            'property float z\nelement face 6\nproperty list uchar int vertex_index\nend_header\n')
+    rows = [*CORNERS, *([4, *q] for q in QUADS)]
+    return (head + '\n'.join(' '.join(f'{v:g}' for v in row) for row in rows)).encode()
+
+
+def text_obj():
+    lines = [f'v {x} {y} {z} 0.5 0.5 0.5' for x, y, z in CORNERS] + ['vt 0 0', 'o name', '']
+    lines += ['f ' + ' '.join(f'{k + 1}/1/1' for k in q) for q in QUADS[:3]]
+    return '\n'.join(lines + ['f ' + ' '.join(str(k - 8) for k in q) for q in QUADS[3:]]).encode()
+
+
+def text_off(header):
+    rows = [' '.join(map(str, c)) + ' 255 0 0' for c in CORNERS]
+    return '\n'.join([header, '# a comment', *rows, *(
+        ' '.join(map(str, [4, *q, 200, 0, 0])) for q in QUADS)]).encode()
+
+
+def text_stl():
+    corners = CORNERS[TRIANGLES]
+    return ('solid cube\n' + '\n'.join(
+        'facet normal 0 0 0\nouter loop\n' + '\n'.join('vertex %e %e %e' % tuple(v) for v in t)
+        + '\nendloop\nendfacet' for t in corners) + '\nendsolid').encode()
+
+
+def binary_stl():
+    rows = [struct.pack('<12fH', 0, 0, 0, *t.flatten(), 3) for t in CORNERS[TRIANGLES]]
+    return b'solid, or so it says'.ljust(80) + struct.pack('<I', 12) + b''.join(rows)
+
+
+FILES = {'a.obj': text_obj(), 'a.off': text_off('OFF\n8 6 12'), 'b.off': text_off('OFF8 6 0'),
+         'c.off': text_off('COFF 8 6 0'), 'a.ply': text_ply(), 'a.stl': text_stl(),
+         'b.ply': ply('<', 'binary_little_endian'), 'c.ply': ply('>', 'binary_big_endian'),
+         'b.stl': binary_stl()}
+
+
+@pytest.mark.mutation('data.py', 'for b, c in zip(p[1:], p[2:])', 'for c, b in zip(p[1:], p[2:])')
+@pytest.mark.mutation('data.py', 'c - 1 if c > 0 else len(vertices) + c', 'abs(c) - 1')
+@pytest.mark.mutation('data.py', "int(w.split('/')[0])", "int(w.split('/')[-1])")
+@pytest.mark.mutation('data.py', "binary_big_endian='>'", "binary_big_endian='<'")
+@pytest.mark.mutation('data.py', 'p[1:] for p in polygons)', 'p[:-1] for p in polygons)')
+def test_every_format_gives_the_cube(tmp_path):
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+        try:
+            vertices, faces = data.read_mesh(tmp_path / name)
+        except ValueError as error:
+            pytest.fail(str(error))
+        assert vertices.shape == (8, 3) and faces.shape == (12, 3), name
+        assert volume(vertices, faces) == pytest.approx(1, abs=1e-6), name
+
+
+@pytest.mark.mutation('data.py', 'for f in faces + 1]', 'for f in faces]')
+@pytest.mark.mutation('data.py', "rows['count'], rows['corners'] = 3, faces",
+                      "rows['count'], rows['corners'] = 3, faces[:, ::-1]")
+def test_what_is_written_is_read_back(tmp_path):
+    vertices = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    for suffix in data.MESH_WRITERS:
+        path = tmp_path / f'new/mesh{suffix}'
+        data.write_mesh(path, vertices, torch.from_numpy(TRIANGLES))
+        try:
+            v, f = data.read_mesh(path)
+        except ValueError as error:
+            pytest.fail(str(error))
+        np.testing.assert_allclose(v[f], vertices.numpy()[TRIANGLES], rtol=1e-6)
+    stored = np.frombuffer(path.read_bytes(), '<f4', 3, 84)  # the first normal of the .stl
+    a, b, c = vertices.numpy()[TRIANGLES[0]]
+    np.testing.assert_allclose(stored, np.cross(b - a, c - a) / np.linalg.norm(
+        np.cross(b - a, c - a)), rtol=1e-4)
+    with pytest.raises(ValueError, match='written as one of .obj .ply .stl'):
+        data.write_mesh(tmp_path / 'mesh.off', vertices, TRIANGLES)
+
+
+@pytest.mark.mutation('data.py', 'faces.max() >= len(vertices)', 'False')
+@pytest.mark.mutation('data.py', 'vertices, faces = vertices[used], faces.reshape(-1, 3)',
+                      'faces = faces.reshape(-1, 3)')
+def test_files_that_are_no_mesh(tmp_path):
+    bad = {'cut.ply': FILES['b.ply'][:-60], 'cut.stl': FILES['b.stl'][:-60],
+           'cut.off': FILES['a.off'][:60], 'word.obj': b'v 0 0 zero', 'none.obj': b'v 0 0 0\n',
+           'far.obj': FILES['a.obj'] + b'\nf 1 2 99', 'point.obj': b'v 1 1 1\nf 1 1 1',
+           'nan.obj': b'v nan 0 0\nv 0 1 0\nv 0 0 1\nf 1 2 3', 'empty.off': b'', 'a.gltf': b''}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        try:
+            with pytest.raises(ValueError, match=name) as caught:
+                data.read_mesh(tmp_path / name)
+        except IndexError:
+            pytest.fail('a traceback')
+        assert '\n' not in str(caught.value)
+    (tmp_path / 'more.obj').write_bytes(b'v 9 9 9\n' + FILES['a.obj'].replace(b'\nf', b'\n#')
+                                        + b'\nf -1 -2 -3')
+    vertices, faces = data.read_mesh(tmp_path / 'more.obj')
+    assert len(vertices) == 3 and sorted(faces.ravel()) == [0, 1, 2]  # the others have no face
+
+
+# ---- inside or outside --------------------------------------------------------------------------
+
+def ball(n, bumps=0.0, hole=False):
+    """A sphere of 2 n^2 quads with bumps, and without its cap if `hole`."""
+    theta, phi = np.meshgrid(np.linspace(1e-3, np.pi - 1e-3, n + 1), np.arange(2 * n) * np.pi / n,
+                             indexing='ij')
+    r = 0.4 * (1 + bumps * np.sin(5 * phi) * np.sin(4 * theta))
+    vertices = np.stack([r * np.sin(theta) * np.cos(phi), r * np.sin(theta) * np.sin(phi),
+                         r * np.cos(theta)], -1).reshape(-1, 3)
+    i, j = np.meshgrid(np.arange(n // 5 if hole else 0, n), np.arange(2 * n), indexing='ij')
+    a, b = i * 2 * n + j, i * 2 * n + (j + 1) % (2 * n)
+    quads = np.stack([a, a + 2 * n, b + 2 * n, b], -1).reshape(-1, 4)
+    return vertices, np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
+
+
+def direct(points, vertices, faces):
+    """Winding number from the angles of spherical triangles (Girard): area = sum - pi."""
+    total = np.zeros(len(points))
+    for t in vertices[faces]:
+        u = t[:, None] - points
+        u = u / np.linalg.norm(u, axis=-1, keepdims=True)
+        angles = 0
+        for k in range(3):
+            p, q = (u[k - m] - (u[k - m] * u[k]).sum(-1, keepdims=True) * u[k] for m in (1, 2))
+            cosine = (p * q).sum(-1) / np.linalg.norm(p, axis=-1) / np.linalg.norm(q, axis=-1)
+            angles += np.arccos(np.clip(cosine, -1, 1))
+        total += np.sign((u[0] * np.cross(u[1], u[2])).sum(-1)) * (angles - np.pi)
+    return total / (4 * np.pi)
+
+
+def near_and_far(vertices, faces, n):
+    rng = np.random.default_rng(0)
+    on, _ = data.surface_points(vertices, faces, n, rng)
+    return np.concatenate([on + 0.02 * rng.normal(size=on.shape), rng.uniform(-.55, .55, (n, 3))])
+
+
+@pytest.mark.mutation('data.py', 'linear[..., 0] + first', 'linear[..., 0]')
+@pytest.mark.mutation('data.py', '- 3 * inverse * (', '- 2 * inverse * (')
+@pytest.mark.mutation('data.py', '7.5 * inverse ** 2', '5 * inverse ** 2')
+@pytest.mark.mutation('data.py', 'normal.sum(1), spread,', 'normal.mean(1), spread,')
+@pytest.mark.mutation('data.py', 'la * lb * lc +', '-la * lb * lc +')
+def test_winding_number_against_the_direct_sum():
+    vertices, faces = ball(24, bumps=0.3, hole=True)
+    points = near_and_far(vertices, faces, 150)
+    w = data.WindingNumber(vertices, faces)(points).numpy()
+    expected = direct(points, vertices, faces)
+    assert np.abs(w - expected).max() < 0.004  # 0.01 is what the method promises
+    assert ((0.1 < expected) & (expected < 0.9)).any()  # beside the hole
+
+
+@pytest.mark.mutation('data.py', 'result[index] = w / (4 * math.pi)',
+                      'result[index.flip(0)] = w / (4 * math.pi)')
+@pytest.mark.mutation('data.py', 'b.repeat_interleave(2), (2 * k', 'b.repeat_interleave(2), (k')
+def test_closed_meshes_are_one_inside_and_zero_outside():
+    for vertices, faces in ((CORNERS - 0.5, TRIANGLES), ball(16), ball(40)):
+        points = near_and_far(vertices, faces, 3000)
+        w = data.WindingNumber(vertices, faces)(points)
+        if len(vertices) == 8:
+            inside = np.abs(points).max(1) < 0.5
+        else:  # the polyhedron lies between two spheres
+            r = np.linalg.norm(points, axis=1)
+            points, w, r = (x[(r < 0.39) | (r > 0.4)] for x in (points, w, r))
+            inside = r < 0.395
+        assert np.abs(w.numpy() - inside).max() < 0.01 and 0 < inside.mean() < 1
+
+
+@pytest.mark.mutation('data.py', 'order = p.gather(2, axis', 'order = p.gather(2, 0 * axis')
+@pytest.mark.mutation('data.py', 'first[1:] = index[1:] != index[:-1]', 'pass')
+def test_cells_are_a_tree_that_halves_the_longest_side():
+    points = torch.rand(1000, 3, generator=torch.Generator().manual_seed(0))
+    index, first = data.cells_of(points, 10)
+    assert index.shape == (128, 8) and sorted(index[first].tolist()) == list(range(1000))
+    sides = points[index].amax(1) - points[index].amin(1)
+    assert sides.amax() < 0.55  # halved about twice along each axis
+    pairs = points[index].view(64, 16, 3)
+    halved = pairs.amax(1) - pairs.amin(1)
+    assert (halved.gather(1, (halved - sides.view(64, 2, 3).amax(1)).argmax(1)[:, None])
+            >= 0.7 * halved.amax(1, keepdim=True)).float().mean() > 0.8
+
+
+# ---- points on the surface, the prepared layout --------------------------------------------------
+
+@pytest.mark.mutation('data.py', 'u, v = np.sqrt(rng.random((n, 1)))', 'u, v = rng.random((n, 1))')
+@pytest.mark.mutation('data.py', 'p=area / area.sum()', 'p=None')
+def test_surface_points_are_uniform_by_area():
+    vertices = CORNERS * [3, 1, 1]  # two sides of area 1, four of area 3
+    points, normals = data.surface_points(vertices, TRIANGLES, 40_000, np.random.default_rng(0))
+    for axis, (high, share) in enumerate(zip((3, 1, 1), (1 / 14, 3 / 14, 3 / 14))):
+        for end, sign in ((0, -1), (high, 1)):
+            on = np.abs(points[:, axis] - end) < 1e-9
+            assert on.mean() == pytest.approx(share, abs=0.01)
+            np.testing.assert_allclose(normals[on], [sign * np.eye(3)[axis]] * on.sum(), atol=1e-12)
+            others = np.delete(points[on], axis, axis=1) / np.delete([3, 1, 1], axis)
+            np.testing.assert_allclose(others.mean(0), 0.5, atol=0.03)
+            np.testing.assert_allclose(others.var(0), 1 / 12, atol=0.01)
+
+
+@pytest.fixture
+def meshes(tmp_path, monkeypatch):
+    """A folder `set` of two classes: boxes 4 x 2 x 1, one inside out, one without two sides."""
+    monkeypatch.chdir(tmp_path)
+    vertices = CORNERS * [4, 2, 1] + [7, 0, 0]
+    for k in range(12):
+        faces = TRIANGLES[:, ::-1] if k == 3 else TRIANGLES[4:] if k == 4 else TRIANGLES
+        data.write_mesh(f'set/{"chair" if k < 6 else "table"}/m{k}.obj', vertices, faces)
+    (tmp_path / 'set' / 'table' / 'deep').mkdir()
+    (tmp_path / 'set' / 'table' / 'deep' / 'm12.stl').write_bytes(b'not a mesh')
+
+
+def prepare(capsys, *flags):
+    """What `python data.py mesh set` prints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('sys.argv', ['data.py', 'mesh', 'set', '--out', 'o', '--points', '4000', *flags])
+        data.main()
+    return capsys.readouterr().out.splitlines()
+
+
+def lists(group):
+    return {side: Path(f'o/{group}/{side}.lst').read_text().split()
+            for side in ('train', 'val', 'test')}
+
+
+@pytest.mark.mutation('data.py', 'np.packbits(w > 0.5)', 'np.packbits(w > 0.5, bitorder="little")')
+@pytest.mark.mutation('data.py', ".astype('float32')).abs().numpy()", ".astype('float32')).numpy()")
+@pytest.mark.mutation('data.py', '(args.keep or k not in doubts)', 'True')
+@pytest.mark.mutation('data.py', 'AMBIGUOUS, HOLLOW = 0.05', 'AMBIGUOUS, HOLLOW = 1')
+def test_a_folder_of_meshes_becomes_the_occupancy_layout(meshes, capsys):
+    *told, summary = prepare(capsys, '--split', '0.2')
+    assert len(told) == 2 and told[0].startswith('table/deep__m12: ')
+    assert told[1].startswith('chair/m4: ') and 'neither in nor out' in told[1]
+    assert summary.endswith('1 unreadable, 1 doubtful, left out of the lists')
+    listed = [i for g in ('chair', 'table') for side in lists(g).values() for i in side]
+    assert sorted(listed) == sorted(f'm{k}' for k in range(12) if k != 4)
+    assert all(any(lists(g)[side] for g in ('chair', 'table')) for side in ('val', 'test'))
+    half = np.array([4, 2, 1]) / 8  # the longest side is 1
+    for name in ('chair/m0', 'chair/m3'):
+        with np.load(f'o/{name}/points.npz') as stored:
+            points = stored['points'].astype(float)
+            inside = np.unpackbits(stored['occupancies'])[:len(points)]
+            np.testing.assert_allclose(stored['loc'], [9, 1, 0.5])
+            assert stored['scale'] == 4 and points.shape == (4000, 3)
+        assert np.abs(points).max() <= 0.55 and np.abs(points).max() > 0.54
+        off = (np.abs(np.abs(points) - half) > 1e-6).all(1)  # of the surface: halves are exact
+        assert (inside == (np.abs(points) < half).all(1))[off].all() and off.mean() > 0.99
+        with np.load(f'o/{name}/pointcloud.npz') as stored:
+            on = np.abs(stored['points'].astype(float)) / half
+            assert np.abs(on.max(1) - 1).max() < 2e-3 and stored['normals'].shape == (4000, 3)
+
+
+@pytest.mark.mutation('data.py', 'if not target.exists():', 'if True:')
+def test_a_second_call_goes_on_where_the_first_stopped(meshes, capsys, monkeypatch):
+    first = prepare(capsys)
+    monkeypatch.setattr(data, 'read_mesh', lambda path: pytest.fail(f'{path} read again')
+                        if 'm12' not in str(path) else (_ for _ in ()).throw(ValueError('m12')))
+    again = prepare(capsys, '--keep')
+    assert again[1] == first[1] and again[-1].endswith('1 doubtful, kept')
+    assert 'm4' in sum(lists('chair').values(), [])
+
+
+def test_meshes_that_cannot_be_prepared(meshes, capsys, tmp_path):
+    for k in range(3):
+        (tmp_path / 'set' / f'bad{k}.ply').write_bytes(b'ply')
+    with pytest.raises(ValueError, match='4 of 16 meshes cannot be read'):
+        prepare(capsys)
+    with pytest.raises(ValueError, match='no meshes'):
+        data.find_meshes(tmp_path / 'nowhere')
+    data.write_mesh(tmp_path / 'set/chair/m0.stl', CORNERS, TRIANGLES)
+    with pytest.raises(ValueError, match='would get the same name'):
+        prepare(capsys)
