@@ -810,7 +810,7 @@ def fans(polygons):
 
 
 def read_obj(data):
-    """Wavefront `v` and `f` lines; numbers count from 1, negative ones back from the last vertex."""
+    """Wavefront `v` and `f` lines; numbers count from 1, negative ones from the last vertex."""
     vertices, polygons = [], []
     for line in data.decode('utf-8', 'replace').replace('\\\n', ' ').splitlines():
         key, *words = line.split() or ['']
@@ -936,12 +936,14 @@ def read_mesh(path):
 
 
 def obj_bytes(vertices, faces):
+    """A mesh as the bytes of an .obj file."""
     lines = ['v %.7g %.7g %.7g' % tuple(v) for v in vertices]
     lines += ['f %d %d %d' % tuple(f) for f in faces + 1]
     return ('\n'.join(lines) + '\n').encode()
 
 
 def ply_bytes(vertices, faces):
+    """A mesh as the bytes of a binary .ply file."""
     rows = np.empty(len(faces), np.dtype([('count', 'u1'), ('corners', '<i4', 3)]))
     rows['count'], rows['corners'] = 3, faces
     properties = ''.join(f'property float {axis}\n' for axis in 'xyz')
@@ -951,6 +953,7 @@ def ply_bytes(vertices, faces):
 
 
 def stl_bytes(vertices, faces):
+    """A mesh as the bytes of a binary .stl file."""
     corners = vertices[faces].astype('float32')
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     rows = np.zeros(len(faces), np.dtype([('normal', '<f4', 3), ('corners', '<f4', (3, 3)),
@@ -997,7 +1000,7 @@ def cells_of(points, size):
 
 
 def solid_angles(a, b, c):
-    """Signed solid angles of triangles seen from the origin, corners (...,3); van Oosterom (1983)."""
+    """Signed solid angles of triangles (corners (...,3)) at the origin; van Oosterom (1983)."""
     la, lb, lc = (x.norm(dim=-1) for x in (a, b, c))
     volume = (a * torch.linalg.cross(b, c)).sum(-1)
     rest = la * lb * lc + (a * b).sum(-1) * lc + (b * c).sum(-1) * la + (c * a).sum(-1) * lb
@@ -1067,7 +1070,7 @@ class WindingNumber:
 
     @staticmethod
     def expansion(r, normal, spread, second, trace):
-        """Solid angle of clusters at r (K,m,3): r / |r|^3 and its first two derivatives, by moments."""
+        """Solid angle of clusters at r (K,m,3): moments times derivatives of r / |r|^3."""
         inverse = 1 / r.square().sum(2)
         outer = (r[..., None] * r[..., None, :]).flatten(2)  # (K, m, 9)
         cubic = (r * (outer @ second.flatten(2).mT)).sum(2)
@@ -1085,7 +1088,7 @@ AMBIGUOUS, HOLLOW = 0.05, 0.005  # largest share with 0.1 < |w| < 0.9, smallest 
 
 
 def unit_cube(vertices):
-    """(vertices, loc (3,), scale): bounding box centred on 0, longest side 1; old = new * scale + loc."""
+    """(vertices, loc (3,), scale): box centred on 0, longest side 1; old = new * scale + loc."""
     lo, hi = vertices.min(0), vertices.max(0)
     loc, scale = (lo + hi) / 2, (hi - lo).max()
     return (vertices - loc) / scale, loc, scale
@@ -1190,8 +1193,9 @@ def mesh(args):
         raise ValueError(f'{args.folder}: {len(bad)} of {len(rows)} meshes cannot be read, '
                          f'{len(doubts)} are doubtful: mend or remove them, or try --keep')
     counts = write_lists(out, keys, args)
-    print(f'{out}: {", ".join(f"{n} {side}" for side, n in counts.items())}; {len(bad)} unreadable, '
-          f'{len(doubts)} doubtful, {"kept" if args.keep else "left out of the lists"}')
+    sides = ', '.join(f'{n} {side}' for side, n in counts.items())
+    print(f'{out}: {sides}; {len(bad)} unreadable, {len(doubts)} doubtful, '
+          + ('kept' if args.keep else 'left out of the lists'))
 
 
 # ---- python data.py check -----------------------------------------------------------------------
