@@ -1,11 +1,13 @@
 """Data -> features, and the convolutional blocks every network here is made of.
 
 The blocks follow DDPM (Ho et al., 2020) and its latent-diffusion descendants: group norm, SiLU,
-3x3 convolution, twice. `ConvEncoder` maps a picture to the moments of q(z|x), Section 3.1 of the
-paper; it has no skip connections into the decoder.
+3x3 convolution, twice. `ConvEncoder` maps a picture, or any plane of features, to the moments of
+q(z|x), Section 3.1 of the paper; it has no skip connections into the decoder. `LocalPoolPointNet`
+(Convolutional Occupancy Networks, Peng et al., 2020) makes such planes of a point cloud.
 """
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -127,10 +129,11 @@ class Upsample(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Picture (B,in_channels,H,W) -> moments (B,2*z_channels,h,w), h = H / 2^(levels-1) rounded up.
+    """Plane (B,in_channels,H,W) -> (B,2*z_channels,h,w), h = H / 2^(levels-1) rounded up.
 
     LDM-style: stem, `num_res_blocks` ResBlocks a level with a stride-2 convolution between levels,
-    then ResBlock, single-head attention, ResBlock, and a head that gives mean and log variance.
+    then ResBlock, single-head attention, ResBlock, and a 3x3 head. A 1x1 convolution, one for each
+    plane of a tri-plane, makes mean and log variance of it.
     """
 
     def __init__(self, in_channels, ch, ch_mult, num_res_blocks, z_channels):
@@ -143,9 +146,72 @@ class ConvEncoder(nn.Module):
             if level < len(ch_mult) - 1:
                 layers.append(Downsample(width))
         layers += [ResBlock(width, width), PlaneAttention(width), ResBlock(width, width)]
-        layers += [norm(width), nn.SiLU(inplace=True), conv3x3(width, 2 * z_channels),
-                   nn.Conv2d(2 * z_channels, 2 * z_channels, 1)]
+        layers += [norm(width), nn.SiLU(inplace=True), conv3x3(width, 2 * z_channels)]
         self.net = nn.Sequential(*layers)
 
     def forward(self, x):
         return self.net(x)
+
+
+# ---- point clouds ------------------------------------------------------------------------------
+
+def cells_of_points(points, axes, resolution):
+    """Which of the R x R cells of a plane each point (B,N,D) in [-1,1]^D falls into: (B*N,).
+
+    axes = (coordinate along the width, along the height); cells are counted row by row, item after
+    item, so that one number names a cell of the whole batch.
+    """
+    cell = ((points[..., list(axes)] + 1) * (resolution / 2)).long().clamp(0, resolution - 1)
+    item = torch.arange(len(points), device=points.device)[:, None]
+    return ((item * resolution + cell[..., 1]) * resolution + cell[..., 0]).flatten()
+
+
+def pool_cells(features, cell, count, reduce):
+    """'amax' or 'mean' of the features (M,C) in each of `count` cells, 0 in empty ones: (count,C)."""
+    return features.new_zeros(count, features.shape[1]).scatter_reduce(
+        0, cell[:, None].expand_as(features), features, reduce, include_self=False)
+
+
+class PointBlock(nn.Module):
+    """skip(x) + fc1(relu(fc0(relu(x)))) on the last axis; fc1 starts at zero."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        hidden = min(in_features, out_features)
+        self.fc0, self.fc1 = nn.Linear(in_features, hidden), nn.Linear(hidden, out_features)
+        nn.init.zeros_(self.fc1.weight)
+        self.skip = nn.Linear(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return self.skip(x) + self.fc1(F.relu(self.fc0(F.relu(x))))
+
+
+class LocalPoolPointNet(nn.Module):
+    """Point cloud (B,N,3 or more) -> features on planes, name -> (B,out_channels,R,R).
+
+    Positions, the first three columns, lie in [-1,1]; further ones are features such as colour.
+    `planes` maps names to (coordinate along the width, along the height). Between its `blocks`
+    blocks, a point gets, beside its own `hidden` features, their maxima over the points in its cell
+    of each plane, summed over the planes. The result is the mean over each cell, 0 in empty ones.
+    Any N; the order of the points does not matter.
+    """
+
+    def __init__(self, planes, in_features, resolution, hidden=32, blocks=5, out_channels=32):
+        super().__init__()
+        self.planes, self.resolution = planes, resolution
+        self.enter = nn.Linear(in_features, 2 * hidden)
+        self.blocks = nn.ModuleList(PointBlock(2 * hidden, hidden) for _ in range(blocks))
+        self.leave = nn.Linear(hidden, out_channels)
+
+    def forward(self, points):
+        batch, R = len(points), self.resolution
+        cells = {name: cells_of_points(points, axes, R) for name, axes in self.planes.items()}
+        h = self.enter(points.flatten(0, 1))  # (B*N, 2*hidden)
+        for i, block in enumerate(self.blocks):
+            if i > 0:
+                pooled = [pool_cells(h, c, batch * R * R, 'amax')[c] for c in cells.values()]
+                h = torch.cat([h, sum(pooled)], dim=1)
+            h = block(h)
+        h = self.leave(h)
+        return {name: pool_cells(h, c, batch * R * R, 'mean').view(batch, R, R, -1).permute(
+            0, 3, 1, 2) for name, c in cells.items()}

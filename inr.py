@@ -225,10 +225,12 @@ class CFCMLP(nn.Module):
 
     conditioning: 'cfc' feeds p^i to block i; 'concat' feeds all of them to the first block;
     'single' feeds the finest only (the ablation of Table 8). merge: how 'cfc' joins p^i to h.
+    coord_features: D where a linear map of the coordinate itself is added after the first block.
     """
 
     def __init__(self, pe_channels, out_channels, width=256, blocks=4, layers=2,
-                 conditioning='cfc', merge='concat', scale_injection=True, resolution=256):
+                 conditioning='cfc', merge='concat', scale_injection=True, resolution=256,
+                 coord_features=0):
         super().__init__()
         if conditioning == 'cfc' and blocks < len(pe_channels):
             raise ValueError(f'{blocks} MLP blocks cannot take {len(pe_channels)} basis fields; '
@@ -243,6 +245,7 @@ class CFCMLP(nn.Module):
         inputs = [first, *joined] + [width] * (blocks - 1 - len(later))
         self.blocks = nn.ModuleList(MLPBlock(linear, n, width, width, layers) for n in inputs)
         self.project = nn.ModuleList(nn.Linear(c, width) for c in later if merge == 'sum')
+        self.coords = nn.Linear(coord_features, width) if coord_features else None
         self.out = linear(width, out_channels, width, demodulate=False)
 
     @torch.no_grad()
@@ -278,6 +281,8 @@ class CFCMLP(nn.Module):
             style = self.style(scale)
         first = {'cfc': pe[0], 'single': pe[-1]}.get(self.conditioning)
         h = self.blocks[0](torch.cat(pe, -1) if first is None else first, style)
+        if self.coords is not None:
+            h = h + self.coords(coords)
         for i, block in enumerate(self.blocks[1:], start=1):
             h = block(self.join(h, pe, i), style)
         return self.out(h, style)

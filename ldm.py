@@ -267,6 +267,7 @@ class LDM(nn.Module):
         self.register_buffer('z_std', torch.ones(c, 1))
         self.register_buffer('null_context', torch.zeros(1, max(config.context_channels, 1)))
         self.register_buffer('log_alpha_bar', LOG_ALPHA_BAR.clone(), persistent=False)
+        self.to(memory_format=torch.channels_last)
 
     def _load_from_state_dict(self, state, prefix, *args):
         # The empty text may have any number of tokens, so the stored buffer decides.

@@ -1,4 +1,4 @@
-"""Stage 1, the D2C-VAE: discrete data -> latent plane -> continuous function.
+"""Stage 1, the D2C-VAE: discrete data -> latent planes -> continuous function.
 
     q(z|x) = N(mu, sigma^2)      encoder                             Section 3.1, Eq. 5
     Xi^1..Xi^n = D(z)            hierarchically-decomposed basis fields (HDBF), Section 3.2
@@ -19,17 +19,25 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import flag, require
-from encoders import ConvEncoder, PlaneAttention, ResBlock, Upsample, conv3x3, norm
-from inr import (CFCMLP, cell_centres, grid_scale, pack, plane_sizes, sample_field, sample_grid,
-                 unpack, PLANES)
+from encoders import (ConvEncoder, LocalPoolPointNet, PlaneAttention, ResBlock, Upsample, conv3x3,
+                      norm)
+from inr import (CFCMLP, cell_centres, extract_mesh, grid_scale, pack, plane_sizes, sample_field,
+                 sample_grid, unpack, PLANES)
+
+LOSSES = dict(l1=F.l1_loss, l2=F.mse_loss, bce=F.binary_cross_entropy_with_logits)
 
 
 @dataclass
 class VAEConfig:
     """Architecture and objective of the first stage; the defaults are Table 9's AFHQ at 256."""
     domain: str = 'image'
-    resolution: int = flag(256, 'r: pixels a side the encoder sees and the anchor s = 1')
-    channels: int = 3
+    channels: int = 3  # values of the signal at a point
+    extent: float = 1.0  # half the side of the data's box, which [-1, 1] stands for
+    resolution: int = flag(256, 'r: pixels a side the encoder sees and the anchor s = 1; of point '
+                           'clouds, cells a side of the planes they are pooled into')
+    point_hidden: int = flag(32, 'width of the PointNet')
+    point_blocks: int = flag(5, 'blocks of the PointNet')
+    point_channels: int = flag(32, 'channels of the planes that the PointNet makes')
     ch: int = flag(128, "encoder's base width")
     ch_mult: tuple = flag((1, 2, 4), 'encoder width of each level over the base, fine to coarse')
     num_res_blocks: int = flag(2, 'ResBlocks a level in the encoder; the decoder has one more')
@@ -45,8 +53,12 @@ class VAEConfig:
                              choices=('cfc', 'concat', 'single'))
     cfc_merge: str = flag('concat', 'how CFC joins a field to the hidden state',
                           choices=('concat', 'sum'))
+    plane_merge: str = flag('concat', 'how the look-ups in the planes of one field are joined',
+                            choices=('concat', 'sum'))
+    coord_input: bool = flag(False, "add a linear map of the coordinate to the first block's output")
     scale_injection: bool = flag(True, 'modulate the MLP by the sampling period s, Eq. 13')
-    loss: str = flag('l1', 'reconstruction loss', choices=('l1', 'l2'))
+    loss: str = flag('l1', 'reconstruction loss; bce for occupancy', choices=('l1', 'l2', 'bce'))
+    n_ref: int = flag(0, 'N_ref, values of a full training signal; 0 = those of an r x r picture')
     kl_weight: float = flag(0.5, 'lambda_kl at the end of its annealing')
     kl_start: float = flag(1e-4, 'lambda_kl at the start')
     kl_mode: str = flag('code', 'code: sum KL over N_ref; paper: mean KL',
@@ -57,6 +69,7 @@ class VAEConfig:
     anneal: float = flag(0.9, 'share of the steps over which both weights are annealed')
 
     def __post_init__(self):
+        self.n_ref = self.n_ref or self.channels * self.resolution ** 2
         top = 2 ** (len(self.decoder_mult) - 1)
         require(self.resolution >= 2 ** (len(self.ch_mult) - 1), f'--resolution {self.resolution}: '
                 f'too small for {len(self.ch_mult)} encoder levels')
@@ -65,17 +78,14 @@ class VAEConfig:
             and list(self.fields) == sorted(set(self.fields)),
             f'--fields {self.fields}: increasing powers of two that end at {top}, '
             f'the factor of {len(self.decoder_mult)} decoder levels')
-
-    @property
-    def n_ref(self):
-        """N_ref: values of a full training signal."""
-        return self.channels * self.resolution ** 2
+        require(self.domain == 'image' or not self.scale_injection, '--scale_injection: is for '
+                'pictures, whose pixels have a size')
 
     def latent_sizes(self, height=None, width=None):
-        """Plane name -> (h, w) of the latent for a picture of this size (default r x r)."""
+        """Plane name -> (h, w) of the latent for a signal of this size (default r along each axis)."""
         factor = 2 ** (len(self.ch_mult) - 1)
-        extent = [-(-(n or self.resolution) // factor) for n in (width, height)]
-        return plane_sizes(self.domain, extent)
+        cells = [-(-(n or self.resolution) // factor) for n in (width, height, None)]
+        return plane_sizes(self.domain, cells)
 
 
 def annealed(step, steps, config):
@@ -120,8 +130,8 @@ class HDBFDecoder(nn.Module):
         # The ablation without HDBF has no coarse heads: they would get no gradient.
         self.fields = c.fields[-1:] if c.conditioning == 'single' else c.fields
         self.stem = nn.Sequential(
-            nn.Conv2d(c.z_channels, c.z_channels, 1), conv3x3(c.z_channels, width),
-            ResBlock(width, width), PlaneAttention(width), ResBlock(width, width))
+            conv3x3(c.z_channels, width), ResBlock(width, width), PlaneAttention(width),
+            ResBlock(width, width))
         self.levels, self.heads, self.ups = nn.ModuleList(), nn.ModuleDict(), nn.ModuleList()
         for i, mult in enumerate(c.decoder_mult):
             blocks = [ResBlock(width if j == 0 else c.decoder_ch * mult, c.decoder_ch * mult)
@@ -181,44 +191,86 @@ class SpectralPenalty:
         return total
 
 
+def on_planes(network, planes):
+    """`network`, plane (B,C,H,W) -> list of planes, on each of a dict of planes: a list of dicts.
+
+    Planes of one shape go through it side by side, as one batch.
+    """
+    groups, done = {}, {}
+    for name, plane in planes.items():
+        groups.setdefault(plane.shape, []).append(name)
+    for names in groups.values():
+        x = planes[names[0]] if len(names) == 1 else torch.cat([planes[n] for n in names])
+        done.update(zip(names, zip(*(y.chunk(len(names)) for y in network(x)))))
+    return [dict(zip(planes, level)) for level in zip(*(done[n] for n in planes))]
+
+
 class D2CVAE(nn.Module):
-    """The first stage. `forward` is the whole training step, so that DDP sees one call."""
+    """The first stage. `forward` is the whole training step, so that DDP sees one call.
+
+    One encoder and one decoder serve all planes (Section 3.1); only the 1x1 convolutions at the
+    latent are a plane's own, as in the authors' code.
+    """
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.encoder = ConvEncoder(c.channels, c.ch, c.ch_mult, c.num_res_blocks, c.z_channels)
+        axes = PLANES[c.domain]
+        self.points = None
+        if c.domain == 'shape':
+            self.points = LocalPoolPointNet(axes, 3, c.resolution, c.point_hidden, c.point_blocks,
+                                            c.point_channels)
+        self.encoder = ConvEncoder(c.point_channels if self.points else c.channels, c.ch, c.ch_mult,
+                                   c.num_res_blocks, c.z_channels)
+        self.quant, self.post_quant = (nn.ModuleDict({name: nn.Conv2d(n, n, 1) for name in axes})
+                                       for n in (2 * c.z_channels, c.z_channels))
         self.decoder = HDBFDecoder(c)
-        planes = len(PLANES[c.domain])
-        self.mlp = CFCMLP([c.field_channels * planes] * len(self.decoder.fields), c.channels,
-                          c.mlp_width, c.mlp_blocks, c.mlp_layers, c.conditioning, c.cfc_merge,
-                          c.scale_injection, c.resolution)
-        scope = [self.encoder] if c.sn_scope == 'encoder' else [self.encoder, self.decoder]
+        looked_up = c.field_channels * (len(axes) if c.plane_merge == 'concat' else 1)
+        self.mlp = CFCMLP([looked_up] * len(self.decoder.fields), c.channels, c.mlp_width,
+                          c.mlp_blocks, c.mlp_layers, c.conditioning, c.cfc_merge,
+                          c.scale_injection, c.resolution, 3 if c.coord_input else 0)
+        scope = [self.encoder, self.quant]
+        if c.sn_scope == 'all':
+            scope += [self.post_quant, self.decoder]
         self.spectral = SpectralPenalty(self, scope)
         self.to(memory_format=torch.channels_last)  # about twice the speed of NCHW on CPU
 
     def encode(self, batch):
-        """Data, a dict with 'image' or the tensor itself (B,3,H,W) in [-1,1] -> Posterior."""
-        x = batch['image'] if isinstance(batch, dict) else batch
-        moments = self.encoder(x.contiguous(memory_format=torch.channels_last))
-        return Posterior(pack(dict(xy=moments)), dict(xy=tuple(moments.shape[2:])))
+        """Data -> Posterior.
+
+        A dict with 'image' (B,3,H,W) or 'points' (B,N,3), in [-1,1], or that tensor itself.
+        """
+        x = batch
+        if isinstance(batch, dict):
+            x = batch['points' if self.points else 'image']
+        planes = self.points(x) if self.points else dict(xy=x)
+        planes = {name: p.contiguous(memory_format=torch.channels_last)
+                  for name, p in planes.items()}
+        features, = on_planes(lambda p: [self.encoder(p)], planes)
+        moments = {name: self.quant[name](h) for name, h in features.items()}
+        return Posterior(pack(moments), {name: tuple(m.shape[2:]) for name, m in moments.items()})
 
     def decode(self, z, sizes=None):
         """z (B,C,L) -> xi, a list coarse to fine of dicts plane name -> (B,C,H,W)."""
         planes = unpack(z, sizes or self.config.latent_sizes())
-        fields = {name: self.decoder(plane) for name, plane in planes.items()}
-        return [dict(zip(fields, level)) for level in zip(*fields.values())]
+        return on_planes(self.decoder, {n: self.post_quant[n](p) for n, p in planes.items()})
+
+    def merge(self, parts):
+        """What was looked up in the planes of one field, (B,N,C) each, as one (B,N,C')."""
+        parts = list(parts)
+        return sum(parts) if self.config.plane_merge == 'sum' else torch.cat(parts, dim=-1)
 
     def look_up(self, xi, points):
-        """p^1..p^n at points (B,N,D): a list of (B,N,C), the planes of a level side by side."""
+        """p^1..p^n at points (B,N,D): a list of (B,N,C)."""
         axes = PLANES[self.config.domain]
-        return [torch.cat([sample_field(field, points[..., axes[name]])
-                           for name, field in level.items()], dim=-1) for level in xi]
+        return [self.merge(sample_field(field, points[..., axes[name]])
+                           for name, field in level.items()) for level in xi]
 
     def query(self, xi, coords, scale=None):
         """omega(c) at any points: coords (N,D), (B,N,D) or grids (H,W,D), (B,H,W,D) -> (B,...,3).
 
-        Three dimensions of which the first is 1 or B are a batch of points, so a grid of B rows
+        (B,...,3) stands for the channels of the signal: colours, or the logit of occupancy. Three
+        dimensions of which the first is 1 or B are a batch of points, so a grid of B rows
         must come as (1,H,W,D). `scale` is s, a float or (B,); None derives it from a regular grid
         and takes the training period 1 for scattered points.
         """
@@ -271,29 +323,50 @@ class D2CVAE(nn.Module):
                 result[i:i + samples, :, top:top + rows, left:left + columns] = tile
         return result
 
+    def surfaces(self, xi, resolution, threshold=0.5, coarse=64, chunk=65536):
+        """The surfaces where the occupancy is `threshold`, in the units of the data.
+
+        A list of (vertices (V,3), faces (F,3)), one for each sample of xi; `resolution` is cells
+        along each axis of the box; `coarse` and `chunk` as for `inr.extract_mesh`.
+        """
+        level, found = math.log(threshold / (1 - threshold)), []
+        for i in range(len(xi[0]['xy'])):
+            own = [{name: f[i:i + 1] for name, f in fields.items()} for fields in xi]
+            vertices, faces = extract_mesh(lambda p: self.query(own, p[None]), resolution, level,
+                                           None, coarse, chunk, xi[0]['xy'].device)
+            found.append((vertices * self.config.extent, faces))
+        return found
+
     def reconstruct(self, batch, noise=None):
-        """Posterior and the function it decodes to, read on the targets' grids: (B,3,h,w)."""
+        """Posterior, the values of the function it decodes to, and what they should be.
+
+        Pictures, read on the targets' grids: (B,3,h,w); otherwise (B,M), at the batch's coords.
+        """
         posterior = self.encode(batch)
         xi = self.decode(posterior.sample(noise), posterior.sizes)
+        if self.config.domain == 'shape':
+            return posterior, self.query(xi, batch['coords'])[..., 0], batch['occupancy']
         h, w = batch['target'].shape[2:]
         xs, ys = cell_centres(w, batch['box'][:, 0]), cell_centres(h, batch['box'][:, 1])
         pe = [sample_grid(level['xy'], xs, ys) for level in xi]
-        return posterior, self.mlp(pe, scale=batch['scale']).mT.unflatten(2, (h, w))
+        values = self.mlp(pe, scale=batch['scale']).mT.unflatten(2, (h, w))
+        return posterior, values, batch['target']
 
     def forward(self, batch, weights=None, noise=None):
-        """Losses of a batch (`image`, `target`, `box`, `scale`; see data.py) as a dict of scalars.
+        """Losses of a batch (see data.py) as a dict of scalars.
+
+        Pictures: `image`, `target`, `box`, `scale`; shapes: `points`, `coords`, `occupancy`.
 
         `weights` (2,) is (lambda_kl, lambda_sn), see `annealed`, and by default what they end at;
         `noise` (B,C,L) fixes the posterior sample. Key 'total' is what to minimise; 'kl' is in
         nats a sample.
         """
         c = self.config
-        posterior, values = self.reconstruct(batch, noise)
+        posterior, values, truth = self.reconstruct(batch, noise)
         if weights is None:
             weights = torch.tensor([c.kl_weight, c.sn_end], device=values.device)
         with torch.autocast(values.device.type, enabled=False):
-            error = values.float() - batch['target']
-            reconstruction = (error.abs() if c.loss == 'l1' else error.square()).mean()
+            reconstruction = LOSSES[c.loss](values.float(), truth)
             kl = posterior.kl().mean()
             n = c.n_ref if c.kl_mode == 'code' else posterior.mean[0].numel()
             total = reconstruction + weights[0] * kl / n

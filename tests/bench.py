@@ -301,9 +301,10 @@ def vae_cases(table, device):
 
 def unet_cases(table, device):
     """'unet step' and 'unet evaluation' of the small U-Net."""
-    def build(bf16, memory_format=torch.contiguous_format):
+    def build(bf16, channels_last):
         model, z = small_unet(device)
-        model.to(memory_format=memory_format)
+        if not channels_last:
+            model.to(memory_format=torch.contiguous_format)
         t = torch.arange(len(z), device=device) * 31
         if 'step' in table:
             return training_step(model, lambda: model(z), device, bf16)
@@ -312,9 +313,9 @@ def unet_cases(table, device):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 model.eps(z, t)
         return evaluate
-    return {'float32': partial(build, False), 'bfloat16': partial(build, True),
-            'float32, channels last': partial(build, False, torch.channels_last),
-            'bfloat16, channels last': partial(build, True, torch.channels_last)}
+    return {'float32': partial(build, False, True), 'bfloat16': partial(build, True, True),
+            'float32, contiguous': partial(build, False, False),
+            'bfloat16, contiguous': partial(build, True, False)}
 
 
 def stage_cases(table, device):
