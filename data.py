@@ -24,10 +24,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from scipy import interpolate
 from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
@@ -193,6 +195,186 @@ def toy_image(seeds, size, box=None):
     picture = toy_shore(p, x, y, *round_loop(TOY_HOURS, p.hour[:, 0, 0]))
     toy_boat(p, x, y, picture, *round_loop(TOY_PAINT, p.paint[:, 0, 0]))
     return torch.from_numpy(picture.clip(-1, 1))
+
+
+# ---- toy_shape: five families of solids, as functions of (x, y, z), y up ------------------------
+
+class Part(NamedTuple):
+    """One solid: signed distance of points (N,3), area, n points uniform on its surface."""
+    distance: Callable
+    area: float
+    surface: Callable
+
+
+def block(centre, half):
+    """Axis-aligned box."""
+    centre, half = np.array(centre, float), np.array(half, float)
+    sides = 8 * np.prod(half) / half  # both faces across each axis
+
+    def distance(p):
+        q = np.abs(p - centre) - half
+        return np.linalg.norm(np.maximum(q, 0), axis=1) + np.minimum(q.max(1), 0)
+
+    def surface(n, rng):
+        p = rng.uniform(-1, 1, (n, 3))
+        k = rng.choice(3, n, p=sides / sides.sum())
+        p[np.arange(n), k] = np.sign(p[np.arange(n), k])
+        return centre + p * half
+    return Part(distance, sides.sum(), surface)
+
+
+def lathe(profile, foot=(0, 0, 0), axis=(0, 1, 0)):
+    """The polygon `profile`, corners (K,2) of (radius, height), turned round an axis from `foot`.
+
+    Counterclockwise; sides on the axis itself are no surface.
+    """
+    a, foot, axis = np.array(profile, float), np.array(foot, float), np.array(axis, float)
+    b, axis = np.roll(a, -1, axis=0), axis / np.linalg.norm(axis)
+    across = np.cross(axis, [1, 0, 0] if abs(axis[0]) < 0.9 else [0, 1, 0])
+    across = np.stack([across, np.cross(axis, across)]) / np.linalg.norm(across)
+    areas = np.pi * (a[:, 0] + b[:, 0]) * np.linalg.norm(b - a, axis=1)
+
+    def distance(p):
+        height = (p - foot) @ axis
+        radius = np.linalg.norm(p - foot - height[:, None] * axis, axis=1)
+        q = np.stack([np.maximum(radius, 1e-9), height], axis=1)  # the axis itself is inside, too
+        w, side = q[:, None] - a, b - a  # (N, K, 2), (K, 2)
+        t = ((w * side).sum(2) / (side ** 2).sum(1)).clip(0, 1)
+        squared = ((w - t[..., None] * side) ** 2).sum(2)[:, areas > 0].min(1)
+        crossed = (q[:, None, 1] >= a[:, 1]) != (q[:, None, 1] >= b[:, 1])
+        left = side[:, 0] * w[..., 1] - side[:, 1] * w[..., 0] > 0
+        inside = (crossed & (left == (side[:, 1] > 0))).sum(1) % 2 == 1
+        return np.where(inside, -1, 1) * np.sqrt(squared)
+
+    def surface(n, rng):
+        k, u = rng.choice(len(a), n, p=areas / areas.sum()), rng.random(n)
+        ra, rb = a[k, 0], b[k, 0]
+        radius = np.sqrt(ra ** 2 + u * (rb ** 2 - ra ** 2))
+        same = np.abs(rb - ra) < 1e-9
+        t = np.where(same, u, (radius - ra) / np.where(same, 1, rb - ra))
+        turn = 2 * np.pi * rng.random(n)
+        height = a[k, 1] + t * (b[k, 1] - a[k, 1])
+        return (foot + height[:, None] * axis + radius[:, None] * (
+            np.cos(turn)[:, None] * across[0] + np.sin(turn)[:, None] * across[1]))
+    return Part(distance, areas.sum(), surface)
+
+
+def rod(start, end, radius, end_radius=None):
+    """Round bar, or a cone cut off, between two points."""
+    length = np.linalg.norm(np.subtract(end, start))
+    wide = radius if end_radius is None else end_radius
+    return lathe([(0, 0), (radius, 0), (wide, length), (0, length)], start,
+                 np.subtract(end, start))
+
+
+def ring(centre, radius, thickness, axis=(0, 1, 0)):
+    """Torus (of 24 sides) round `axis`; thickness is that of the tube."""
+    turn = np.arange(24) * np.pi / 12
+    circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    return lathe(circle * thickness / 2 + (radius, 0), centre, axis)
+
+
+def toy_table(u, rng):
+    """Legs 1/25 to 1/21 of the box thick."""
+    is_round, height, splay = rng.random() < 0.5, u(0.5, 0.8), u(0, 0.35)
+    legs, reach, thick = int(rng.integers(3, 5)) if is_round else 4, u(0.55, 0.85), u(0.08, 0.095)
+    depth, top = reach if is_round else u(0.4, 0.8), height - u(0.06, 0.09)
+    slab = (rod((0, top, 0), (0, height, 0), reach) if is_round else
+            block((0, (top + height) / 2, 0), (reach, (height - top) / 2, depth)))
+    turns = 2 * np.pi * (np.arange(legs) + 0.5) / legs
+    feet = np.stack([reach * np.cos(turns), 0 * turns, depth * np.sin(turns)], axis=1)
+    feet *= 0.8 if is_round else 1.2
+    parts = [rod((1 - splay) * f + (0, top + 0.02, 0), f - (0, height, 0), thick / 2) for f in feet]
+    words = 'round' if is_round else 'square', ('three', 'four')[legs - 3], \
+        'slanted' if splay > 0.15 else 'straight'
+    return [slab, *parts], 'a {} table with {} {} legs'.format(*words)
+
+
+def toy_lamp(u, rng):
+    """Its pole is 1/25 to 1/21 of the box thick."""
+    foot, wide, narrow, drop = u(0.3, 0.5), u(0.35, 0.6), u(0.12, 0.3), u(0.35, 0.6)
+    lean, height, thick = u(-0.3, 0.3), u(0.7, 0.9), u(0.08, 0.095)
+    parts = [rod((0, -height, 0), (0, -height + u(0.1, 0.16), 0), foot, 0.8 * foot),
+             rod((0, -height + 0.05, 0), (lean, height - drop + 0.05, 0), thick / 2),
+             rod((lean, height - drop, 0), (lean, height, 0), wide, narrow)]
+    words = 'leaning' if abs(lean) > 0.12 else 'upright', 'wide' if wide > 0.47 else 'small'
+    return parts, f'{"an" if words[0][0] == "u" else "a"} {words[0]} lamp with a {words[1]} shade'
+
+
+def toy_chair(u, rng):
+    seat, half, back, deep = u(-0.15, 0.1), u(0.4, 0.6), u(0.65, 0.9), u(0.4, 0.6)
+    thick, slats, arms = u(0.12, 0.16), rng.random() < 0.5, rng.random() < 0.5
+    t = thick / 2
+    parts = [block((0, seat, 0), (half, t, deep))]
+    parts += [block((x * (half - t), (seat - 0.9) / 2, z * (deep - t)), (t, (seat + 0.9) / 2, t))
+              for x in (-1, 1) for z in (-1, 1)]
+    middle, tall = (seat + back) / 2, (back - seat) / 2
+    bars = [-1, 0, 1] if slats else [0]
+    parts += [block((x * (half - t), middle, t - deep), (t if slats else half, tall, t))
+              for x in bars]
+    if slats:
+        parts.append(block((0, back - t, t - deep), (half, t, t)))
+    if arms:
+        parts += [block((x * (half - t), seat + 0.3, 0), (t, t, deep)) for x in (-1, 1)]
+        parts += [block((x * (half - t), seat + 0.15, deep - t), (t, 0.15, t)) for x in (-1, 1)]
+    return parts, (f'a chair with a {"slatted" if slats else "solid"} back'
+                   + (' and arms' if arms else ''))
+
+
+def toy_vase(u, rng):
+    height, belly, neck, lip = u(0.6, 0.9), u(0.36, 0.55), u(0.24, 0.34), u(0.3, 0.42)
+    handles, wall = int(rng.integers(0, 3)), 0.12
+    width = interpolate.PchipInterpolator([-1, u(-0.4, 0), 0.6, 1], [0.6 * belly, belly, neck, lip])
+    y = np.linspace(-1, 1, 16)
+    outer = np.stack([width(y), y * height], axis=1)
+    inner = (outer - (wall, 0))[y * height > 0.2 - height][::-1]
+    parts = [lathe([(0, -height), *outer, *inner, (0, inner[-1, 1])])]
+    for side in (-1, 1)[:handles]:
+        out, low, high = side * (belly + 0.16), 0.1, 0.7
+        ends = [((side * (width(at) - wall / 2), at * height, 0), (out, at * height, 0))
+                for at in (low, high)]
+        parts += [rod(*ends[0], 0.06), rod(*ends[1], 0.06),
+                  rod((out, low * height - 0.06, 0), (out, high * height + 0.06, 0), 0.06)]
+    number = ('no handles', 'one handle', 'two handles')[handles]
+    return parts, f'a {"slim" if belly < 0.45 else "round"} vase with {number}'
+
+
+def toy_wheel(u, rng):
+    spokes, lying = int(rng.integers(3, 7)), rng.random() < 0.5
+    radius, thick, hub, phase = u(0.6, 0.8), u(0.14, 0.2), u(0.16, 0.24), u(0, 2 * np.pi)
+    x, y, axis = np.eye(3)[[0, 2, 1] if lying else [0, 1, 2]]
+    parts = [ring((0, 0, 0), radius, thick, axis), rod(-0.14 * axis, 0.14 * axis, hub)]
+    parts += [rod((0, 0, 0), radius * (np.cos(a) * x + np.sin(a) * y), 0.06)
+              for a in phase + 2 * np.pi * np.arange(spokes) / spokes]
+    number = ('three', 'four', 'five', 'six')[spokes - 3]
+    return parts, f'a {"lying" if lying else "standing"} wheel with {number} spokes'
+
+
+TOY_FAMILIES = dict(table=toy_table, lamp=toy_lamp, chair=toy_chair, vase=toy_vase,
+                    wheel=toy_wheel)
+
+
+def toy_shape(seed):
+    """The solid of a seed: family (a key of TOY_FAMILIES), caption, parts."""
+    rng = common.seeded('toy_shape', seed)
+    family = list(TOY_FAMILIES)[rng.integers(len(TOY_FAMILIES))]
+    parts, caption = TOY_FAMILIES[family](rng.uniform, rng)
+    return SimpleNamespace(family=family, caption=caption, parts=parts)
+
+
+def toy_distance(shape, points):
+    """Signed distance of points (N,3) in [-1, 1] to a toy solid, exact outside: (N,), negative inside."""
+    return np.minimum.reduce([part.distance(points) for part in shape.parts])
+
+
+def toy_surface(shape, n, rng):
+    """n points uniform on the surface of a toy solid, (n,3)."""
+    areas, found = np.array([part.area for part in shape.parts]), []
+    while sum(map(len, found)) < n:
+        counts = rng.multinomial(2 * n, areas / areas.sum())
+        p = np.concatenate([part.surface(k, rng) for part, k in zip(shape.parts, counts)])
+        found.append(rng.permutation(p[toy_distance(shape, p) > -1e-6]))
+    return np.concatenate(found)[:n]
 
 
 # ---- files: where pictures lie ------------------------------------------------------------------

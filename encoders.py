@@ -209,7 +209,8 @@ class LocalPoolPointNet(nn.Module):
         h = self.enter(points.flatten(0, 1))  # (B*N, 2*hidden)
         for i, block in enumerate(self.blocks):
             if i > 0:
-                pooled = [pool_cells(h, c, batch * R * R, 'amax')[c] for c in cells.values()]
+                pooled = [pool_cells(h, c, batch * R * R, 'amax').index_select(0, c)
+                          for c in cells.values()]
                 h = torch.cat([h, sum(pooled)], dim=1)
             h = block(h)
         h = self.leave(h)

@@ -28,7 +28,7 @@ PRESETS = {
                       ch_mult=(1, 2, 3), decoder_mult=(3, 2, 1), kl_weight=0.01, steps=1850,
                       save_every=250),
     'image_64': dict(SMALL, dataset='image', resolution=64, scale_probs=(0.3, 0.3, 0.4),
-                     kl_weight=0.03, steps=4000),
+                     kl_weight=0.05, steps=2500),
     'image_256': dict(PAPER, dataset='image', batch=80, steps=20_000),
     'afhq_cat': dict(PAPER, dataset='afhq_cat', batch=160, steps=6_300),
     'afhq_dog': dict(PAPER, dataset='afhq_dog', batch=160, steps=6_300),
