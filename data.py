@@ -11,6 +11,7 @@ never enlarged to serve as the truth: scales beyond its short side are dropped f
 Pictures are uint8 outside and float32 in [-1, 1] inside; a box ((x_lo, x_hi), (y_lo, y_hi)) is the
 extent of a crop of the frame [-1, 1]^2, y down.
 """
+import csv
 import hashlib
 import io
 import json
@@ -21,10 +22,10 @@ import re
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
 import common
+from common import flag
 
 # ---- pictures in and out -----------------------------------------------------------------------
 
@@ -70,6 +72,13 @@ def image_grid(x, columns=None, pad=2):
 def save_grid(path, x, columns=None, pad=2):
     """Write pictures (B,3,H,W) as one PNG; see image_grid."""
     save_png(path, image_grid(x, columns, pad))
+
+
+def save_gif(path, frames, seconds=0.1):
+    """Write uint8 frames (3,H,W), an iterable, as an endless GIF."""
+    first, *rest = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in frames]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 * seconds), loop=0)
 
 
 # ---- toy_image: a boat off a hilly shore, as a function of (x, y) ------------------------------
@@ -199,71 +208,72 @@ def toy_image(seeds, size, box=None):
 
 # ---- toy_shape: five families of solids, as functions of (x, y, z), y up ------------------------
 
-class Part(NamedTuple):
-    """One solid: signed distance of points (N,3), area, n points uniform on its surface."""
-    distance: Callable
-    area: float
-    surface: Callable
+class Block:
+    """Axis-aligned box: area, signed distance of points, points uniform on its surface."""
 
+    def __init__(self, centre, half):
+        self.centre, self.half = np.array(centre, float), np.array(half, float)
+        self.sides = 8 * np.prod(self.half) / self.half  # both faces across each axis
+        self.area = self.sides.sum()
 
-def block(centre, half):
-    """Axis-aligned box."""
-    centre, half = np.array(centre, float), np.array(half, float)
-    sides = 8 * np.prod(half) / half  # both faces across each axis
-
-    def distance(p):
-        q = np.abs(p - centre) - half
+    def distance(self, p):
+        q = np.abs(p - self.centre) - self.half
         return np.linalg.norm(np.maximum(q, 0), axis=1) + np.minimum(q.max(1), 0)
 
-    def surface(n, rng):
-        p = rng.uniform(-1, 1, (n, 3))
-        k = rng.choice(3, n, p=sides / sides.sum())
-        p[np.arange(n), k] = np.sign(p[np.arange(n), k])
-        return centre + p * half
-    return Part(distance, sides.sum(), surface)
+    def surface(self, n, rng):
+        p, rows = rng.uniform(-1, 1, (n, 3)), np.arange(n)
+        k = rng.choice(3, n, p=self.sides / self.area)
+        p[rows, k] = np.sign(p[rows, k])
+        return self.centre + p * self.half
 
 
-def lathe(profile, foot=(0, 0, 0), axis=(0, 1, 0)):
+class Lathe:
     """The polygon `profile`, corners (K,2) of (radius, height), turned round an axis from `foot`.
 
     Counterclockwise; sides on the axis itself are no surface.
     """
-    a, foot, axis = np.array(profile, float), np.array(foot, float), np.array(axis, float)
-    b, axis = np.roll(a, -1, axis=0), axis / np.linalg.norm(axis)
-    across = np.cross(axis, [1, 0, 0] if abs(axis[0]) < 0.9 else [0, 1, 0])
-    across = np.stack([across, np.cross(axis, across)]) / np.linalg.norm(across)
-    areas = np.pi * (a[:, 0] + b[:, 0]) * np.linalg.norm(b - a, axis=1)
 
-    def distance(p):
-        height = (p - foot) @ axis
-        radius = np.linalg.norm(p - foot - height[:, None] * axis, axis=1)
+    def __init__(self, profile, foot=(0, 0, 0), axis=(0, 1, 0)):
+        self.a, self.foot = np.array(profile, float), np.array(foot, float)
+        self.side = np.roll(self.a, -1, axis=0) - self.a
+        self.axis = np.array(axis, float) / np.linalg.norm(axis)
+        across = np.cross(self.axis, np.eye(3)[np.abs(self.axis).argmin()])
+        across /= np.linalg.norm(across)
+        self.across = np.stack([across, np.cross(self.axis, across)])
+        radii = 2 * self.a[:, 0] + self.side[:, 0]
+        self.areas = np.pi * radii * np.linalg.norm(self.side, axis=1)
+        self.area = self.areas.sum()
+
+    def distance(self, p):
+        height = (p - self.foot) @ self.axis
+        radius = np.linalg.norm(p - self.foot - height[:, None] * self.axis, axis=1)
         q = np.stack([np.maximum(radius, 1e-9), height], axis=1)  # the axis itself is inside, too
-        w, side = q[:, None] - a, b - a  # (N, K, 2), (K, 2)
+        w, side = q[:, None] - self.a, self.side  # (N, K, 2), (K, 2)
         t = ((w * side).sum(2) / (side ** 2).sum(1)).clip(0, 1)
-        squared = ((w - t[..., None] * side) ** 2).sum(2)[:, areas > 0].min(1)
-        crossed = (q[:, None, 1] >= a[:, 1]) != (q[:, None, 1] >= b[:, 1])
+        squared = ((w - t[..., None] * side) ** 2).sum(2)[:, self.areas > 0].min(1)
+        end = (self.a + side)[:, 1]
+        crossed = (height[:, None] >= self.a[:, 1]) != (height[:, None] >= end)
         left = side[:, 0] * w[..., 1] - side[:, 1] * w[..., 0] > 0
         inside = (crossed & (left == (side[:, 1] > 0))).sum(1) % 2 == 1
         return np.where(inside, -1, 1) * np.sqrt(squared)
 
-    def surface(n, rng):
-        k, u = rng.choice(len(a), n, p=areas / areas.sum()), rng.random(n)
-        ra, rb = a[k, 0], b[k, 0]
-        radius = np.sqrt(ra ** 2 + u * (rb ** 2 - ra ** 2))
-        same = np.abs(rb - ra) < 1e-9
-        t = np.where(same, u, (radius - ra) / np.where(same, 1, rb - ra))
-        turn = 2 * np.pi * rng.random(n)
-        height = a[k, 1] + t * (b[k, 1] - a[k, 1])
-        return (foot + height[:, None] * axis + radius[:, None] * (
-            np.cos(turn)[:, None] * across[0] + np.sin(turn)[:, None] * across[1]))
-    return Part(distance, areas.sum(), surface)
+    def surface(self, n, rng):
+        k, u = rng.choice(len(self.a), n, p=self.areas / self.area), rng.random(n)
+        start, step = self.a[k, 0], self.side[k, 0]
+        radius = np.sqrt(start ** 2 + u * ((start + step) ** 2 - start ** 2))
+        sloped = np.abs(step) > 1e-9
+        t = np.where(sloped, (radius - start) / np.where(sloped, step, 1), u)
+        turn = 2 * np.pi * rng.random((n, 1))
+        height = (self.a[k, 1] + t * self.side[k, 1])[:, None]
+        around = np.cos(turn) * self.across[0] + np.sin(turn) * self.across[1]
+        return self.foot + height * self.axis + radius[:, None] * around
 
 
 def rod(start, end, radius, end_radius=None):
     """Round bar, or a cone cut off, between two points."""
     length = np.linalg.norm(np.subtract(end, start))
     wide = radius if end_radius is None else end_radius
-    return lathe([(0, 0), (radius, 0), (wide, length), (0, length)], start,
+    return Lathe([(0, 0), (radius, 0), (wide, length), (0, length)], start,
                  np.subtract(end, start))
 
 
@@ -271,7 +281,7 @@ def ring(centre, radius, thickness, axis=(0, 1, 0)):
     """Torus (of 24 sides) round `axis`; thickness is that of the tube."""
     turn = np.arange(24) * np.pi / 12
     circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
-    return lathe(circle * thickness / 2 + (radius, 0), centre, axis)
+    return Lathe(circle * thickness / 2 + (radius, 0), centre, axis)
 
 
 def toy_table(u, rng):
@@ -280,7 +290,7 @@ def toy_table(u, rng):
     legs, reach, thick = int(rng.integers(3, 5)) if is_round else 4, u(0.55, 0.85), u(0.08, 0.095)
     depth, top = reach if is_round else u(0.4, 0.8), height - u(0.06, 0.09)
     slab = (rod((0, top, 0), (0, height, 0), reach) if is_round else
-            block((0, (top + height) / 2, 0), (reach, (height - top) / 2, depth)))
+            Block((0, (top + height) / 2, 0), (reach, (height - top) / 2, depth)))
     turns = 2 * np.pi * (np.arange(legs) + 0.5) / legs
     feet = np.stack([reach * np.cos(turns), 0 * turns, depth * np.sin(turns)], axis=1)
     feet *= 0.8 if is_round else 1.2
@@ -305,18 +315,18 @@ def toy_chair(u, rng):
     seat, half, back, deep = u(-0.15, 0.1), u(0.4, 0.6), u(0.65, 0.9), u(0.4, 0.6)
     thick, slats, arms = u(0.12, 0.16), rng.random() < 0.5, rng.random() < 0.5
     t = thick / 2
-    parts = [block((0, seat, 0), (half, t, deep))]
-    parts += [block((x * (half - t), (seat - 0.9) / 2, z * (deep - t)), (t, (seat + 0.9) / 2, t))
+    parts = [Block((0, seat, 0), (half, t, deep))]
+    parts += [Block((x * (half - t), (seat - 0.9) / 2, z * (deep - t)), (t, (seat + 0.9) / 2, t))
               for x in (-1, 1) for z in (-1, 1)]
     middle, tall = (seat + back) / 2, (back - seat) / 2
     bars = [-1, 0, 1] if slats else [0]
-    parts += [block((x * (half - t), middle, t - deep), (t if slats else half, tall, t))
+    parts += [Block((x * (half - t), middle, t - deep), (t if slats else half, tall, t))
               for x in bars]
     if slats:
-        parts.append(block((0, back - t, t - deep), (half, t, t)))
+        parts.append(Block((0, back - t, t - deep), (half, t, t)))
     if arms:
-        parts += [block((x * (half - t), seat + 0.3, 0), (t, t, deep)) for x in (-1, 1)]
-        parts += [block((x * (half - t), seat + 0.15, deep - t), (t, 0.15, t)) for x in (-1, 1)]
+        parts += [Block((x * (half - t), seat + 0.3, 0), (t, t, deep)) for x in (-1, 1)]
+        parts += [Block((x * (half - t), seat + 0.15, deep - t), (t, 0.15, t)) for x in (-1, 1)]
     return parts, (f'a chair with a {"slatted" if slats else "solid"} back'
                    + (' and arms' if arms else ''))
 
@@ -328,7 +338,7 @@ def toy_vase(u, rng):
     y = np.linspace(-1, 1, 16)
     outer = np.stack([width(y), y * height], axis=1)
     inner = (outer - (wall, 0))[y * height > 0.2 - height][::-1]
-    parts = [lathe([(0, -height), *outer, *inner, (0, inner[-1, 1])])]
+    parts = [Lathe([(0, -height), *outer, *inner, (0, inner[-1, 1])])]
     for side in (-1, 1)[:handles]:
         out, low, high = side * (belly + 0.16), 0.1, 0.7
         ends = [((side * (width(at) - wall / 2), at * height, 0), (out, at * height, 0))
@@ -352,6 +362,9 @@ def toy_wheel(u, rng):
 
 TOY_FAMILIES = dict(table=toy_table, lamp=toy_lamp, chair=toy_chair, vase=toy_vase,
                     wheel=toy_wheel)
+
+
+TOY_SOLIDS = dict(train=(0, 5_000), test=(2 ** 30, 500))  # first seed, how many
 
 
 def toy_shape(seed):
@@ -680,6 +693,14 @@ def divide_by_list(names, listed, key):
             'test': [n for n in names if key(n) in held]}
 
 
+def side_of(sides, split, place, kind):
+    """Names of one side, or 'all', in natural order; ValueError if there are none."""
+    wanted = sides['train'] + sides['test'] if split == 'all' else sides[split]
+    if not wanted:
+        raise ValueError(f'{place}: no {kind} is in the {split} part; change --split')
+    return sorted(wanted, key=natural)
+
+
 # ---- data sets of pictures ----------------------------------------------------------------------
 
 class Cache:
@@ -702,6 +723,15 @@ class Cache:
         return value
 
 
+@dataclass
+class PictureConfig:
+    """Which parts of a picture stage 1 learns from."""
+    scales: tuple = flag((1.0, 1.5, 2.0), 'target resolutions over r, for multi-scale training')
+    scale_probs: tuple = flag((), 'probability of each scale; empty = equal', low=0)
+    continuous: bool = flag(False, 'draw the target resolution uniformly up to the largest of '
+                            '--scales')
+
+
 class Pictures(Dataset):
     """What all picture sets share: scales, crops, flips.
 
@@ -710,7 +740,7 @@ class Pictures(Dataset):
     flip: mirror half of the pictures. cache_bytes: memory for what has been read, per process.
     """
 
-    labels = None
+    domain, channels, extent, labels = 'image', 3, 1.0, None
 
     def __init__(self, resolution, scales=(1.0,), scale_probs=None, continuous=False, flip=False,
                  cache_bytes=2 ** 30):
@@ -758,15 +788,31 @@ class Pictures(Dataset):
         is the image.
         """
         i, r = self.usable(i), self.resolution
-        flip = rng is not None and self.flip and bool(rng.random() < 0.5)
+        flip = self.choose(rng) == 1
         R = r if rng is None else self.draw_size(i, rng)
         top, left = (0, 0) if R == r else map(int, rng.integers(0, R - r + 1, 2))  # the last too
         image = self.crop(i, r, 0, 0, flip)
         target = image if R == r else self.crop(i, R, top, left, flip)
         corner = np.array([[left, left + r], [top, top + r]], 'float32')
-        item = dict(image=image, target=target, scale=torch.tensor(r / R),
-                    box=torch.from_numpy(2 * corner / R - 1))
-        return item if self.labels is None else dict(item, label=self.labels[i])
+        return dict(image=image, target=target, scale=torch.tensor(r / R),
+                    box=torch.from_numpy(2 * corner / R - 1), **self.about(i))
+
+    @property
+    def variants(self):
+        """In how many ways the encoder may see an item: as it is, and mirrored."""
+        return 2 if self.flip else 1
+
+    def choose(self, rng):
+        """Number of the variant that `item` shows with this rng."""
+        return int(rng is not None and self.flip and rng.random() < 0.5)
+
+    def variant(self, i, k):
+        """What the encoder sees of item i in variant k."""
+        return dict(image=self.crop(self.usable(i), self.resolution, 0, 0, k == 1))
+
+    def about(self, i, rng=None):
+        """What is known of item i besides: its label, if the data set has any."""
+        return {} if self.labels is None else dict(label=self.labels[self.usable(i)])
 
 
 class ToyPictures(Pictures):
@@ -800,33 +846,83 @@ class ToyPictures(Pictures):
         return toy_image([self.seeds[i]], R)[0]
 
 
-class FilePictures(Pictures):
-    """Pictures from files: centre square, antialiased to R x R.
+class TolerantFiles:
+    """Files that may turn out broken, when their headers are read at the start or later.
 
-    Headers are read at the start; a file that fails then, or later when it is decoded, goes to
-    `bad` and the next good one stands in for it. ValueError when these are at least three and more
-    than 1 %, or none is left, unless `tolerant`.
+    They go to `bad`, and the next good one stands in. ValueError when these are at least three and
+    more than 1 %, or none is left, unless `tolerant`. A data set sets names, bad, total, place,
+    tolerant, and `source(i)`, which reads a file and raises if it cannot.
     """
+
+    kind = 'pictures'
+
+    def start(self, place, tolerant, wanted, headers):
+        """Take in the names wanted and, for each, what was read or a text that says what failed."""
+        self.place, self.tolerant, self.total = place, tolerant, len(wanted)
+        self.bad = [(n, h) for n, h in zip(wanted, headers) if isinstance(h, str)]
+        good = [(n, h) for n, h in zip(wanted, headers) if not isinstance(h, str)]
+        self.names, self.decoded, self.broken = [n for n, _ in good], set(), set()
+        self.refuse_bad()
+        return [h for _, h in good]
+
+    def refuse_bad(self):
+        """ValueError if too much of the data is of no use."""
+        bad, total = len(self.bad), self.total
+        if bad == total or not self.tolerant and bad >= 3 and bad > total / 100:
+            name, why = self.bad[0]
+            raise ValueError(f'{self.place}: {bad} of {total} {self.kind} cannot be used, '
+                             f'e.g. {name}: {why}; all of them: python data.py check {self.place}')
+
+    def splits(self):
+        """{'train': names, 'test': names} of the whole data set, for splits.json."""
+        return self.sides
+
+    def usable(self, i):
+        """i, or the next index whose file can be decoded."""
+        while i in self.broken or i not in self.decoded and not self.try_decode(i):
+            i = (i + 1) % len(self)
+        return i
+
+    def try_decode(self, i):
+        try:
+            self.source(i)
+        except Exception as error:  # a decoder may raise anything on a broken file
+            self.broken.add(i)
+            self.bad.append((self.names[i], reason(error)))
+            tqdm.write(f'skipped: {self.names[i]}: {reason(error)}')
+            self.refuse_bad()
+            return False
+        self.decoded.add(i)
+        return True
+
+    def verify(self):
+        """Decode every file now; those that fail join `bad`."""
+        def fault(i):
+            try:
+                self.decode(i)
+            except Exception as error:  # as in try_decode
+                return reason(error)
+        faults = threaded(fault, range(len(self)), 'decoding')
+        self.broken = {i for i, why in enumerate(faults) if why}
+        self.decoded = set(range(len(self))) - self.broken
+        self.bad += [(self.names[i], faults[i]) for i in sorted(self.broken)]
+        self.refuse_bad()
+
+
+class FilePictures(TolerantFiles, Pictures):
+    """Pictures from files: centre square, antialiased to R x R."""
 
     def __init__(self, files, split, holdout=None, group=None, seed=0, official=None, place='',
                  tolerant=False, **options):
         super().__init__(**options)
-        self.files, self.place, self.tolerant = files, place, tolerant
+        self.files, self.last = files, (None, None)
         self.sides = divide(files.names, holdout, group, seed, official)
-        wanted = self.sides['train'] + self.sides['test'] if split == 'all' else self.sides[split]
-        wanted = sorted(wanted, key=natural)
-        if not wanted:
-            raise ValueError(f'{place}: no picture is in the {split} part; change --split')
-        headers = threaded(self.header, wanted, 'reading headers')
-        self.total = len(wanted)
-        self.bad = [(n, h) for n, h in zip(wanted, headers) if isinstance(h, str)]
-        good = [(n, h) for n, h in zip(wanted, headers) if not isinstance(h, str)]
-        self.names = [n for n, _ in good]
-        self.shapes, self.modes = [h[0] for _, h in good], [h[1] for _, h in good]
+        wanted = side_of(self.sides, split, place, 'picture')
+        headers = self.start(place, tolerant, wanted,
+                             threaded(self.header, wanted, 'reading headers'))
+        self.shapes, self.modes = [h[0] for h in headers], [h[1] for h in headers]
         if hasattr(files, 'labels'):
             self.labels = [files.labels[n] for n in self.names]
-        self.decoded, self.broken, self.last = set(), set(), (None, None)
-        self.refuse_bad()
         small = sum(min(shape) < self.resolution for shape in self.shapes)
         if small:
             self.notes.append(f'{small} pictures smaller than {self.resolution} are enlarged')
@@ -841,36 +937,6 @@ class FilePictures(Pictures):
         except Exception as error:  # a decoder may raise anything on a broken file
             return reason(error)
 
-    def refuse_bad(self):
-        """ValueError if too much of the data is of no use."""
-        bad, total = len(self.bad), self.total
-        if bad == total or not self.tolerant and bad >= 3 and bad > total / 100:
-            name, why = self.bad[0]
-            raise ValueError(f'{self.place}: {bad} of {total} pictures cannot be used, '
-                             f'e.g. {name}: {why}; all of them: python data.py check {self.place}')
-
-    def splits(self):
-        """{'train': names, 'test': names} of the whole data set, for splits.json."""
-        return self.sides
-
-    def usable(self, i):
-        """i, or the next index whose picture can be decoded."""
-        while i in self.broken or i not in self.decoded and not self.try_decode(i):
-            i = (i + 1) % len(self)
-        return i
-
-    def try_decode(self, i):
-        try:
-            self.source(i)
-        except Exception as error:  # as in header
-            self.broken.add(i)
-            self.bad.append((self.names[i], reason(error)))
-            tqdm.write(f'skipped: {self.names[i]}: {reason(error)}')
-            self.refuse_bad()
-            return False
-        self.decoded.add(i)
-        return True
-
     def source(self, i):
         """The centre square of picture i as it is on disk, PIL RGB."""
         def latest():
@@ -884,19 +950,6 @@ class FilePictures(Pictures):
     def decode(self, i):
         with self.files.open(self.names[i]) as im:
             return square(to_rgb(im))
-
-    def verify(self):
-        """Decode every picture now; those that fail join `bad`."""
-        def fault(i):
-            try:
-                self.decode(i)
-            except Exception as error:  # as in header
-                return reason(error)
-        faults = threaded(fault, range(len(self)), 'decoding')
-        self.broken = {i for i, why in enumerate(faults) if why}
-        self.decoded = set(range(len(self))) - self.broken
-        self.bad += [(self.names[i], faults[i]) for i in sorted(self.broken)]
-        self.refuse_bad()
 
     def largest(self, i):
         return min(self.shapes[i])
@@ -916,72 +969,6 @@ class FilePictures(Pictures):
         """Picture i at R x R, whole, enlarged if need be: float32 (3,R,R) in [-1, 1]."""
         i = self.usable(i)
         return to_float(torch.from_numpy(self.pixels(i, R).transpose(2, 0, 1).copy()))
-
-
-# ---- the table of data sets ---------------------------------------------------------------------
-
-def picture_files(name, root, split, **options):
-    """Any folder, zip or lmdb of pictures."""
-    return FilePictures(find_files(root), split, place=str(root), **options)
-
-
-AFHQ = ('cat', 'dog', 'wild')
-
-
-def afhq(name, root, split, **options):
-    """One animal of AFHQ: {train,test}/{cat,dog,wild} or the folder of one class."""
-    files, animal = find_files(root), name.removeprefix('afhq_')
-    parts = {n: (Path(root).name, *n.split('/')[:-1]) for n in files.names}
-    if any(a in p for p in parts.values() for a in AFHQ):
-        files.names = [n for n in files.names if animal in parts[n]]
-    if not files.names:
-        raise ValueError(f'{root}: no folder {animal} in it; name the place with --data PATH')
-    test = [n for n in files.names if {'test', 'val'} & {*parts[n][1:]}]
-    train = [n for n in files.names if 'train' in parts[n][1:]]
-    official = dict(train=train, test=test) if train and test else None
-    return FilePictures(files, split, official=official, place=str(root), **options)
-
-
-def cifar10(name, root, split, **options):
-    """CIFAR-10 with its official split and labels."""
-    files = Cifar(root)
-    official = {s: [n for n in files.names if n.startswith(s)] for s in ('train', 'test')}
-    return FilePictures(files, split, official=official, place=str(root), **options)
-
-
-READERS = dict(toy_image=ToyPictures, image=picture_files, celebahq=picture_files, afhq_cat=afhq,
-               afhq_dog=afhq, cifar10=cifar10, lsun_church=picture_files)
-NAMES = tuple(READERS)
-
-
-def make_dataset(name, root=None, split='train', **options):
-    """The data set `name` at `root` (default data/NAME); split 'train', 'test' or 'all'.
-
-    Picture sets take resolution (needed), scales, scale_probs, continuous, flip, cache_bytes (see
-    Pictures) and holdout, group, seed (see divide). They have len(), item(i, rng), picture(i, R),
-    names, labels (or None), bad (file, reason), notes (lines to show the user) and splits().
-    FileNotFoundError or ValueError, one line, if the data are missing or bad.
-    """
-    if name not in READERS:
-        raise ValueError(f'--dataset {name}: unknown; one of {", ".join(NAMES)}')
-    if split not in ('train', 'test', 'all'):
-        raise ValueError(f'split {split}: one of train, test, all')
-    return READERS[name](name, Path(root or Path('data') / name), split, **options)
-
-
-def open_run_data(info, split, root=None, **options):
-    """The data set of a finished run, split as it was: info has `args` (its flags) and `splits`.
-
-    root: where the data are now, if they have moved; options override the run's own.
-    """
-    args = info['args']
-    kept = ('resolution', 'scales', 'scale_probs', 'continuous', 'flip', 'seed')
-    options = {**{k: args[k] for k in kept}, **options}
-    try:
-        return make_dataset(args['dataset'], root or args['data'], split, holdout=info['splits'],
-                            **options)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f'the data this run was trained on are gone: {error}') from None
 
 
 # ---- mesh files ---------------------------------------------------------------------------------
@@ -1090,11 +1077,11 @@ def read_ply(data):
 MESH_READERS = {'.obj': read_obj, '.off': read_off, '.ply': read_ply, '.stl': read_stl}
 
 
-def read_mesh(path):
-    """(vertices (V,3) float64, triangles (F,3) int64) of an .obj, .ply, .off or .stl file.
+def read_geometry(path):
+    """(vertices (V,3) float64, triangles (F,3) int64, maybe none) of a mesh file, as they stand.
 
-    Polygons become fans; colours, normals, materials and vertices without a face are passed over.
-    ValueError, one line, for a file that cannot be read or holds no surface.
+    Polygons become fans; colours, normals and materials are passed over. ValueError, one line, for
+    a file that cannot be read.
     """
     path = Path(path)
     if path.suffix.lower() not in MESH_READERS:
@@ -1106,15 +1093,60 @@ def read_mesh(path):
         faces = np.asarray(faces, 'int64').reshape(-1, 3)
     except Exception as error:  # a file of some other kind may fail in any line of a reader
         raise ValueError(f'{path}: not a readable mesh ({reason(error)})') from None
+    return vertices, faces
+
+
+def finite_extent(points, path):
+    """The points (N,3), if they have a place and a size."""
+    if not len(points) or not np.isfinite(points).all() or not np.ptp(points, axis=0).any():
+        raise ValueError(f'{path}: no finite extent')
+    return points
+
+
+def read_mesh(path):
+    """(vertices (V,3) float64, triangles (F,3) int64) of an .obj, .ply, .off or .stl file.
+
+    Vertices without a face are dropped. ValueError, one line, if there is no surface.
+    """
+    vertices, faces = read_geometry(path)
     if not len(faces):
         raise ValueError(f'{path}: no faces')
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise ValueError(f'{path}: a face names a vertex that is not there')
     used, faces = np.unique(faces, return_inverse=True)
-    vertices, faces = vertices[used], faces.reshape(-1, 3)
-    if not np.isfinite(vertices).all() or not np.ptp(vertices, axis=0).any():
-        raise ValueError(f'{path}: no finite extent')
-    return vertices, faces
+    return finite_extent(vertices[used], path), faces.reshape(-1, 3)
+
+
+CLOUD_SUFFIXES = ('.npz', '.npy', '.xyz', '.txt')
+
+
+def read_cloud(path, n, seed=0):
+    """n points (n,3) of a surface: of a mesh, or of a file of points, drawn from those there.
+
+    Points: .npz with `points`, .npy, a text with three numbers a line, or a mesh file without faces.
+    """
+    path, rng = Path(path), common.seeded('cloud file', seed)
+    if not path.exists():
+        raise FileNotFoundError(f'{path}: no such file')
+    if path.suffix.lower() in MESH_READERS:
+        points, faces = read_geometry(path)
+        if len(faces):
+            return surface_points(*read_mesh(path), n, rng)[0]
+    elif path.suffix.lower() in CLOUD_SUFFIXES:
+        try:
+            if path.suffix.lower() in ('.xyz', '.txt'):
+                points = np.loadtxt(path, usecols=(0, 1, 2), ndmin=2)
+            else:
+                loaded = np.load(path)
+                points = loaded if isinstance(loaded, np.ndarray) else loaded['points']
+            points = np.asarray(points, 'float64').reshape(len(points), -1)[:, :3]
+        except Exception as error:  # as for meshes
+            raise ValueError(f'{path}: not a readable point cloud ({reason(error)})') from None
+    else:
+        raise ValueError(f'{path}: neither a mesh ({" ".join(MESH_READERS)}) nor points '
+                         f'({" ".join(CLOUD_SUFFIXES)})')
+    points = finite_extent(points, path)
+    return points[rng.choice(len(points), n, replace=len(points) < n)]
 
 
 def obj_bytes(vertices, faces):
@@ -1378,6 +1410,380 @@ def mesh(args):
     sides = ', '.join(f'{n} {side}' for side, n in counts.items())
     print(f'{out}: {sides}; {len(bad)} unreadable, {len(doubts)} doubtful, '
           + ('kept' if args.keep else 'left out of the lists'))
+
+
+# ---- data sets of shapes -------------------------------------------------------------------------
+
+@dataclass
+class ShapeConfig:
+    """What stage 1 sees of a shape at a time."""
+    points: int = flag(3000, 'points of the surface that the encoder sees')
+    queries: int = flag(2048, 'points of the box whose occupancy is asked for')
+    near: float = flag(0.0, 'share of the queries drawn close to the surface (the others: uniform)')
+    noise: float = flag(0.005, "deviation of the surface points, in the data's units")
+    clouds: int = flag(4, 'point clouds of each shape that stage 2 keeps latents of')
+    captions: str = flag('', 'CSV with a column id (or modelId) and one of description, caption, '
+                         'text, name')
+
+
+def read_captions(path):
+    """A CSV of captions as {id: [texts]}, empty ones left out; columns as --captions says."""
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise FileNotFoundError(f'--captions {path}: no such file') from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f'--captions {path}: not a CSV in UTF-8 ({error})') from None
+    columns = {c.lower(): c for c in rows[0] if c} if rows else {}
+    key, text = (next((columns[c] for c in wanted if c in columns), None) for wanted in (
+        ('modelid', 'model_id', 'id'), ('description', 'caption', 'text', 'name')))
+    if not key or not text:
+        raise ValueError(f'--captions {path}: needs a column id or modelId and one of description, '
+                         f'caption, text, name; has {", ".join(columns) or "no rows"}')
+    found = {}
+    for row in rows:
+        if row[text] and row[text].strip():
+            found.setdefault(row[key], []).append(' '.join(row[text].split()))
+    return found
+
+
+class Shapes(Dataset):
+    """What all shape sets share: what is drawn of a shape, flips, captions.
+
+    Coordinates are in the data's units, within [-extent, extent]^3, until an item leaves, divided
+    by `extent`. flip: mirror half of the shapes along x. See ShapeConfig for the rest. A data set
+    has names, labels, captions (a list of texts for each name), and `draw_surface`, `draw_volume`.
+    """
+
+    domain, channels, labels, captions = 'shape', 1, None, None
+
+    def __init__(self, points=3000, queries=2048, near=0.0, noise=0.005, clouds=4, captions='',
+                 flip=False, cache_bytes=2 ** 30):
+        if not 0 <= near <= 1:
+            raise ValueError(f'--near {near}: a share, from 0 to 1')
+        self.points, self.queries, self.noise, self.flip = points, queries, noise, flip
+        self.near, self.variants = round(near * queries), clouds
+        self.cache, self.bad, self.notes = Cache(cache_bytes), [], []
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        return self.item(i)
+
+    def usable(self, i):
+        """i, or the index that stands in for it."""
+        return i
+
+    def cloud(self, i, rng):
+        """Input of the encoder, (points,3) in [-1,1], and the sign that x was multiplied by."""
+        p = self.draw_surface(i, self.points, rng)
+        p = p + self.noise * rng.standard_normal(p.shape)
+        sign = [1 - 2 * int(self.flip and rng.random() < 0.5), 1, 1]
+        return torch.from_numpy((p * sign / self.extent).astype('float32')), sign
+
+    def item(self, i, rng=None):
+        """Shape i for training: points (N,3), coords (M,3), occupancy (M,); label, text if known.
+
+        All draws come from the numpy Generator `rng`, or depend on the shape's name alone.
+        """
+        i = self.usable(i)
+        rng = rng or common.seeded('shape', self.names[i])
+        cloud, sign = self.cloud(i, rng)
+        c, occupancy = self.draw_volume(i, self.queries - self.near, rng)
+        if self.near:
+            close, inside = self.draw_near(i, self.near, rng)
+            c, occupancy = np.concatenate([c, close]), np.concatenate([occupancy, inside])
+        coords = torch.from_numpy((c * sign / self.extent).astype('float32'))
+        return dict(points=cloud, coords=coords, **self.about(i, rng),
+                    occupancy=torch.from_numpy(occupancy.astype('float32')))
+
+    def choose(self, rng):
+        """Number of the variant a visit shows: `clouds` are drawn of each shape."""
+        return int(rng.integers(self.variants)) if rng else 0
+
+    def variant(self, i, k):
+        """What the encoder sees of shape i in variant k."""
+        i = self.usable(i)
+        return dict(points=self.cloud(i, common.seeded('cloud', self.names[i], k))[0])
+
+    def about(self, i, rng=None):
+        """What is known of shape i besides: its label, and one of its captions ('' for none)."""
+        i = self.usable(i)
+        known = {} if self.labels is None else dict(label=self.labels[i])
+        if self.captions is not None:
+            texts = self.captions[i] or ['']
+            known['text'] = texts[int(rng.integers(len(texts))) if rng else 0]
+        return known
+
+
+def near_points(surface, extent, rng):
+    """Points (N,3) a normal step away from a surface: deviation 1/50 or 1/10 of `extent`."""
+    step = rng.choice([extent / 50, extent / 10], (len(surface), 1))
+    return (surface + step * rng.standard_normal(surface.shape)).clip(-extent, extent)
+
+
+class ToyShapes(Shapes):
+    """toy_shape: 5,000 training and 500 test seeds, with captions and the family as label.
+
+    Exact occupancy: 1 inside, 0 outside, smooth over 1/128 of the box between.
+    """
+
+    extent = 1.0
+
+    def __init__(self, name, root, split, holdout=None, group=None, seed=0, **options):
+        super().__init__(**options)
+        if group or options.get('captions') or holdout and not isinstance(holdout, dict):
+            raise ValueError(f'{name}: --split, --group and --captions: these are fixed; leave '
+                             'them out')
+        sides = ('train', 'test') if split == 'all' else (split,)
+        seeds = [first + k for first, count in map(TOY_SOLIDS.get, sides) for k in range(count)]
+        self.names, self.solids = [f'seed {s}' for s in seeds], [toy_shape(s) for s in seeds]
+        self.labels = [list(TOY_FAMILIES).index(solid.family) for solid in self.solids]
+        self.captions = [[solid.caption] for solid in self.solids]
+
+    def splits(self):
+        """One line for each side: the split is fixed and needs no list."""
+        return {s: [f'seeds {first} to {first + count - 1}']
+                for s, (first, count) in TOY_SOLIDS.items()}
+
+    def draw_surface(self, i, n, rng):
+        return toy_surface(self.solids[i], n, rng)
+
+    def occupancy(self, i, points):
+        """At points (N,3), in [0, 1]."""
+        return cover(toy_distance(self.solids[i], points))
+
+    def draw_volume(self, i, n, rng):
+        points = rng.uniform(-1, 1, (n, 3))
+        return points, self.occupancy(i, points)
+
+    def draw_near(self, i, n, rng):
+        points = near_points(self.draw_surface(i, n, rng), self.extent, rng)
+        return points, self.occupancy(i, points)
+
+    def volume(self, i, n=100_000):
+        """n points of the box in [-1,1] and whether they are inside, the same in every call."""
+        points, occupancy = self.draw_volume(i, n, common.seeded('volume', self.names[i]))
+        return torch.from_numpy(points.astype('float32')), torch.from_numpy(occupancy > 0.5)
+
+
+def find_shapes(root, classes=None):
+    """{'class/id': folder} of the shapes below a ShapeNet folder, or in the folder of one class."""
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f'{root}: no such folder; put the shapes there, make them of meshes '
+                                'with python data.py mesh, or name the place with --data PATH')
+    if any((root / f'{side}.lst').exists() for side in ('train', 'test')):
+        root, classes = root.resolve().parent, [root.resolve().name]
+    groups = [g for g in sorted(root.iterdir()) if g.is_dir() and (not classes or g.name in classes)]
+    found = {f'{g.name}/{p.name}': p for g in groups for p in g.iterdir() if p.is_dir()}
+    if not found:
+        raise ValueError(f'{root}: no folders {"/".join(classes or ["CLASS"])}/ID in it, each with '
+                         'points.npz and pointcloud.npz; python data.py mesh makes them of meshes')
+    return root, found
+
+
+def listed_shapes(root, groups):
+    """The names in {train,val,test}.lst of each class as dict(train=.., val=.., test=..), or None."""
+    sides = {}
+    for side in ('train', 'val', 'test'):
+        files = [(g, root / g / f'{side}.lst') for g in groups]
+        sides[side] = [f'{g}/{line.strip()}' for g, f in files if f.exists()
+                       for line in f.read_text().splitlines() if line.strip()]
+    return sides if sides['train'] and sides['test'] else None
+
+
+class FileShapes(TolerantFiles, Shapes):
+    """Shapes in the layout of Occupancy Networks (ShapeNet as they publish it).
+
+    ROOT/CLASS/ID/points.npz (points, packed occupancies), pointcloud.npz, and {train,val,test}.lst
+    in each class; those of val.lst belong to neither side. The label is the class's number.
+    """
+
+    extent, kind = HALF_BOX, 'shapes'
+
+    def __init__(self, name, root, split, classes=None, holdout=None, group=None, seed=0,
+                 tolerant=False, **options):
+        super().__init__(**options)
+        place, self.folders = find_shapes(root, classes)
+        self.groups = sorted({n.split('/')[0] for n in self.folders})
+        lists = listed_shapes(place, self.groups)
+        official = lists and {side: lists[side] for side in ('train', 'test')}
+        listed = {*sum(lists.values(), [])} if lists else self.folders
+        names = [n for n in self.folders if n in listed]
+        self.sides = divide(names, holdout, group, seed, official)
+        wanted = side_of(self.sides, split, root, 'shape')
+        self.start(str(root), tolerant, wanted, threaded(self.header, wanted, 'looking'))
+        self.labels = [self.groups.index(n.split('/')[0]) for n in self.names]
+        if options.get('captions'):
+            self.add_captions(read_captions(options['captions']))
+        if lists and not holdout and lists['val']:
+            self.notes.append(f'{len(lists["val"])} shapes of val.lst are left alone')
+
+    def add_captions(self, texts):
+        """Join captions by the shape's id, whatever its class."""
+        self.captions = [texts.get(n.split('/')[1], []) for n in self.names]
+        missing = sum(not c for c in self.captions)
+        if missing == len(self.names):
+            raise ValueError(f'--captions: none of {len(texts)} ids is that of a shape, e.g. '
+                             f'{next(iter(texts), "")} and {self.names[0].split("/")[1]}')
+        if missing:
+            self.notes.append(f'{missing} shapes have no caption')
+
+    def header(self, name):
+        """None, or why the shape is of no use."""
+        missing = [f for f in ('points.npz', 'pointcloud.npz', *['near.npz'] * bool(self.near))
+                   if name not in self.folders or not (self.folders[name] / f).exists()]
+        return f'no {missing[0]}' if missing else None
+
+    def decode(self, i):
+        """What is stored of shape i: positions and packed occupancies, surface, maybe the near set."""
+        folder = self.folders[self.names[i]]
+        with np.load(folder / 'points.npz') as file, np.load(folder / 'pointcloud.npz') as cloud:
+            arrays = dict(points=file['points'], bits=file['occupancies'], surface=cloud['points'])
+        if self.near:
+            with np.load(folder / 'near.npz') as file:
+                arrays |= dict(near=file['points'], near_bits=file['occupancies'])
+        for points, bits in (('points', 'bits'), ('near', 'near_bits')):
+            if points in arrays and 8 * len(arrays[bits]) < len(arrays[points]):
+                raise ValueError(f'{len(arrays[bits])} bytes of occupancies for '
+                                 f'{len(arrays[points])} points')
+        return arrays
+
+    def source(self, i):
+        return self.cache.get(i, lambda: self.decode(i),
+                              lambda arrays: sum(a.nbytes for a in arrays.values()))
+
+    def draw(self, i, points, bits, n, rng):
+        """n of the stored points, with replacement, and their occupancies."""
+        stored = self.source(i)
+        k = rng.integers(len(stored[points]), size=n)
+        p = stored[points][k].astype('float64')
+        if stored[points].dtype == np.float16:  # off the lattice of half precision
+            p = p + 1e-4 * rng.standard_normal(p.shape)
+        return p, stored[bits][k >> 3] >> (7 - (k & 7)) & 1
+
+    def draw_surface(self, i, n, rng):
+        surface = self.source(i)['surface']
+        return surface[rng.integers(len(surface), size=n)].astype('float64')
+
+    def draw_volume(self, i, n, rng):
+        return self.draw(i, 'points', 'bits', n, rng)
+
+    def draw_near(self, i, n, rng):
+        return self.draw(i, 'near', 'near_bits', n, rng)
+
+    def volume(self, i, n=100_000):
+        """The first n stored points in [-1,1] and whether they are inside."""
+        stored = self.source(self.usable(i))
+        inside = np.unpackbits(stored['bits'])[:len(stored['points'])][:n]
+        points = stored['points'][:n].astype('float32') / self.extent
+        return torch.from_numpy(points), torch.from_numpy(inside.astype(bool))
+
+
+# ---- the table of data sets ---------------------------------------------------------------------
+
+def picture_files(name, root, split, **options):
+    """Any folder, zip or lmdb of pictures."""
+    return FilePictures(find_files(root), split, place=str(root), **options)
+
+
+AFHQ = ('cat', 'dog', 'wild')
+
+
+def afhq(name, root, split, **options):
+    """One animal of AFHQ: {train,test}/{cat,dog,wild} or the folder of one class."""
+    files, animal = find_files(root), name.removeprefix('afhq_')
+    parts = {n: (Path(root).name, *n.split('/')[:-1]) for n in files.names}
+    if any(a in p for p in parts.values() for a in AFHQ):
+        files.names = [n for n in files.names if animal in parts[n]]
+    if not files.names:
+        raise ValueError(f'{root}: no folder {animal} in it; name the place with --data PATH')
+    test = [n for n in files.names if {'test', 'val'} & {*parts[n][1:]}]
+    train = [n for n in files.names if 'train' in parts[n][1:]]
+    official = dict(train=train, test=test) if train and test else None
+    return FilePictures(files, split, official=official, place=str(root), **options)
+
+
+def cifar10(name, root, split, **options):
+    """CIFAR-10 with its official split and labels."""
+    files = Cifar(root)
+    official = {s: [n for n in files.names if n.startswith(s)] for s in ('train', 'test')}
+    return FilePictures(files, split, official=official, place=str(root), **options)
+
+
+def text2shape(name, root, split, captions='', **options):
+    """The chairs and tables of ShapeNet with captions.tablechair.csv, by default in ROOT."""
+    captions = captions or str(Path(root) / 'captions.tablechair.csv')
+    return FileShapes(name, root, split, classes=[CHAIR, TABLE], captions=captions, **options)
+
+
+CHAIR, TABLE = '03001627', '04379243'  # classes of ShapeNet
+READERS = dict(toy_image=ToyPictures, image=picture_files, celebahq=picture_files, afhq_cat=afhq,
+               afhq_dog=afhq, cifar10=cifar10, lsun_church=picture_files, toy_shape=ToyShapes,
+               shape=FileShapes, shapenet=FileShapes, text2shape=text2shape,
+               shapenet_chair=partial(FileShapes, classes=[CHAIR]))
+NAMES = tuple(READERS)
+CONFIGS = dict(image=PictureConfig, shape=ShapeConfig)
+# What to ask for where only the encoder's input is needed.
+ENCODER_ONLY = dict(image=dict(scales=(1.0,), scale_probs=None, continuous=False),
+                    shape=dict(queries=1, near=0.0))
+
+
+def domain_of(name):
+    """'image' or 'shape': what the data set `name` holds."""
+    return 'shape' if 'shape' in name else 'image'
+
+
+def options_of(args):
+    """The flags, a dict, that data set args['dataset'] understands, for `make_dataset`.
+
+    ValueError where a flag differs from its default and is for another kind of data.
+    """
+    domain = domain_of(args['dataset'])
+    for other, config in CONFIGS.items():
+        for f in fields(config) if other != domain else ():
+            if args.get(f.name, f.default) != f.default:
+                raise ValueError(f'--{f.name}: {args["dataset"]} is no {other} data set')
+    own = ['flip', 'seed', *(f.name for f in fields(CONFIGS[domain]))]
+    options = {k: args[k] for k in own}
+    if domain == 'image':
+        options |= dict(resolution=args['resolution'])
+        if args['continuous']:
+            options['scale_probs'] = None
+    return options
+
+
+def make_dataset(name, root=None, split='train', **options):
+    """The data set `name` at `root` (default data/NAME); split 'train', 'test' or 'all'.
+
+    All take flip, cache_bytes, and holdout, group, seed (see divide); picture sets resolution
+    (needed) and what is in PictureConfig; shape sets what is in ShapeConfig. They have len(),
+    item(i, rng), names, labels (or None), bad (file, reason), notes (lines to show the user),
+    splits(), and domain, channels, extent for VAEConfig; pictures picture(i, R), shapes volume(i).
+    FileNotFoundError or ValueError, one line, if the data are missing or bad.
+    """
+    if name not in READERS:
+        raise ValueError(f'--dataset {name}: unknown; one of {", ".join(NAMES)}')
+    if split not in ('train', 'test', 'all'):
+        raise ValueError(f'split {split}: one of train, test, all')
+    return READERS[name](name, Path(root or Path('data') / name), split, **options)
+
+
+def open_run_data(info, split, root=None, **options):
+    """The data set of a finished run, split as it was: info has `args` (its flags) and `splits`.
+
+    root: where the data are now, if they have moved; options override the run's own.
+    """
+    args = info['args']
+    options = {**options_of(args), 'flip': args['flip'] and split == 'train', **options}
+    try:
+        return make_dataset(args['dataset'], root or args['data'], split, holdout=info['splits'],
+                            **options)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'the data this run was trained on are gone: {error}') from None
 
 
 # ---- python data.py check -----------------------------------------------------------------------

@@ -3,13 +3,22 @@
 The blocks follow DDPM (Ho et al., 2020) and its latent-diffusion descendants: group norm, SiLU,
 3x3 convolution, twice. `ConvEncoder` maps a picture, or any plane of features, to the moments of
 q(z|x), Section 3.1 of the paper; it has no skip connections into the decoder. `LocalPoolPointNet`
-(Convolutional Occupancy Networks, Peng et al., 2020) makes such planes of a point cloud.
+(Convolutional Occupancy Networks, Peng et al., 2020) makes such planes of a point cloud. Texts
+become features for cross-attention: CLIP's (Radford et al., 2021) from its published files, what an
+.npz holds, or those of a small transformer over bytes that is trained along.
 """
+import gzip
+import html
 import math
+import re
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from common import read_tensors, require
 
 
 class GroupNorm(nn.GroupNorm):
@@ -216,3 +225,266 @@ class LocalPoolPointNet(nn.Module):
         h = self.leave(h)
         return {name: pool_cells(h, c, batch * R * R, 'mean').view(batch, R, R, -1).permute(
             0, 3, 1, 2) for name, c in cells.items()}
+
+
+# ---- text --------------------------------------------------------------------------------------
+
+class TextBlock(nn.Module):
+    """Pre-norm transformer block with CLIP's names and its QuickGELU, x sigmoid(1.702 x)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(width, 4 * width),
+                                      c_proj=nn.Linear(4 * width, width)))
+
+    def forward(self, x, mask=None):
+        h = self.ln_1(x)
+        x = x + self.attn(h, h, h, need_weights=False, attn_mask=mask)[0]
+        h = self.mlp['c_fc'](self.ln_2(x))
+        return x + self.mlp['c_proj'](h * torch.sigmoid(1.702 * h))
+
+
+class ByteText(nn.Module):
+    """Texts as bytes -> features: a small transformer, trained with the diffusion model.
+
+    forward(tokens (B,length) from `tokenise`) -> (B,length,width). No weights are needed.
+    """
+
+    def __init__(self, width=128, layers=3, heads=4, length=96):
+        super().__init__()
+        self.embedding = nn.Embedding(257, width)
+        self.position = nn.Parameter(0.02 * torch.randn(length, width))
+        self.blocks = nn.ModuleList(TextBlock(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def tokenise(self, texts):
+        """UTF-8 bytes + 1, cut or filled up with 0: (B,length), integers."""
+        tokens = torch.zeros(len(texts), len(self.position), dtype=torch.long)
+        for row, text in zip(tokens, texts):
+            data = torch.tensor(list(text.encode()[:len(row)]), dtype=torch.long) + 1
+            row[:len(data)] = data
+        return tokens
+
+    def forward(self, tokens):
+        x = self.embedding(tokens) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class CLIPText(nn.Module):
+    """CLIP's text tower with OpenAI's names: tokens (B,77) -> last hidden states (B,77,width).
+
+    Causal, positions learned, a final layer norm (what latent diffusion conditions on). `pooled`
+    gives the sentence's place in the space shared with pictures, (B,embed).
+    """
+
+    def __init__(self, width=512, layers=12, heads=8, length=77, vocabulary=49408, embed=512):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(length, width))
+        self.transformer = nn.ModuleDict(dict(resblocks=nn.ModuleList(
+            TextBlock(width, heads) for _ in range(layers))))
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.randn(width, embed) / width ** 0.5)
+
+    def forward(self, tokens):
+        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        n = tokens.shape[1]
+        mask = torch.full((n, n), -math.inf, device=x.device).triu(1)
+        for block in self.transformer['resblocks']:
+            x = block(x, mask)
+        return self.ln_final(x)
+
+    def pooled(self, tokens):
+        """The state at the end token, which has the largest number, projected: (B,embed)."""
+        ends = tokens.argmax(1)
+        return self(tokens)[torch.arange(len(tokens)), ends] @ self.text_projection
+
+
+HF_NAMES = [('text_model.', ''), ('embeddings.token_embedding', 'token_embedding'),
+            ('embeddings.position_embedding.weight', 'positional_embedding'),
+            ('encoder.layers.', 'transformer.resblocks.'), ('self_attn.', 'attn.'),
+            ('layer_norm1', 'ln_1'), ('layer_norm2', 'ln_2'), ('mlp.fc1', 'mlp.c_fc'),
+            ('mlp.fc2', 'mlp.c_proj'), ('final_layer_norm', 'ln_final')]
+
+
+def from_hugging_face(state):
+    """Hugging Face's names and layout of CLIP's text tower -> OpenAI's; others are left out."""
+    renamed = {}
+    for key, value in state.items():
+        if key == 'text_projection.weight':
+            renamed['text_projection'] = value.T
+        elif key.startswith('text_model.') and not key.endswith('position_ids'):
+            for old, new in HF_NAMES:
+                key = key.replace(old, new)
+            renamed[key] = value
+    for key in [k for k in renamed if '.q_proj.' in k]:
+        parts = [renamed.pop(key.replace('q_proj', f'{part}_proj')) for part in 'qkv']
+        renamed[key.replace('q_proj.', 'in_proj_')] = torch.cat(parts)
+    return renamed
+
+
+def clip_text(state, path):
+    """CLIPText filled from the tensors of a CLIP file, OpenAI's or Hugging Face's.
+
+    Heads have 64 channels. ValueError if something is missing or has another shape.
+    """
+    if any(k.startswith('text_model.') for k in state):
+        state = from_hugging_face(state)
+    try:
+        embedding, position = state['token_embedding.weight'], state['positional_embedding']
+        layers = len({k.split('.')[2] for k in state if k.startswith('transformer.resblocks.')})
+        width = embedding.shape[1]
+        # Hugging Face's text model by itself has no projection, and features need none.
+        projection = state.get('text_projection', torch.eye(width))
+        with torch.device('meta'):
+            tower = CLIPText(width, layers, width // 64, len(position), len(embedding),
+                             projection.shape[1])
+        own = {k: state.get(k) for k in tower.state_dict()} | dict(text_projection=projection)
+        tower.load_state_dict(own, assign=True)
+    except (KeyError, RuntimeError, AttributeError, AssertionError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: not the weights of a CLIP text tower "
+                         f"({' '.join(str(error).split())[:200]})") from None
+    return tower.eval().requires_grad_(False)
+
+
+def byte_symbols():
+    """The printable character that stands for each byte, by byte, and CLIP's order of them."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    symbols = {b: chr(b) for b in printable} | {b: chr(256 + k) for k, b in enumerate(others)}
+    return symbols, [symbols[b] for b in printable + others]
+
+
+class BPETokenizer:
+    """CLIP's byte-pair encoding, from bpe_simple_vocab_16e6.txt.gz or Hugging Face's merges.txt."""
+
+    pattern = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+                         r"|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
+
+    def __init__(self, path, length=77):
+        path = Path(path)
+        try:
+            opened = gzip.open(path, 'rt', encoding='utf-8') if path.suffix == '.gz' else \
+                open(path, encoding='utf-8')
+            with opened as file:
+                merges = [tuple(line.split()) for line in file.read().splitlines()[1:48895]]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f'{path}: not the merges of a BPE vocabulary ({error})') from None
+        require(len(merges) == 48894 and all(len(m) == 2 for m in merges),
+                f"{path}: {len(merges)} merges where CLIP's vocabulary has 48894")
+        self.symbols, order = byte_symbols()
+        words = order + [s + '</w>' for s in order] + [''.join(m) for m in merges]
+        self.number = {w: k for k, w in enumerate(words)}
+        self.rank, self.length, self.cache = {m: k for k, m in enumerate(merges)}, length, {}
+        self.start, self.end = len(words), len(words) + 1
+
+    def merge(self, word):
+        """Numbers of the tokens of one word (of byte symbols)."""
+        parts = [*word[:-1], word[-1] + '</w>']
+        while len(parts) > 1:
+            pairs = list(zip(parts, parts[1:]))
+            best = min(pairs, key=lambda pair: self.rank.get(pair, math.inf))
+            if best not in self.rank:
+                break
+            joined, k = [], 0
+            while k < len(parts):
+                both = tuple(parts[k:k + 2]) == best
+                joined.append(''.join(best) if both else parts[k])
+                k += 1 + both
+            parts = joined
+        return [self.number[p] for p in parts]
+
+    def encode(self, text):
+        """Numbers of a text's tokens, without start and end."""
+        text = ' '.join(html.unescape(html.unescape(text)).split()).lower()
+        numbers = []
+        for word in self.pattern.findall(text):
+            if word not in self.cache:
+                self.cache[word] = self.merge(''.join(self.symbols[b] for b in word.encode()))
+            numbers += self.cache[word]
+        return numbers
+
+    def __call__(self, texts):
+        """(B,77) with start and end; what is too long is cut, what is short filled with 0."""
+        tokens = torch.zeros(len(texts), self.length, dtype=torch.long)
+        for row, text in zip(tokens, texts):
+            numbers = [self.start, *self.encode(text)[:self.length - 2], self.end]
+            row[:len(numbers)] = torch.tensor(numbers)
+        return tokens
+
+
+class CLIPReader:
+    """Texts -> last hidden states of a frozen CLIP text tower, (B,77,channels)."""
+
+    def __init__(self, path, device='cpu'):
+        path = Path(path)
+        files = [path] if path.is_file() else [p for name in (
+            'ViT-L-14.pt', 'ViT-B-32.pt', 'model.safetensors', 'pytorch_model.bin', '*.pt')
+            for p in sorted(path.glob(name))]
+        wanted = 'wanted: OpenAI\'s ViT-L-14.pt or ViT-B-32.pt, or Hugging Face\'s ' \
+            'model.safetensors or pytorch_model.bin of CLIP'
+        require(files, f'--text {path}: no weights there; {wanted}')
+        folder = files[0].parent
+        merges = [p for p in (folder / 'bpe_simple_vocab_16e6.txt.gz', folder / 'merges.txt')
+                  if p.exists()]
+        require(merges, f'--text {path}: CLIP needs its vocabulary beside the weights: '
+                f'{folder}/bpe_simple_vocab_16e6.txt.gz or {folder}/merges.txt')
+        self.tower = clip_text(read_tensors(files[0], wanted), files[0]).to(device)
+        self.tokenise = BPETokenizer(merges[0], len(self.tower.positional_embedding))
+        self.channels, self.device = self.tower.ln_final.weight.shape[0], device
+
+    @torch.no_grad()
+    def __call__(self, texts):
+        return self.tower(self.tokenise(texts).to(self.device))
+
+
+class StoredReader:
+    """Texts -> the features that an .npz holds: `texts` (N,) and `features` (N,tokens,channels).
+
+    '' must be among the texts: it stands for no condition.
+    """
+
+    def __init__(self, path, device='cpu'):
+        try:
+            with np.load(path) as file:
+                texts, features = file['texts'].tolist(), file['features'].astype('float32')
+        except (OSError, KeyError, ValueError) as error:
+            raise ValueError(f'--text {path}: not an .npz of texts and features ({error})') from None
+        require(features.ndim == 3 and len(features) == len(texts) and '' in texts,
+                f'--text {path}: needs texts (N,) with \'\' among them and features '
+                f'(N,tokens,channels); has {len(texts)} and {features.shape}')
+        self.row, self.path = {t: k for k, t in enumerate(texts)}, path
+        self.features, self.channels = torch.from_numpy(features).to(device), features.shape[2]
+
+    def __call__(self, texts):
+        unknown = [t for t in texts if t not in self.row]
+        require(not unknown, f'{self.path}: no features of {unknown[:1]}; it can say nothing of '
+                'other texts')
+        return self.features[[self.row[t] for t in texts]]
+
+
+class ByteReader:
+    """Texts -> tokens for a model's own `ByteText`."""
+
+    def __init__(self, device='cpu'):
+        network = ByteText()
+        self.tokenise, self.device = network.tokenise, device
+        self.channels = network.norm.weight.shape[0]
+
+    def __call__(self, texts):
+        return self.tokenise(texts).to(self.device)
+
+
+def text_reader(text, device='cpu'):
+    """What turns texts into a condition: `text` is 'bytes', an .npz, or CLIP's file or folder.
+
+    A reader maps a list of B texts to (B, ...) and has `channels`, the width of the features.
+    """
+    if text == 'bytes':
+        return ByteReader(device)
+    require(Path(text).exists(), f'--text {text}: neither bytes nor a file or folder')
+    return (StoredReader if text.endswith('.npz') else CLIPReader)(text, device)

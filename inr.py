@@ -556,6 +556,25 @@ def cross2(a, b):
     return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
 
 
+def project(points, axes, distance, fov, size):
+    """Columns, rows and 1 / distance (N,3), see `rasterise`, of points in a perspective view."""
+    view = points @ axes.T - points.new_tensor([0, 0, distance])
+    inverse = -1 / view[:, 2:]
+    focal = size / 2 / math.tan(math.radians(fov) / 2)
+    screen = view[:, :2] * inverse * points.new_tensor([focal, -focal]) + size / 2
+    return torch.cat([screen, inverse], dim=1)
+
+
+def render_points(points, size=256, elevation=20.0, azimuth=30.0, distance=4.0, fov=40.0):
+    """A point cloud (N,3) seen as by `render_mesh`: (S,S), near points dark, far ones light."""
+    column, row, inverse = project(points, camera_axes(elevation, azimuth).to(points), distance,
+                                   fov, size).unbind(1)
+    seen = (inverse > 0) & (column >= 0) & (column < size) & (row >= 0) & (row < size)
+    pixel = (row.long() * size + column.long())[seen]
+    shade = ((1 / inverse[seen] - distance) / 2 + 0.5).clamp(0, 0.9)
+    return points.new_ones(size * size).scatter_reduce(0, pixel, shade, 'amin').view(size, size)
+
+
 def render_mesh(vertices, faces, size=256, elevation=20.0, azimuth=30.0, distance=2.5, fov=40.0,
                 normals=None):
     """A mesh seen in perspective: dict(shade (S,S), normal (S,S,3), depth (S,S)), S = size.
@@ -567,11 +586,9 @@ def render_mesh(vertices, faces, size=256, elevation=20.0, azimuth=30.0, distanc
     """
     axes = camera_axes(elevation, azimuth).to(vertices)
     normals = vertex_normals(vertices, faces) if normals is None else normals
-    view = vertices @ axes.T - vertices.new_tensor([0, 0, distance])
-    inverse = -1 / view[:, 2:]
-    focal = size / 2 / math.tan(math.radians(fov) / 2)
-    screen = view[:, :2] * inverse * vertices.new_tensor([focal, -focal]) + size / 2
-    winner, w = rasterise(torch.cat([screen, inverse], 1), faces, size)
+    screen = project(vertices, axes, distance, fov, size)
+    inverse = screen[:, 2:]
+    winner, w = rasterise(screen, faces, size)
     seen = winner >= 0
     corner, w = faces[winner[seen]], w[seen]
     w = w * inverse[corner, 0]

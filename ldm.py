@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import flag, in_float32, load_checkpoint, torch_seeded
-from encoders import Attention, Downsample, ResBlock, Upsample, conv3x3, norm, zeroed
+from encoders import Attention, ByteText, Downsample, ResBlock, Upsample, conv3x3, norm, zeroed
 from inr import PLANES, pack, unpack
 
 # ---- schedule --------------------------------------------------------------------------------
@@ -71,7 +71,11 @@ class LDMConfig:
     head_channels: int = flag(32, 'channels of an attention head, at least')
     plane_embed: bool = flag(True, 'tell the network which plane it sees (no effect on one plane)')
     num_classes: int = flag(0, 'class labels to condition on, 0 = none')
+    text: str = flag('', 'what reads captions: bytes (a small transformer, trained along), a file '
+                     "or folder of CLIP's weights, or an .npz of features; empty = none")
     context_channels: int = 0  # width of the text features to condition on, 0 = none
+    triplane: str = flag('shared', 'planes through one U-Net with attention across them, or '
+                         'concatenated as channels', choices=('shared', 'concat'))
     cond_dropout: float = flag(0.1, 'share of training items whose condition is left out')
     mixed: bool = flag(True, 'mixed prediction eps = (1-s) sigma z + s F')
     mixing_init: float = flag(-6.0, 'initial logit of s; 0 or -3 for short runs')
@@ -84,8 +88,10 @@ class LDMConfig:
             raise ValueError(f'planes {", ".join(self.planes)} are not those of domain '
                              f'{self.domain}: {", ".join(PLANES[self.domain])}')
         if self.num_classes and self.context_channels:
-            raise ValueError('condition on class labels (num_classes) or text (context_channels), '
-                             'not both')
+            raise ValueError('condition on class labels (--num_classes) or on text (--text), not '
+                             'on both')
+        if self.triplane == 'concat' and len({*map(tuple, self.planes.values())}) > 1:
+            raise ValueError('--triplane concat: planes of different shapes cannot be concatenated')
 
 
 def time_embedding(t, channels):
@@ -164,7 +170,11 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.sizes, ch = config.planes, config.ch
+        self.sizes, ch, channels = config.planes, config.ch, config.z_channels
+        self.joined = len(self.sizes) if config.triplane == 'concat' else 1
+        if self.joined > 1:  # all planes as the channels of one
+            channels *= self.joined
+            self.sizes = {'+'.join(self.sizes): next(iter(self.sizes.values()))}
         self.groups = {}  # plane shape -> positions of the planes that have it
         for i, size in enumerate(self.sizes.values()):
             self.groups.setdefault(tuple(size), []).append(i)
@@ -175,10 +185,10 @@ class UNet(nn.Module):
         if config.plane_embed and len(self.sizes) > 1:
             self.plane_time = nn.Parameter(0.1 * torch.randn(len(self.sizes), 4 * ch))
             self.plane_stem = nn.Parameter(0.1 * torch.randn(len(self.sizes), ch))
-        self.stem = conv3x3(config.z_channels, ch)
+        self.stem = conv3x3(channels, ch)
         self.build_levels(config)
         self.out_norm, self.out = norm(ch * config.ch_mult[0]), zeroed(
-            conv3x3(ch * config.ch_mult[0], config.z_channels))
+            conv3x3(ch * config.ch_mult[0], channels))
 
     def build_levels(self, config):
         """The way down, the middle and the way up; `skips` are the widths the way up picks up."""
@@ -203,11 +213,13 @@ class UNet(nn.Module):
                 self.up.append(Upsample(width))
 
     def forward(self, z, t, cond=None):
+        batch, channels = z.shape[:2]
+        z = z.reshape(batch, channels * self.joined, -1)  # (B, C, P*HW) -> (B, C*P, HW)
         emb = self.time(time_embedding(t, self.ch))  # (B, E)
         if self.label is not None:
             emb, cond = emb + self.label(cond), None
         xs, embs = self.enter(z, emb)
-        batch, skips = len(z), [xs]
+        skips = [xs]
         for layer in self.down:
             if isinstance(layer, Downsample):
                 xs = [layer(x) for x in xs]
@@ -222,7 +234,8 @@ class UNet(nn.Module):
             else:
                 xs = [torch.cat([x, skip], dim=1) for x, skip in zip(xs, skips.pop())]
                 xs = layer(xs, embs, batch, cond)
-        return self.leave([self.out(F.silu(self.out_norm(x), inplace=True)) for x in xs], batch)
+        xs = [self.out(F.silu(self.out_norm(x), inplace=True)) for x in xs]
+        return self.leave(xs, batch).reshape(batch, channels, -1)
 
     def enter(self, z, emb):
         """Latents -> stem features (B*P,ch,H,W) and embeddings (B*P,E), one of each a group."""
@@ -250,15 +263,17 @@ class UNet(nn.Module):
 class LDM(nn.Module):
     """The diffusion model of latents z (B,C,L): loss, noise prediction, guidance.
 
-    A condition is None, class labels (B,) or text features (B,M,context_channels). What stands for
-    no condition is label `num_classes`, or `null_context` (M or 1, context_channels), which
-    training sets to the features of the empty text.
+    A condition is None, class labels (B,) or text: features (B,M,context_channels), or, where the
+    model has a text encoder of its own, that one's tokens (B,M). What stands for no condition is
+    label `num_classes`, the tokens of the empty text, or `null_context` (M or 1,
+    context_channels), which training sets to the features of the empty text.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.unet = UNet(config)
+        self.text = ByteText(config.context_channels) if config.text == 'bytes' else None
         c = config.z_channels
         self.shape = c, sum(h * w for h, w in config.planes.values())  # (C, L) of one latent
         self.mixing_logit = (nn.Parameter(torch.full((1, c, 1), float(config.mixing_init)))
@@ -298,7 +313,8 @@ class LDM(nn.Module):
 
     def param_groups(self, lr, weight_decay, mixing_lr_mult=1.0):
         """Optimiser groups: the U-Net; the mixing logit, no decay, at lr * mixing_lr_mult."""
-        groups = [dict(params=list(self.unet.parameters()), lr=lr, weight_decay=weight_decay)]
+        networks = [*self.unet.parameters(), *(self.text.parameters() if self.text else ())]
+        groups = [dict(params=networks, lr=lr, weight_decay=weight_decay)]
         if self.no_decay_parameters():
             groups.append(dict(params=self.no_decay_parameters(), lr=lr * mixing_lr_mult,
                                weight_decay=0.0, lr_mult=mixing_lr_mult))
@@ -308,6 +324,8 @@ class LDM(nn.Module):
         """The condition (B, ...) that stands for none; None for an unconditional model."""
         if self.config.num_classes:
             return torch.full((batch,), self.config.num_classes, device=self.z_mean.device)
+        if self.text is not None:
+            return self.text.tokenise([''] * batch).to(self.z_mean.device)
         if self.config.context_channels:
             return self.null_context.expand(batch, -1, -1)
         return None
@@ -315,7 +333,8 @@ class LDM(nn.Module):
     def eps(self, z_t, t, cond=None):
         """eps_theta(z_t (B,C,L), t (B,), cond) -> (B,C,L) float32, mixing applied."""
         z_t = z_t.float()
-        out = self.unet(z_t, t, self.null(len(z_t)) if cond is None else cond).float()
+        cond = self.null(len(z_t)) if cond is None else cond
+        out = self.unet(z_t, t, cond if self.text is None else self.text(cond)).float()
         if self.mixing_logit is None:
             return out
         sigma = (1 - alpha_bar(t, self.log_alpha_bar)).sqrt().float()[:, None, None]
@@ -351,7 +370,11 @@ class LDM(nn.Module):
             raise ValueError('this model is unconditional: give it no label and no text')
         if classes and (cond.ndim != 1 or cond.min() < 0 or cond.max() >= classes):
             raise ValueError(f'class labels must be integers in 0..{classes - 1}')
-        if width and (cond.ndim != 3 or cond.shape[2] != width):
+        if self.text is not None:
+            if cond.ndim != 2 or cond.is_floating_point():
+                raise ValueError('this model reads the tokens of its own text encoder, (batch, '
+                                 'length): make them with encoders.text_reader')
+        elif width and (cond.ndim != 3 or cond.shape[2] != width):
             raise ValueError(f'text features {tuple(cond.shape)} where (batch, tokens, {width}) is '
                              'needed: use the text encoder the model was trained with')
 

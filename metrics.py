@@ -16,7 +16,6 @@ import hashlib
 import json
 import sys
 import warnings
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,8 +32,8 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from common import (Parser, dist_init, file_digest, find_run, require, run, save_checkpoint,
-                    torch_seeded)
+from common import (Parser, dist_init, file_digest, find_run, read_tensors, require, run,
+                    save_checkpoint, torch_seeded)
 
 # ---- distances between feature sets ------------------------------------------------------------
 
@@ -228,6 +227,12 @@ def psnr(x, y):
     values = psnr_each(x, y) if x.ndim > 3 else psnr_each(x[None], y[None])
     finite = values[values.isfinite()]
     return finite.mean().item() if len(finite) else torch.inf
+
+
+def iou(a, b):
+    """Intersection over union of each row of two boolean tensors (B,N); 1 where both are empty."""
+    union = (a | b).sum(1)
+    return torch.where(union > 0, (a & b).sum(1) / union.clamp(min=1), 1.0)
 
 
 # ---- input of the networks ---------------------------------------------------------------------
@@ -565,39 +570,6 @@ def find_weights(kind, path):
     return found[0]
 
 
-def is_torchscript(path):
-    """A zip with <root>/constants.pkl and <root>/code/."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    return (any(n.count('/') == 1 and n.endswith('/constants.pkl') for n in names)
-            and any(n.split('/')[1:2] == ['code'] for n in names))
-
-
-def read_state(path, kind):
-    """The tensors of a weight file, whatever wraps them; ValueError if it holds none."""
-    try:
-        if is_torchscript(path):
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # torch.jit is deprecated; tensors are all we take
-                state = torch.jit.load(str(path), map_location='cpu').state_dict()
-        else:
-            state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # half a dozen types; all mean the same to a user
-        raise ValueError(f'{path}: truncated or not a weight file ({type(error).__name__}); '
-                         f'{wanted(kind)}') from None
-    for wrapper in ('model', 'state_dict'):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        raise ValueError(f'{path}: holds no state dict; {wanted(kind)}')
-    for prefix in ('module.', 'net.'):
-        if state and all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-
-
 def check_state(net, state, path, kind):
     """ValueError unless names and shapes agree exactly, but for num_batches_tracked."""
     own = net.state_dict()
@@ -619,7 +591,7 @@ def load_network(kind, path='weights'):
     """
     require(kind in NETWORKS, f'network {kind!r}: one of {", ".join(NETWORKS)}')
     spec, path = NETWORKS[kind], find_weights(kind, path)
-    state = spec.translate(read_state(path, kind))
+    state = spec.translate(read_tensors(path, wanted(kind)))
     with torch.device('meta'):  # no time spent on an initialisation
         net = spec.module(head=spec.head in state)
     check_state(net, state, path, kind)

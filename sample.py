@@ -1,13 +1,14 @@
-"""Draw pictures from a trained run, at any size: the samples are functions of (x, y).
+"""Draw pictures or surfaces from a trained run, at any resolution: the samples are functions.
 
     python sample.py --res 512                        # newest run, or the bundled model
     python sample.py --run runs/NAME --sweep 64,128,512 --num 4 --seed 7
     python sample.py --res 1024 --box=-0.5,0,-0.5,0   # zoom: a quarter of the width and height
     python sample.py --num 5 --interpolate 8          # between neighbouring seeds
     python sample.py --reconstruct PICTURE_OR_FOLDER --res 256x384
+    python sample.py --run chairs --res 256 --text "a chair with four legs" --turntable
 
 Every size is rendered from the same latents. Pictures go to --out, a folder for each size with one
-PNG a sample, and a grid.
+PNG a sample, and a grid; surfaces likewise as meshes, and the grid shows them.
 """
 import re
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch
 import common
 import data
 import ldm as stage2
+from encoders import text_reader
+from inr import render_mesh
 
 DEMO = Path(__file__).parent / 'assets' / 'demo.pt'  # what train_vae.py and train_ldm.py make alone
 
@@ -50,14 +53,21 @@ def build_parser():
     parser.add_argument('--run', default='', help='run folder, its name, or a checkpoint file; '
                         'empty = the newest run, or the bundled toy model if there is none')
     parser.add_argument('--out', default='out', help='folder for the pictures')
-    parser.add_argument('--res', default='', help='size N or HxW of the whole square '
-                        'frame, stretched if they differ; empty = the training resolution')
+    parser.add_argument('--res', default='', help='pictures: size N or HxW of the whole square '
+                        'frame, stretched if they differ; empty = the training resolution. '
+                        'Surfaces: cells along each side of the box; empty = 128')
     parser.add_argument('--sweep', default='', help='several sizes of the same samples, 64,128,512')
     parser.add_argument('--box', type=common.parse_tuple(float), default=(),
                         help='x_lo,x_hi,y_lo,y_hi in -1..1: render this region only '
                         '(--box=-1,0,-1,0 is the upper left quarter)')
     parser.add_argument('--antialias', type=common.parse_bool, default=True,
                         help='below the training resolution, average instead of point-sampling')
+    parser.add_argument('--format', default='obj', choices=[s[1:] for s in data.MESH_WRITERS],
+                        help='of meshes')
+    parser.add_argument('--threshold', type=float, default=0.5,
+                        help='occupancy at which a surface lies')
+    parser.add_argument('--turntable', action='store_true',
+                        help='a GIF of the surfaces turning, too')
     parser.add_argument('--num', type=int, default=16, help='samples')
     parser.add_argument('--seed', type=int, default=0, help='seed of the first; the next count up')
     parser.add_argument('--sampler', default='dpmpp', choices=('dpmpp', 'ddim', 'ddpm', 'rk45'),
@@ -66,12 +76,15 @@ def build_parser():
                         help='network calls; default 20, for ddpm 1000')
     parser.add_argument('--tol', type=float, default=1e-3, help='rtol and atol of rk45')
     parser.add_argument('--label', type=int, default=None, help='class of a conditional run')
-    parser.add_argument('--guidance', type=float, default=1.0,
-                        help='weight w of classifier-free guidance, 1 = none')
+    parser.add_argument('--text', default='', help='what the samples of a text-conditional run '
+                        'should be')
+    parser.add_argument('--guidance', type=float, default=None, help='weight w of classifier-free '
+                        'guidance, 1 = none; default 3 for --text (Table 7), else 1')
     parser.add_argument('--interpolate', type=int, default=0, metavar='K',
                         help='K pictures from each seed to the next')
     parser.add_argument('--reconstruct', default='', metavar='PATH',
-                        help='encode this picture, or those of this folder, instead of sampling')
+                        help='encode this picture, or those of this folder, instead of sampling; '
+                        'or this mesh or point cloud')
     parser.add_argument('--batch', type=int, default=16, help='samples denoised at a time')
     parser.add_argument('--device', default='auto', help='cpu, cuda, ...')
     return parser
@@ -87,8 +100,11 @@ def find_run(text, first_stage_will_do):
     return run or DEMO
 
 
-def condition(args, ldm, count):
-    """Class labels (count,) from --label, None without."""
+def condition(args, ldm, count, device):
+    """What --label or --text ask of each of `count` samples, None without."""
+    if args.text:
+        common.require(ldm.config.text, f'--text {args.text!r}: this run reads no text')
+        return text_reader(ldm.config.text, device)([args.text] * count)
     if args.label is None:
         return None
     common.require(0 <= args.label < ldm.config.num_classes, f'--label {args.label}: this run has '
@@ -110,10 +126,11 @@ def draw(args, vae, ldm):
         names = [f'{a:06d}_{k:03d}' for a in seeds[:-1] for k in range(args.interpolate)]
         seeds = seeds[:1] * len(z_T)  # no noise is drawn from them
     steps = args.steps or (1000 if args.sampler == 'ddpm' else 20)
-    z, nfe = stage2.generate(vae, ldm, seeds, condition(args, ldm, len(seeds)), args.guidance,
-                             args.sampler, steps, args.tol, args.tol, args.batch, z_T,
-                             return_nfe=True, progress=True)
-    twice = ' of both branches' if args.guidance != 1 else ''
+    guidance = args.guidance if args.guidance is not None else 3.0 if args.text else 1.0
+    cond = condition(args, ldm, len(seeds), ldm.z_mean.device)
+    z, nfe = stage2.generate(vae, ldm, seeds, cond, guidance, args.sampler, steps, args.tol,
+                             args.tol, args.batch, z_T, return_nfe=True, progress=True)
+    twice = ' of both branches' if guidance != 1 else ''
     print(f'{len(z)} latents, {args.sampler}, {sum(nfe) / len(nfe):g} network calls{twice} each')
     return names, z
 
@@ -154,28 +171,93 @@ def write_pictures(vae, z, names, sizes, box, antialias, out):
     print(f'{len(names) * len(sizes)} pictures and {len(sizes)} grids in {out}')
 
 
-def main():
-    args = build_parser().parse_args()
+@torch.no_grad()
+def encode_shape(path, vae, device, n=3000):
+    """Name and posterior mean of a mesh or point cloud, and what brings it back to its own place.
+
+    It is brought to the size that shapes have in training: the longest side 1/1.1 of the box.
+    """
+    points, loc, scale = data.unit_cube(data.read_cloud(path, n))
+    cloud = torch.from_numpy((points / data.HALF_BOX).astype('float32'))[None]
+    name = re.sub(r'[^\w-]', '_', Path(path).stem)
+    return [name], vae.encode(cloud.to(device)).mean, (loc, scale * data.HALF_BOX / vae.config.extent)
+
+
+def turntable(surfaces, size=128, frames=36):
+    """Frames (F,3,H,W), uint8, of surfaces [-1,1]^3 that turn, side by side in a grid."""
+    for k in common.tqdm(range(frames), desc='turntable', unit='frame'):
+        shades = [render_mesh(v, f, size, azimuth=30 + 360 * k / frames, distance=4.0)['shade']
+                  for v, f in surfaces]
+        yield data.image_grid(torch.stack(shades)[:, None].expand(-1, 3, -1, -1) * 2 - 1)
+
+
+@torch.no_grad()
+def write_meshes(vae, z, names, sizes, args, place, out):
+    """The surface of each latent at each resolution to OUT/R/NAME.obj, and a grid to look at.
+
+    `place` = (loc, scale) of what was reconstructed: vertices go out as v * scale + loc.
+    """
+    loc, scale = place
+    for (resolution, _) in sizes:
+        surfaces = []
+        for name, latent in zip(common.tqdm(names, desc=f'{resolution}', unit='mesh'), z):
+            (vertices, faces), = vae.surfaces(vae.decode(latent[None]), resolution, args.threshold)
+            data.write_mesh(out / f'{resolution}' / f'{name}.{args.format}',
+                            vertices.double().cpu() * scale + loc, faces.cpu())
+            surfaces.append((vertices.cpu() / vae.config.extent, faces.cpu()))
+        shown = [render_mesh(v, f, 256, distance=4.0)['shade'] for v, f in surfaces[:64]]
+        grid = torch.stack(shown)[:, None].expand(-1, 3, -1, -1) * 2 - 1
+        data.save_grid(out / f'grid_{resolution}.png', grid)
+    if args.turntable:
+        data.save_gif(out / 'turntable.gif', turntable(surfaces[:16]))
+    print(f'{len(names) * len(sizes)} meshes and {len(sizes)} grids in {out}')
+
+
+def check_flags(args):
+    """Refuse what no run can do."""
     common.require(args.num >= 1 and args.batch >= 1, '--num and --batch: must be at least 1')
     common.require(args.seed >= 0, f'--seed {args.seed}: must be at least 0')
     common.require(args.steps is None or 1 <= args.steps <= stage2.T, f'--steps {args.steps}: must '
                    f'be from 1 to {stage2.T}')
     common.require(args.tol > 0, f'--tol {args.tol}: must be positive')
-    common.require(args.guidance == 1 or args.label is not None, f'--guidance {args.guidance}: has '
-                   'no effect without --label')
+    common.require(args.guidance in (None, 1) or args.label is not None or args.text,
+                   f'--guidance {args.guidance}: has no effect without --label or --text')
     common.require(not (args.res and args.sweep), '--res and --sweep: give one of them')
+    common.require(not (args.text and args.label is not None), '--text and --label: give one')
+    common.require(0 < args.threshold < 1, f'--threshold {args.threshold}: between 0 and 1')
+
+
+def check_domain(args, domain, sizes):
+    """Refuse flags that mean nothing for what the run makes."""
+    if domain == 'image':
+        common.require(not args.turntable, '--turntable: this run makes pictures')
+        return
+    common.require(not args.box, '--box: this run makes surfaces')
+    common.require(all(h == w for h, w in sizes or ()), f'--res {args.sweep or args.res}: this run '
+                   'makes surfaces; give one number, the cells along each side of the box')
+
+
+def main():
+    args = build_parser().parse_args()
+    check_flags(args)
     box, path = parse_box(args.box), find_run(args.run, args.reconstruct)
-    wanted = args.sweep or args.res
+    wanted, place, out = args.sweep or args.res, (0.0, 1.0), Path(args.out)
     sizes = parse_sizes(wanted) if wanted else None
     _, _, device = common.dist_init(args.device)
-    if args.reconstruct:
-        vae, _ = stage2.load_vae(path, device)
+    load = stage2.load_vae if args.reconstruct else stage2.load
+    vae, *ldm, _ = load(path, device)
+    check_domain(args, vae.config.domain, sizes)
+    if not args.reconstruct:
+        names, z = draw(args, vae, *ldm)
+    elif vae.config.domain == 'image':
         names, z = encode_pictures(args.reconstruct, vae, device)
     else:
-        vae, ldm, _ = stage2.load(path, device)
-        names, z = draw(args, vae, ldm)
-    write_pictures(vae, z, names, sizes or [(vae.config.resolution,) * 2], box, args.antialias,
-                   Path(args.out))
+        names, z, place = encode_shape(args.reconstruct, vae, device)
+    if vae.config.domain == 'image':
+        sizes = sizes or [(vae.config.resolution,) * 2]
+        write_pictures(vae, z, names, sizes, box, args.antialias, out)
+    else:
+        write_meshes(vae, z, names, sizes or [(128, 128)], args, place, out)
 
 
 if __name__ == '__main__':

@@ -21,10 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 import data
 from common import flag
+from encoders import text_reader
 from ldm import LDM, LDMConfig, first_stage, generate
 
 # Differences from LDMConfig, LatentConfig and RunConfig only, by the name of stage 1's preset.
 PAPER = dict(weight_decay=0.0, beta2=0.999, accumulate=5)
+SHAPES = dict(PAPER, weight_decay=0.01, lr=2e-4, batch=400)
 SMALL = dict(PAPER, accumulate=1, ch=64, ch_mult=(1, 2, 2), num_res_blocks=1, attn_factors=(2, 4),
              mixing_init=-3.0, mixing_lr_mult=10.0, latent_norm='channel', batch=32, lr=5e-4,
              warmup=200, ema=0.999)
@@ -40,8 +42,15 @@ PRESETS = {
     'afhq_cat_code': dict(PAPER, ch=224, ch_mult=(1, 2, 4, 6), batch=160, steps=47_000),
     'afhq_dog_code': dict(PAPER, ch=224, ch_mult=(1, 2, 4, 6), batch=160, steps=47_000),
     'celebahq_code': dict(PAPER, ch_mult=(1, 2, 4, 8), batch=200, steps=225_000),
+    'toy_shape': dict(SMALL, steps=1200),
+    'shape_small': dict(SMALL, ch_mult=(1, 2, 4), steps=6000),
+    'shapenet_chair': dict(SHAPES, steps=36_000),
+    'shapenet': dict(SHAPES, steps=270_000),
+    'text2shape': dict(SHAPES, steps=100_000),
+    'shapenet_chair_code': dict(SHAPES, ch_mult=(1, 2, 4, 6), triplane='concat', lr=1e-4,
+                                steps=36_000),
 }
-PRESETS['image'] = PRESETS['image_64']
+PRESETS.update(image=PRESETS['image_64'], shape=PRESETS['shape_small'])
 
 
 @dataclass
@@ -60,6 +69,7 @@ def build_parser():
     parser = common.Parser(__doc__.split('\n')[0])
     parser.add_argument('--vae', default='', help='run folder or vae.pt of stage 1; empty = newest')
     parser.add_argument('--data', default='', help='where the data are now, if they have moved')
+    parser.add_argument('--captions', default='', help='CSV of captions; empty = those of stage 1')
     parser.add_argument('--preset', default='', help='settings to start from; empty = as stage 1. '
                         f'One of {", ".join(PRESETS)}')
     parser.add_argument('--name', default='', help="run folder below runs/; empty = stage 1's")
@@ -94,16 +104,17 @@ def write_slim(path, target):
 # ---- latents -----------------------------------------------------------------------------------
 
 class Latents:
-    """A data set's latents as (mean, std), encoded once, both ways round where it flips.
+    """A data set's latents as (mean, std), encoded once in every variant.
 
-    In memory, rows are shared out over the processes and gathered; a file is written by the first
-    process. `item` makes the same draws as the data set's own, so that training with and without
-    the cache is the same.
+    Variants are a picture and its mirror image where the data set flips, or several clouds of a
+    shape. In memory, rows are shared out over the processes and gathered; a file is written by the
+    first process. For pictures, `item` makes the same draws as the data set's own, so that training
+    with and without the cache is the same.
     """
 
     def __init__(self, dataset, vae, file=None):
-        self.dataset, self.ways = dataset, 2 if dataset.flip else 1
-        shape = (len(dataset) * self.ways, 2, *latent_shape(vae.config))
+        self.dataset, self.variants = dataset, dataset.variants
+        shape = (len(dataset) * self.variants, 2, *latent_shape(vae.config))
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if file is None:
             self.table = torch.zeros(shape)
@@ -127,9 +138,8 @@ class Latents:
         for start in common.tqdm(range(0, len(rows), batch), desc='encoding', unit='batch',
                                  disable=rows.start > 0):
             part = rows[start:start + batch]
-            x = torch.stack([self.dataset.item(k // self.ways)['image'] for k in part])
-            turned = torch.tensor([k % self.ways == 1 for k in part])[:, None, None, None]
-            posterior = vae.encode(torch.where(turned, x.flip(3), x).to(device))
+            seen = [self.dataset.variant(*divmod(k, self.variants)) for k in part]
+            posterior = vae.encode(common.to(torch.utils.data.default_collate(seen), device))
             moments = torch.stack([posterior.mean, (0.5 * posterior.logvar).exp()], dim=1).cpu()
             for k, m in zip(part, moments):
                 self.table[k] = m
@@ -138,16 +148,13 @@ class Latents:
         return len(self.dataset)
 
     def item(self, i, rng=None):
-        turned = rng is not None and self.ways == 2 and bool(rng.random() < 0.5)
-        mean, std = torch.as_tensor(self.table[i * self.ways + turned])
-        item = dict(mean=mean, std=std)
-        labels = self.dataset.labels
-        return item if labels is None else dict(item, label=labels[self.dataset.usable(i)])
+        mean, std = torch.as_tensor(self.table[i * self.variants + self.dataset.choose(rng)])
+        return dict(mean=mean, std=std, **self.dataset.about(i, rng))
 
 
 def open_latents(dataset, vae, args, vae_path, folder):
     """The data set to stream from: `Latents`, or the pictures themselves without a cache."""
-    size = 8 * math.prod(latent_shape(vae.config)) * len(dataset) * (2 if dataset.flip else 1)
+    size = 8 * math.prod(latent_shape(vae.config)) * len(dataset) * dataset.variants
     if args.cache == 'none' or args.cache == 'auto' and size >= 2 ** 31:
         return dataset
     if args.cache != 'disk':
@@ -190,9 +197,19 @@ def latent_shape(config):
 
 # ---- measurements while training ---------------------------------------------------------------
 
+def condition_of(batch, args, reader):
+    """The condition that a batch's items bring with them, or None."""
+    if args.num_classes:
+        return batch['label']
+    return reader(batch['text']) if reader else None
+
+
 @torch.no_grad()
-def evaluate(ema_model, vae, held_out, args, device, count=128):
-    """Held-out loss at fixed noises and times, and a grid of 36 samples (uint8-able) at r."""
+def evaluate(ema_model, vae, held_out, args, reader, device, count=128):
+    """Held-out loss at fixed noises and times, and pictures of 36 samples.
+
+    Their conditions are all classes in turn, or the first held-out texts.
+    """
     ema_model.eval()
     items = [held_out.item(i) for i in common.spread(len(held_out), count)]
     batch = common.to(torch.utils.data.default_collate(items), device)
@@ -201,12 +218,13 @@ def evaluate(ema_model, vae, held_out, args, device, count=128):
                    .to(device), args.posterior)
     drawn = ema_model.draw(len(items), generator)
     drawn['t'] = torch.linspace(0, 999, len(items)).long()
-    cond = batch.get('label') if args.num_classes else None
+    cond = condition_of(batch, args, reader)
     loss = ema_model(z, cond, **common.to(drawn, device))
-    labels = torch.arange(36, device=device) % args.num_classes if args.num_classes else None
-    z = generate(vae, ema_model, range(36), cond=labels, batch=36)
-    pictures = vae.render(vae.decode(z), (vae.config.resolution,) * 2)
-    return dict(held_out_loss=loss), pictures
+    if cond is not None:
+        own = torch.arange(36, device=device)
+        cond = own % args.num_classes if args.num_classes else cond[own % len(cond)]
+    z = generate(vae, ema_model, range(36), cond=cond, batch=36)
+    return dict(held_out_loss=loss), vae.preview(vae.decode(z))
 
 
 def parse(argv=None):
@@ -237,16 +255,23 @@ def main():
 
     # 1. the frozen first stage, its data, the model
     vae, _ = first_stage(first, device, vae_path)
-    one_scale = dict(scales=(1.0,), scale_probs=None, continuous=False)
-    train, held_out = (data.open_run_data(first, split, args.data, **one_scale)
+    options = dict(data.ENCODER_ONLY[vae.config.domain])
+    if args.captions:
+        common.require(vae.config.domain == 'shape', '--captions: are read for shapes only')
+        options['captions'] = args.captions
+    train, held_out = (data.open_run_data(first, split, args.data, **options)
                        for split in ('train', 'test'))
     common.require(not args.num_classes or train.labels is not None,
                    f'--num_classes {args.num_classes}: {args.dataset} has no labels')
     common.require(not args.num_classes or max(train.labels) < args.num_classes,
                    f'--num_classes {args.num_classes}: there are labels up to '
                    f'{max(train.labels or [0])}')
+    reader = text_reader(args.text, device) if args.text else None
+    common.require(not reader or getattr(train, 'captions', None), f'--text {args.text}: the data '
+                   'have no captions; name them with --captions')
     config = common.pick(args, LDMConfig, domain=vae.config.domain,
-                         planes=vae.config.latent_sizes(), z_channels=vae.config.z_channels)
+                         planes=vae.config.latent_sizes(), z_channels=vae.config.z_channels,
+                         context_channels=reader.channels if reader else 0)
     torch.manual_seed(args.seed)
     model = LDM(config).to(device)
     average = LDM(config).to(device).requires_grad_(False)
@@ -270,6 +295,8 @@ def main():
         if args.init:
             common.load_weights(model, common.load_checkpoint(args.init, 'ldm')['ema'], args.init)
         model.set_latent_stats(*measure_latents(latents, vae, args, device))
+        if reader and model.text is None:
+            model.set_null_context(reader([''])[0])
     ema = common.EMA(model, args.ema)
     if state:
         ema.load_state_dict(state['ema'])
@@ -301,7 +328,7 @@ def main():
             z = latents_of(batch, vae, own.pop('z'), args.posterior)
             with common.sync(ddp, i == args.accumulate - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    loss = ddp(z, batch['label'] if args.num_classes else None, **own)
+                    loss = ddp(z, condition_of(batch, args, reader), **own)
                 (loss / args.accumulate).backward()
             total = total + loss.detach() / args.accumulate
         norm = common.clip(model, args.clip)
@@ -321,7 +348,7 @@ def main():
                           items_per_s=rate)
         if rank == 0 and (step % args.eval_every == 0 or step == args.steps):
             average.load_state_dict(ema.state_dict())
-            result, pictures = evaluate(average, vae, held_out, args, device)
+            result, pictures = evaluate(average, vae, held_out, args, reader, device)
             log.write(step=step, **result)
             data.save_grid(folder / 'samples' / f'sample_{step:07d}.png', pictures, 9)
             bar.write(f'step {step}: held-out loss {result["held_out_loss"]:.4f}')

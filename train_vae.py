@@ -1,7 +1,8 @@
-"""Train stage 1, the D2C-VAE (vae.py), on pictures.
+"""Train stage 1, the D2C-VAE (vae.py), on pictures or on shapes.
 
     python train_vae.py                                        # built-in pictures, minutes on CPU
     python train_vae.py --dataset image --data DIR --group REGEX
+    python train_vae.py --dataset shape --data DIR             # what python data.py mesh writes
     torchrun --nproc_per_node=8 train_vae.py --dataset celebahq --data DIR
 
 The run lands in runs/NAME; the same command continues it from its last checkpoint.
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 import data
 import metrics
+from inr import render_points
 from vae import D2CVAE, VAEConfig, annealed
 
 # Differences from VAEConfig and RunConfig only. The paper gives no batch sizes or step counts: for
@@ -23,6 +25,13 @@ PAPER = dict(scales=(1.0, 1.5, 2.0), scale_probs=(0.3, 0.3, 0.4), flip=True, acc
 AUTHORS = dict(PAPER, decoder_ch=128, mlp_layers=3, sn_start=5.0)
 SMALL = dict(num_res_blocks=1, ch=32, decoder_ch=32, z_channels=16, field_channels=32,
              mlp_width=64, batch=16, lr=1e-3, warmup=100)
+# Shapes: Table 9, and the authors' code where the paper is silent (PointNet, n_ref, KL weight).
+SHAPES = dict(resolution=64, ch=64, decoder_ch=32, plane_merge='sum', coord_input=True,
+              scale_injection=False, loss='bce', n_ref=2048, kl_weight=0.01, point_hidden=256,
+              point_blocks=7, accumulate=5, batch=480)
+SMALL_SHAPES = dict(SHAPES, resolution=32, ch=32, ch_mult=(1, 2), decoder_mult=(2, 2, 1),
+                    num_res_blocks=1, z_channels=16, field_channels=32, mlp_width=64,
+                    point_hidden=32, point_blocks=3, accumulate=1, batch=16, lr=1e-3, warmup=100)
 PRESETS = {
     'toy_image': dict(SMALL, dataset='toy_image', resolution=32, ch=24, decoder_ch=24,
                       ch_mult=(1, 2, 3), decoder_mult=(3, 2, 1), kl_weight=0.01, steps=1850,
@@ -41,8 +50,16 @@ PRESETS = {
     'afhq_cat_code': dict(AUTHORS, dataset='afhq_cat', batch=160, steps=6_300),
     'afhq_dog_code': dict(AUTHORS, dataset='afhq_dog', batch=160, steps=6_300),
     'celebahq_code': dict(AUTHORS, dataset='celebahq', num_res_blocks=3, batch=400, steps=15_000),
+    'toy_shape': dict(SMALL_SHAPES, dataset='toy_shape', points=1000, near=0.5, noise=0.01,
+                      clouds=1, steps=1000),
+    'shape_small': dict(SMALL_SHAPES, dataset='shape', near=0.5, steps=4000),
+    'shapenet_chair': dict(SHAPES, dataset='shapenet_chair', steps=3_000),
+    'shapenet': dict(SHAPES, dataset='shapenet', steps=23_000),
+    'text2shape': dict(SHAPES, dataset='text2shape', steps=8_000),
+    'shapenet_chair_code': dict(SHAPES, dataset='shapenet_chair', decoder_ch=64, sn_start=5.0,
+                                steps=3_000),
 }
-PRESETS['image'] = PRESETS['image_64']
+PRESETS.update(image=PRESETS['image_64'], shape=PRESETS['shape_small'])
 
 
 def build_parser():
@@ -57,36 +74,28 @@ def build_parser():
                         "empty = the data set's own split, 0.1 where it has none")
     parser.add_argument('--group', default='', help='regular expression: names equal without what '
                         'it matches stay on one side (--group=REGEX if it begins with -)')
-    parser.add_argument('--scales', type=common.parse_tuple(float), default=(1.0, 1.5, 2.0),
-                        help='target resolutions over r, for multi-scale training')
-    parser.add_argument('--scale_probs', type=common.parse_tuple(float), default=(),
-                        help='probability of each scale; empty = equal')
-    parser.add_argument('--continuous', type=common.parse_bool, nargs='?', const=True,
-                        default=False,
-                        help='draw the target resolution uniformly up to the largest of --scales')
     parser.add_argument('--flip', type=common.parse_bool, default=False, nargs='?', const=True,
-                        help='mirror half of the training pictures')
+                        help='mirror half of the training items, left and right')
+    parser.add_config(data.PictureConfig)
+    parser.add_config(data.ShapeConfig)
     parser.add_config(VAEConfig)
     parser.add_config(common.RunConfig)
     return parser
 
 
 def open_data(args, split):
-    """The training or held-out data set, at every scale asked for."""
-    return data.make_dataset(
-        args.dataset, args.data or None, split, resolution=args.resolution, scales=args.scales,
-        scale_probs=None if args.continuous else args.scale_probs, continuous=args.continuous,
-        flip=args.flip and split == 'train', holdout=args.split, group=args.group or None,
-        seed=args.seed)
+    """The training or held-out data set, as the flags ask."""
+    options = dict(data.options_of(vars(args)), flip=args.flip and split == 'train')
+    return data.make_dataset(args.dataset, args.data or None, split, holdout=args.split,
+                             group=args.group or None, **options)
 
 
 @torch.no_grad()
-def evaluate(vae, held_out, args, count=64):
+def measure_pictures(vae, held_out, args, count=64):
     """Held-out PSNR in dB at r and at the largest scale, posterior mean, and a picture of both.
 
     Only pictures that are no smaller than a scale count there.
     """
-    vae.eval()
     device = next(vae.parameters()).device
     index = common.spread(len(held_out), count)
     result, r = {}, args.resolution
@@ -99,8 +108,32 @@ def evaluate(vae, held_out, args, count=64):
         truth = torch.stack([held_out.picture(index[k], R) for k in fit]).to(device)
         y = vae.render([{n: f[fit] for n, f in level.items()} for level in xi], (R, R)).clamp(-1, 1)
         result[f'psnr_{R}'] = metrics.psnr(truth / 2 + 0.5, y / 2 + 0.5)
-    vae.train()
     return result, torch.stack([truth[:16], y[:16]], dim=1).flatten(0, 1)
+
+
+@torch.no_grad()
+def measure_shapes(vae, held_out, args, count=64, points=20_000):
+    """Held-out IoU of the posterior mean, and a picture of point clouds and what became of them."""
+    device, ious, tiles = next(vae.parameters()).device, [], []
+    for k, i in enumerate(common.spread(len(held_out), count)):
+        cloud = held_out.item(i)['points'].to(device)
+        xi = vae.decode(vae.encode(cloud[None]).mean)
+        coords, inside = held_out.volume(i, points)
+        ious.append(metrics.iou(vae.query(xi, coords.to(device))[..., 0] > 0,
+                                inside.to(device)[None]))
+        if k < 16:
+            drawn = render_points(cloud, 128)[None, None].expand(-1, 3, -1, -1) * 2 - 1
+            tiles += [drawn, vae.preview(xi)]
+    return dict(iou=torch.cat(ious).mean()), torch.cat(tiles)
+
+
+def evaluate(vae, held_out, args):
+    """What the domain is measured by, held out, as {name: value}, and a picture to look at."""
+    vae.eval()
+    measure = dict(image=measure_pictures, shape=measure_shapes)[vae.config.domain]
+    result = measure(vae, held_out, args)
+    vae.train()
+    return result
 
 
 @torch.no_grad()
@@ -133,7 +166,8 @@ def main():
 
     # 1. data and model
     train, held_out = open_data(args, 'train'), open_data(args, 'test')
-    config = common.pick(args, VAEConfig)
+    config = common.pick(args, VAEConfig, domain=train.domain, channels=train.channels,
+                         extent=train.extent)
     torch.manual_seed(args.seed)
     model = D2CVAE(config).to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
@@ -154,8 +188,8 @@ def main():
         model.spectral(rounds=40)
     amp = common.switch(args.amp, device)
     log = common.start(folder, 'vae', args, step, rank, world, device, amp, train, held_out, model,
-                       f'latent {config.z_channels} x {config.latent_sizes()["xy"]}, '
-                       f'{config.n_ref} values a picture')
+                       f'latent {config.z_channels} x {config.latent_sizes()}, '
+                       f'N_ref {config.n_ref}')
     if rank == 0 and not state:
         (folder / 'splits.json').write_text(json.dumps(train.splits()))
     network = torch.compile(model) if common.switch(args.compile, device) else model
@@ -201,9 +235,9 @@ def main():
             stats = latent_statistics(model, batch, own)
             log.write(step=step, **result, **stats)
             data.save_grid(folder / 'samples' / f'reconstruction_{step:07d}.png', pictures, 8)
-            bar.write(f'step {step}: held-out PSNR ' + ', '.join(
-                f'{v:.2f} dB at {k[5:]}' for k, v in result.items())
-                + f', latent std {stats["z_std_min"]:.2f} to {stats["z_std_max"]:.2f}')
+            bar.write(f'step {step}: held out, ' + ', '.join(
+                f'{k} {v:.4g}' for k, v in result.items())
+                + f'; latent std {stats["z_std_min"]:.2f} to {stats["z_std_max"]:.2f}')
         if rank == 0 and (step % args.save_every == 0 or step == args.steps):
             guard.check()
             save(folder / 'vae.pt', step, args, model, opt, train)

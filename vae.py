@@ -21,8 +21,8 @@ from torch import nn
 from common import flag, require
 from encoders import (ConvEncoder, LocalPoolPointNet, PlaneAttention, ResBlock, Upsample, conv3x3,
                       norm)
-from inr import (CFCMLP, cell_centres, extract_mesh, grid_scale, pack, plane_sizes, sample_field,
-                 sample_grid, unpack, PLANES)
+from inr import (CFCMLP, cell_centres, extract_mesh, grid_scale, pack, plane_sizes, render_mesh,
+                 sample_field, sample_grid, unpack, PLANES)
 
 LOSSES = dict(l1=F.l1_loss, l2=F.mse_loss, bce=F.binary_cross_entropy_with_logits)
 
@@ -336,6 +336,14 @@ class D2CVAE(nn.Module):
                                            None, coarse, chunk, xi[0]['xy'].device)
             found.append((vertices * self.config.extent, faces))
         return found
+
+    def preview(self, xi, size=None, resolution=64):
+        """A picture (B,3,S,S) of each sample, in [-1,1]; surfaces are drawn. S: r, or 128."""
+        if self.config.domain == 'image':
+            return self.render(xi, (size or self.config.resolution,) * 2)
+        drawn = [render_mesh(vertices / self.config.extent, faces, size or 128, distance=4.0)
+                 for vertices, faces in self.surfaces(xi, resolution)]
+        return torch.stack([d['shade'] for d in drawn])[:, None].expand(-1, 3, -1, -1) * 2 - 1
 
     def reconstruct(self, batch, noise=None):
         """Posterior, the values of the function it decodes to, and what they should be.

@@ -381,7 +381,7 @@ def test_typed_over_preset_over_default():
 
 @pytest.mark.mutation('common.py', 'if not low <= value <', 'if value < low and value <')
 @pytest.mark.mutation('common.py', 'min(int(kind is int), default)', '0')
-@pytest.mark.mutation('common.py', 'at_least(1, type(default[0]))', 'float')
+@pytest.mark.mutation('common.py', 'at_least(low, type(default[0]) if default else float)', 'float')
 @pytest.mark.mutation('common.py', "nargs='?', const=True", "nargs='?', const=False")
 @pytest.mark.mutation('common.py', 'allow_abbrev=False', 'allow_abbrev=True')
 def test_flags_of_a_dataclass():

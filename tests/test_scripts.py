@@ -414,7 +414,7 @@ def test_interpolation_ends_at_the_samples(toy, tmp_path, repo):
 
 @pytest.mark.mutation('train_ldm.py', "batch['label'] if args.num_classes else None, **own",
                       'None, **own')
-@pytest.mark.mutation('sample.py', 'condition(args, ldm, len(seeds)), args.guidance', 'None, 1.0')
+@pytest.mark.mutation('sample.py', 'cond, guidance, args.sampler', 'None, 1.0, args.sampler')
 def test_class_labels_reach_the_samples(tmp_path, repo):
     """CIFAR-10's labels train their embedding in stage 2, and --label, --guidance use it."""
     place = tmp_path / 'data' / 'cifar10' / 'cifar-10-batches-py'
