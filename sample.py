@@ -203,7 +203,7 @@ def write_meshes(vae, z, names, sizes, args, place, out):
         for name, latent in zip(common.tqdm(names, desc=f'{resolution}', unit='mesh'), z):
             (vertices, faces), = vae.surfaces(vae.decode(latent[None]), resolution, args.threshold)
             data.write_mesh(out / f'{resolution}' / f'{name}.{args.format}',
-                            vertices.double().cpu() * scale + loc, faces.cpu())
+                            vertices.double().cpu().numpy() * scale + loc, faces.cpu())
             surfaces.append((vertices.cpu() / vae.config.extent, faces.cpu()))
         shown = [render_mesh(v, f, 256, distance=4.0)['shade'] for v, f in surfaces[:64]]
         grid = torch.stack(shown)[:, None].expand(-1, 3, -1, -1) * 2 - 1

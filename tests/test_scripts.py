@@ -27,6 +27,7 @@ from PIL import Image
 
 import common
 import data
+import inr
 import ldm
 
 ROOT = Path(__file__).parent.parent
@@ -477,6 +478,112 @@ def test_slim_checkpoint_samples_like_the_full_one(toy, copy, repo):
     shutil.copy(small, copy / 'runs' / 'toy_image' / 'ldm.pt')
     result = call(copy, 'train_ldm.py', LDM)
     assert result.code == 2 and 'slim' in result.err
+
+
+# ---- shapes ------------------------------------------------------------------------------------
+
+SHAPE = (f'{TINY} --preset shape_small --resolution 8 --ch 8 --ch_mult 1,2 --decoder_mult 2,1 '
+         '--fields 1,2 --decoder_ch 8 --field_channels 4 --mlp_width 16 --z_channels 4 --points 100 '
+         '--queries 256 --point_hidden 8 --clouds 2 --steps 60 --eval_every 30 --lr 1e-2')
+
+
+def solid_mesh(seed):
+    """(vertices, faces) of a toy solid, coarsely, with a hole in no place."""
+    solid = data.toy_shape(seed)
+    return inr.extract_mesh(lambda p: torch.from_numpy(-data.toy_distance(
+        solid, p.double().numpy())).float(), 24, coarse=24)
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory, one_thread):
+    """A folder with meshes in two classes, what became of them, captions, and a run of both stages."""
+    folder = tmp_path_factory.mktemp('shapes')
+    rows = ['id,caption']
+    for k in range(8):
+        name = f'm{k}'
+        data.write_mesh(folder / 'raw' / ('a', 'b')[k % 2] / f'{name}.obj', *solid_mesh(k))
+        rows.append(f'{name},thing number {k}')
+    (folder / 'captions.csv').write_text('\n'.join(rows))
+    done(folder, 'data.py', 'mesh raw --out set --points 800 --near 200 --split 0.25')
+    first = done(folder, 'train_vae.py', SHAPE, '--dataset shape --data set --name things --flip')
+    second = done(folder, 'train_ldm.py', TINY, '--vae things --ch 16 --ch_mult 1,2 --ema 0.9',
+                  '--captions captions.csv --text bytes')
+    return SimpleNamespace(folder=folder, run=folder / 'runs' / 'things', printed=(first, second))
+
+
+def test_shapes_end_to_end(shapes):
+    lines = [json.loads(s) for s in (shapes.run / 'log.jsonl').read_text().splitlines()]
+    assert [v['step'] for v in lines if 'iou' in v] == [30, 60]
+    assert all(0 <= v['iou'] <= 1 for v in lines if 'iou' in v)
+    assert {p.name for p in (shapes.run / 'samples').iterdir()} == {
+        f'{k}_{n:07d}.png' for k, steps in (('reconstruction', (30, 60)), ('sample', (3, 6)))
+        for n in steps}
+    first = shapes.printed[0].out.splitlines()[0]
+    assert 'shape' in first and "'xz': (4, 4)" in first and 'N_ref 2048' in first
+    vae, model, info = ldm.load(shapes.run)
+    assert vae.config.domain == 'shape' and vae.config.extent == 0.55
+    assert model.config.text == 'bytes' and list(model.config.planes) == ['xy', 'yz', 'xz']
+
+
+@pytest.mark.mutation('sample.py', 'vertices.double().cpu().numpy() * scale + loc', 'vertices.double().cpu().numpy()')
+def test_meshes_out_of_samples_and_reconstructions(shapes, tmp_path, repo):
+    """Every format, all resolutions from the same latents, and a mesh back in its own place."""
+    run = f'--run {shapes.run} --device cpu --steps 3 --num 2 --threshold 0.1'
+    done(tmp_path, 'sample.py', run, '--sweep 12,24 --format ply --turntable', repo=repo)
+    for size in (12, 24):
+        assert Image.open(tmp_path / 'out' / f'grid_{size}.png').size[0] > 256
+        assert {p.name for p in (tmp_path / 'out' / str(size)).iterdir()} == {
+            '000000.ply', '000001.ply'}
+    assert Image.open(tmp_path / 'out' / 'turntable.gif').n_frames == 36
+    vertices, faces = data.read_mesh(shapes.folder / 'raw/a/m0.obj')
+    moved = vertices * 10 + (100, 0, -50)
+    data.write_mesh(tmp_path / 'moved.obj', moved, faces)
+    np.savez(tmp_path / 'moved.npz', points=moved)
+    model, _ = ldm.load_vae(shapes.run)
+    for name in ('moved.obj', 'moved.npz'):
+        points, loc, scale = data.unit_cube(data.read_cloud(tmp_path / name, 3000))
+        cloud = torch.from_numpy(points / 0.55).float()[None]
+        (expected, _), = model.surfaces(model.decode(model.encode(cloud).mean), 16, 0.1)
+        done(tmp_path, 'sample.py', run, f'--reconstruct {name} --res 16 --out back', repo=repo)
+        assert len(expected) > 10
+        found, _ = data.read_mesh(tmp_path / 'back' / '16' / 'moved.obj')
+        np.testing.assert_allclose(found, expected.double().numpy() * scale + loc, atol=1e-2)
+        assert np.abs(found.mean(0) - (100, 0, -50)).max() < 30
+
+
+@pytest.mark.mutation('sample.py', '3.0 if args.text else 1.0', '1.0')
+@pytest.mark.mutation('sample.py', '[args.text] * count', "[''] * count")
+def test_text_reaches_the_shapes(shapes, tmp_path, repo, monkeypatch):
+    vae, model, _ = ldm.load(shapes.run)
+    made, generate = [], ldm.generate
+    monkeypatch.setattr(ldm, 'generate', lambda *a, **k: made.append(generate(*a, **k)) or made[-1])
+    done(tmp_path, 'sample.py', f'--run {shapes.run} --device cpu --steps 3 --num 2 --res 8',
+         '--text thing', repo=repo)
+    tokens = model.text.tokenise(['thing'] * 2)
+    expected = generate(vae, model, range(2), tokens, 3.0, steps=3)
+    torch.testing.assert_close(made[0][0], expected)
+    for w in (1.0, 3.0):
+        other = generate(vae, model, range(2), model.text.tokenise([''] * 2), w, steps=3)
+        assert not torch.equal(other, expected)
+
+
+def test_metrics_of_shapes(shapes, tmp_path):
+    (tmp_path / 'weights').mkdir()
+    flags = f'{shapes.run} --device cpu'
+    out = done(shapes.folder, 'metrics.py', 'iou', flags).out.splitlines()
+    assert out[-2].startswith('IoU 0.') and 0 <= json.loads(out[-1])['mean_shape'] <= 1
+    for fakes in ('samples', 'train', 'reconstructions'):
+        out = done(shapes.folder, 'metrics.py', 'shapes', flags, f'--fakes {fakes} --res 12',
+                   '--points 50 --steps 2 --threshold 0.1').out.splitlines()
+        rows = [json.loads(s) for s in out if s.startswith('{')]
+        assert [(r['radius'], r['squared']) for r in rows] == [(1, True), (0.5, True), (1, False)]
+        assert all(0 <= r['cov'] <= 1 and r['mmd'] > 0 and r['fakes'] == fakes for r in rows)
+    done(shapes.folder, 'metrics.py', 'classifier', flags, '--steps 3 --classifier c.pt')
+    out = done(shapes.folder, 'metrics.py', 'text', flags, '--each 2 --steps 2 --res 8 --own_classes',
+               '--classifier c.pt').out.splitlines()
+    row = json.loads(out[-1])
+    assert row['captions'] >= 1 and 0 <= row['tmd'] <= 1 and 0 <= row['accuracy'] <= 1
+    assert row['clip_s'] is None and row['classifier']['weights'] == 'c.pt'
 
 
 # ---- misuse ------------------------------------------------------------------------------------
