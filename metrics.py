@@ -990,9 +990,9 @@ def true_at(dataset, opened, limit):
     return found[:limit]
 
 
-def run_reals(opened, args, limit):
-    """The first `limit` pictures of the run's split, at R, as Pictures."""
-    dataset = open_data(opened, args.split)
+def run_reals(opened, split, limit):
+    """The first `limit` pictures of this part of the run's data, at R, as Pictures."""
+    dataset = open_data(opened, split)
     index = true_at(dataset, opened, limit)
     n = len(index)
 
@@ -1002,7 +1002,7 @@ def run_reals(opened, args, limit):
     probe = quantise(stacked(dataset, [index[k] for k in sorted({0, n // 2, n - 1})], opened.R))
     names = hashlib.sha256('\n'.join(str(dataset.names[i]) for i in index).encode()).hexdigest()
     pixels = hashlib.sha256(probe.numpy().tobytes()).hexdigest()
-    return Pictures(n, batches, dict(source=opened.path, split=args.split, resolution=opened.R),
+    return Pictures(n, batches, dict(source=opened.path, split=split, resolution=opened.R),
                     dict(names=names, pixels=pixels, n=n, resolution=opened.R))
 
 
@@ -1011,8 +1011,9 @@ def sampled_latents(opened, args, size):
     import ldm
     for part in pieces(range(args.num), size):
         seeds = [args.seed + k for k in part]
-        z, nfe = ldm.generate(opened.vae, opened.ldm, seeds, sampler=args.sampler, batch=size,
-                              return_nfe=True, **solver_settings(args))
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+            z, nfe = ldm.generate(opened.vae, opened.ldm, seeds, sampler=args.sampler, batch=size,
+                                  return_nfe=True, **solver_settings(args))
         yield z, float(np.mean(nfe))
 
 
@@ -1046,7 +1047,7 @@ def run_samples(opened, args):
     """--num pictures sampled from the run, as Pictures."""
     about = dict(source=opened.path, step=opened.info['step'], seed=args.seed, resolution=opened.R,
                  quantised=not args.float, bicubic=args.bicubic, sampler=args.sampler,
-                 **solver_settings(args))
+                 precision='bfloat16' if args.amp else 'float32', **solver_settings(args))
     if args.sampler == 'rk45':
         about['shared_steps'] = args.batch  # its step sizes are those of a whole batch
     return Pictures(args.num, partial(sampled_batches, opened, args, about), about)
@@ -1135,8 +1136,11 @@ def real_and_fake(args):
         raise ValueError('--float: pictures in files are rounded already; leave it out')
     a = open_run(args.a, args) if is_run(args.a) else None
     b = a if only else open_run(args.b, args) if is_run(args.b) else None
-    real = run_reals(a, args, args.num_real) if a else folder_pictures(args.a, args.res,
-                                                                       args.num_real)
+    real = (run_reals(a, args.split, args.num_real) if a else
+            folder_pictures(args.a, args.res, args.num_real))
+    if args.fakes == 'train':
+        require(only, '--fakes train: give one run, whose training pictures stand for samples')
+        return real, run_reals(a, 'train', args.num)
     return real, run_samples(b, args) if b else folder_pictures(args.b, args.res, args.num)
 
 
@@ -1168,7 +1172,7 @@ def fid_command(args):
 def rfid_command(args):
     """FID of a run's reconstructions to the pictures they are of."""
     net, opened = open_network('inception', args), open_run(args.a, args, stage=1)
-    real = run_reals(opened, args, args.num)
+    real = run_reals(opened, args.split, args.num)
     fake = run_reconstructions(opened, args, real.size)
     _, manifest = fid_between(net, real, fake, args)
     report(args, fid_line('rFID', manifest), manifest)
@@ -1304,7 +1308,7 @@ def surface_cloud(vertices, faces, n, seed):
 def fake_clouds(opened, args, n):
     """(clouds (n,points,3), how many are empty) of sampled or reconstructed shapes."""
     clouds, empty = [], 0
-    if args.fakes == 'samples':
+    if not args.reconstructions:
         vars(args).update(num=n)
         latents = torch.cat([z for z, _ in sampled_latents(opened, args, args.batch)])
         fields = (opened.vae.decode(z[None]) for z in latents)
@@ -1326,23 +1330,24 @@ def true_clouds(dataset, index, n):
 
 def shapes_command(args):
     """MMD, COV and 1-NNA of a run's samples against its held-out shapes."""
-    opened, dataset = open_shapes(args, stage=2 if args.fakes == 'samples' else 1)
+    kind = 'reconstructions' if args.reconstructions else args.fakes
+    opened, dataset = open_shapes(args, stage=2 if kind == 'samples' else 1)
     n, empty = min(args.num, len(dataset)), 0
     refs = true_clouds(dataset, range(n), args.points)
-    if args.fakes == 'train':
+    if kind == 'train':
         train = open_data(opened, 'train')
         n = min(n, len(train))
         fakes = true_clouds(train, spread(len(train), n), args.points)
     else:
         fakes, empty = fake_clouds(opened, args, n)
     about = dict(n_ref=len(refs), n_fake=len(fakes), empty=empty, points=args.points,
-                 fakes=args.fakes, source=opened.path, step=opened.info['step'], split=args.split,
+                 fakes=kind, source=opened.path, step=opened.info['step'], split=args.split,
                  seed=args.seed, resolution=args.res or 128, threshold=args.threshold,
                  sampler=args.sampler, **solver_settings(args))
     for radius, squared in ((1.0, True), (0.5, True), (1.0, False)):
         centre = 'box' if radius == 1 else 'mean'
         values = mmd_cov(*(unit_sphere(c, radius, centre) for c in (refs, fakes)), squared)
-        line = (f'{args.fakes}: MMD x1e3 {1e3 * values["mmd"]:.3f}   COV {values["cov"]:.3f}   '
+        line = (f'{kind}: MMD x1e3 {1e3 * values["mmd"]:.3f}   COV {values["cov"]:.3f}   '
                 f'1-NNA {values["one_nna"]:.3f}   {len(fakes)} against {len(refs)}, sphere of '
                 f'{radius:g} about the {centre}, {"squared" if squared else "not squared"}')
         report(args, line, dict(**values, radius=radius, centre=centre, squared=squared, **about))
@@ -1432,9 +1437,10 @@ def text_command(args):
     grids, right, scores = [], [], []
     for i in tqdm(index, desc='captions', unit='caption'):
         caption = dataset.captions[i][0]
-        z = ldm.generate(opened.vae, opened.ldm, range(args.seed, args.seed + args.each),
-                         reader([caption] * args.each), args.guidance, args.sampler,
-                         batch=args.each, **solver_settings(args))
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+            z = ldm.generate(opened.vae, opened.ldm, range(args.seed, args.seed + args.each),
+                             reader([caption] * args.each), args.guidance, args.sampler,
+                             batch=args.each, **solver_settings(args))
         xi = opened.vae.decode(z)
         grids.append(occupancy_grid(opened.vae, xi, args.res or 64))
         if net:
@@ -1472,7 +1478,7 @@ def nfe_command(args):
     """Network calls of samplers on the same seeds, and with --fid the FID of each."""
     opened = open_run(args.a, args)
     net = open_network('inception', args) if args.fid else None
-    real = run_reals(opened, args, args.num_real) if args.fid else None
+    real = run_reals(opened, args.split, args.num_real) if args.fid else None
     for name, settings in parse_samplers(args.samplers):
         vars(args).update(sampler=name, **settings)
         fake = run_samples(opened, args)
@@ -1504,8 +1510,10 @@ FLAGS = dict(
     samplers=dict(default='ddpm:1000,ddim:50,dpmpp:20,rk45:1e-3,rk45:1e-5',
                   help='table to fill: NAME:STEPS or rk45:TOLERANCE, comma-separated'),
     seed=dict(default=0, type=int, help='sample k has seed + k'),
-    fakes=dict(default='samples', choices=('samples', 'train', 'reconstructions'),
-               help='what is compared with the split: samples, training shapes, reconstructions'),
+    amp=dict(action='store_true', help='the diffusion model in bfloat16'),
+    fakes=dict(default='samples', choices=('samples', 'train'), help='what is compared with the '
+               'split: samples, or the training part, whose distance is the floor'),
+    reconstructions=dict(action='store_true', help='compare reconstructions instead of samples'),
     points=dict(default=2048, type=int, help='points of each cloud'),
     threshold=dict(default=0.5, type=float, help='occupancy at which a surface lies'),
     classifier=dict(default='', help='weights of the voxel classifier'),
@@ -1526,24 +1534,24 @@ FLAGS = dict(
     out=dict(default='', help='file to append the JSON line to'))
 
 SETS = ('weights', 'resize', 'res', 'num', 'num_real', 'split', 'sampler', 'steps', 'rtol', 'atol',
-        'seed', 'float', 'bicubic')
-SOLVER = ('sampler', 'steps', 'rtol', 'atol', 'seed')
+        'seed', 'amp', 'float', 'bicubic')
+SOLVER = ('sampler', 'steps', 'rtol', 'atol', 'seed', 'amp')
 COMMANDS = dict(  # name: (function, flags, positional arguments, defaults of its own)
     iou=(iou_command, ('num', 'split'), 'A', dict(split='test')),
-    shapes=(shapes_command, ('num', 'split', 'fakes', 'points', 'res', 'threshold', *SOLVER), 'A',
+    shapes=(shapes_command, ('num', 'split', 'fakes', 'reconstructions', 'points', 'res', 'threshold', *SOLVER), 'A',
             dict(split='test')),
     text=(text_command, ('num', 'split', 'each', 'guidance', 'res', 'classifier', 'own_classes',
                          'clip', 'weights', 'views', *SOLVER), 'A', dict(split='test', num=234)),
     classifier=(classifier_command, ('num', 'split', 'classifier', 'steps', 'seed'), 'A',
                 dict(split='test', classifier='weights/classifier.pt', steps=1000)),
-    fid=(fid_command, (*SETS, 'ddof', 'no_cache'), 'A [B]', {}),
-    pr=(pr_command, (*SETS, 'features', 'k'), 'A [B]', {}),
+    fid=(fid_command, (*SETS, 'fakes', 'ddof', 'no_cache'), 'A [B]', {}),
+    pr=(pr_command, (*SETS, 'fakes', 'features', 'k'), 'A [B]', {}),
     psnr=(psnr_command, ('res', 'num', 'split', 'posterior', 'seed', 'bicubic'), 'A [B]',
           dict(split='test')),
     rfid=(rfid_command, ('weights', 'resize', 'res', 'num', 'split', 'posterior', 'seed', 'float',
                          'bicubic', 'ddof', 'no_cache'), 'A', {}),
     nfe=(nfe_command, ('samplers', 'fid', 'weights', 'resize', 'res', 'num', 'num_real', 'split',
-                       'seed', 'float', 'bicubic', 'ddof', 'no_cache'), 'A', dict(num=32)))
+                       'seed', 'amp', 'float', 'bicubic', 'ddof', 'no_cache'), 'A', dict(num=32)))
 
 
 def build_parser():

@@ -85,6 +85,7 @@ def build_parser():
     parser.add_argument('--reconstruct', default='', metavar='PATH',
                         help='encode this picture, or those of this folder, instead of sampling; '
                         'or this mesh or point cloud')
+    parser.add_argument('--amp', action='store_true', help='the diffusion model in bfloat16')
     parser.add_argument('--batch', type=int, default=16, help='samples denoised at a time')
     parser.add_argument('--device', default='auto', help='cpu, cuda, ...')
     return parser
@@ -128,8 +129,9 @@ def draw(args, vae, ldm):
     steps = args.steps or (1000 if args.sampler == 'ddpm' else 20)
     guidance = args.guidance if args.guidance is not None else 3.0 if args.text else 1.0
     cond = condition(args, ldm, len(seeds), ldm.z_mean.device)
-    z, nfe = stage2.generate(vae, ldm, seeds, cond, guidance, args.sampler, steps, args.tol,
-                             args.tol, args.batch, z_T, return_nfe=True, progress=True)
+    with torch.autocast(ldm.z_mean.device.type, torch.bfloat16, enabled=args.amp):
+        z, nfe = stage2.generate(vae, ldm, seeds, cond, guidance, args.sampler, steps, args.tol,
+                                 args.tol, args.batch, z_T, return_nfe=True, progress=True)
     twice = ' of both branches' if guidance != 1 else ''
     print(f'{len(z)} latents, {args.sampler}, {sum(nfe) / len(nfe):g} network calls{twice} each')
     return names, z

@@ -32,7 +32,7 @@ SMALL = dict(PAPER, accumulate=1, ch=64, ch_mult=(1, 2, 2), num_res_blocks=1, at
              warmup=200, ema=0.999)
 PRESETS = {
     'toy_image': dict(SMALL, steps=2400, save_every=250),
-    'image_64': dict(SMALL, ch_mult=(1, 2, 4), steps=10_000),
+    'image_64': dict(SMALL, ch_mult=(1, 2, 4), steps=9000),
     'image_256': dict(PAPER, batch=160, steps=50_000),
     'afhq_cat': dict(PAPER, batch=160, steps=47_000),
     'afhq_dog': dict(PAPER, batch=160, steps=47_000),

@@ -573,8 +573,8 @@ def test_metrics_of_shapes(shapes, tmp_path):
     out = done(shapes.folder, 'metrics.py', 'iou', flags).out.splitlines()
     assert out[-2].startswith('IoU 0.') and 0 <= json.loads(out[-1])['mean_shape'] <= 1
     for fakes in ('samples', 'train', 'reconstructions'):
-        out = done(shapes.folder, 'metrics.py', 'shapes', flags, f'--fakes {fakes} --res 12',
-                   '--points 50 --steps 2 --threshold 0.1').out.splitlines()
+        which = f'--fakes {fakes}' if fakes != 'reconstructions' else '--reconstructions'
+        out = done(shapes.folder, 'metrics.py', 'shapes', flags, which, '--res 12 --points 50 --steps 2 --threshold 0.1').out.splitlines()
         rows = [json.loads(s) for s in out if s.startswith('{')]
         assert [(r['radius'], r['squared']) for r in rows] == [(1, True), (0.5, True), (1, False)]
         assert all(0 <= r['cov'] <= 1 and r['mmd'] > 0 and r['fakes'] == fakes for r in rows)
