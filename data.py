@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import common
 from common import flag
+from inr import render_points
 
 # ---- pictures in and out -----------------------------------------------------------------------
 
@@ -376,7 +377,7 @@ def toy_shape(seed):
 
 
 def toy_distance(shape, points):
-    """Signed distance of points (N,3) in [-1, 1] to a toy solid, exact outside: (N,), negative inside."""
+    """Signed distance (N,) of points (N,3) in [-1, 1] to a toy solid: exact outside, < 0 inside."""
     return np.minimum.reduce([part.distance(points) for part in shape.parts])
 
 
@@ -1123,7 +1124,7 @@ CLOUD_SUFFIXES = ('.npz', '.npy', '.xyz', '.txt')
 def read_cloud(path, n, seed=0):
     """n points (n,3) of a surface: of a mesh, or of a file of points, drawn from those there.
 
-    Points: .npz with `points`, .npy, a text with three numbers a line, or a mesh file without faces.
+    Points: .npz with `points`, .npy, text with three numbers a line, or a mesh file without faces.
     """
     path, rng = Path(path), common.seeded('cloud file', seed)
     if not path.exists():
@@ -1139,7 +1140,7 @@ def read_cloud(path, n, seed=0):
             else:
                 loaded = np.load(path)
                 points = loaded if isinstance(loaded, np.ndarray) else loaded['points']
-            points = np.asarray(points, 'float64').reshape(len(points), -1)[:, :3]
+            points = np.asarray(points, 'float64')[:, :3].reshape(-1, 3)
         except Exception as error:  # as for meshes
             raise ValueError(f'{path}: not a readable point cloud ({reason(error)})') from None
     else:
@@ -1149,30 +1150,38 @@ def read_cloud(path, n, seed=0):
     return points[rng.choice(len(points), n, replace=len(points) < n)]
 
 
-def obj_bytes(vertices, faces):
+def obj_bytes(vertices, faces, normals):
     """A mesh as the bytes of an .obj file."""
     lines = ['v %.7g %.7g %.7g' % tuple(v) for v in vertices]
-    lines += ['f %d %d %d' % tuple(f) for f in faces + 1]
+    corner = '%d'
+    if normals is not None:
+        lines += ['vn %.5g %.5g %.5g' % tuple(v) for v in normals]
+        corner = '%d//%d'
+        faces = np.repeat(faces, 2, axis=1)
+    lines += [' '.join(['f', *[corner] * 3]) % tuple(f) for f in faces + 1]
     return ('\n'.join(lines) + '\n').encode()
 
 
-def ply_bytes(vertices, faces):
+def ply_bytes(vertices, faces, normals):
     """A mesh as the bytes of a binary .ply file."""
     rows = np.empty(len(faces), np.dtype([('count', 'u1'), ('corners', '<i4', 3)]))
     rows['count'], rows['corners'] = 3, faces
-    properties = ''.join(f'property float {axis}\n' for axis in 'xyz')
+    names = ['x', 'y', 'z'] + ['nx', 'ny', 'nz'] * (normals is not None)
+    if normals is not None:
+        vertices = np.concatenate([vertices, normals], axis=1)
+    properties = ''.join(f'property float {name}\n' for name in names)
     header = (f'ply\nformat binary_little_endian 1.0\nelement vertex {len(vertices)}\n{properties}'
               f'element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n')
     return header.encode() + vertices.astype('<f4').tobytes() + rows.tobytes()
 
 
-def stl_bytes(vertices, faces):
-    """A mesh as the bytes of a binary .stl file."""
+def stl_bytes(vertices, faces, normals):
+    """A mesh as the bytes of a binary .stl file, whose normals are those of the faces."""
     corners = vertices[faces].astype('float32')
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    sides = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     rows = np.zeros(len(faces), np.dtype([('normal', '<f4', 3), ('corners', '<f4', (3, 3)),
                                           ('attribute', '<u2')]))
-    rows['normal'] = normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-30)
+    rows['normal'] = sides / np.maximum(np.linalg.norm(sides, axis=1, keepdims=True), 1e-30)
     rows['corners'] = corners
     return b'\0' * 80 + len(faces).to_bytes(4, 'little') + rows.tobytes()
 
@@ -1180,12 +1189,16 @@ def stl_bytes(vertices, faces):
 MESH_WRITERS = {'.obj': obj_bytes, '.ply': ply_bytes, '.stl': stl_bytes}
 
 
-def write_mesh(path, vertices, faces):
-    """Write vertices (V,3) and triangles (F,3), tensors or arrays, as .obj, .ply or .stl."""
+def write_mesh(path, vertices, faces, normals=None):
+    """Write vertices (V,3), triangles (F,3) and maybe normals (V,3) as .obj, .ply or .stl.
+
+    Tensors or arrays; an .stl has no normals of vertices.
+    """
     path = Path(path)
     if path.suffix.lower() not in MESH_WRITERS:
         raise ValueError(f'{path}: a mesh is written as one of {" ".join(MESH_WRITERS)}')
-    data = MESH_WRITERS[path.suffix.lower()](*map(np.asarray, (vertices, faces)))
+    arrays = (None if a is None else np.asarray(a) for a in (vertices, faces, normals))
+    data = MESH_WRITERS[path.suffix.lower()](*arrays)
     common.replace(path, lambda temporary: temporary.write_bytes(data))
 
 
@@ -1353,8 +1366,26 @@ def convert_mesh(path, folder, n, near, seed):
         return inside.mean(), float(stored['ambiguous'])
 
 
-def find_meshes(root):
-    """{(class, id): path} of the meshes below a folder: class is the first folder, id the rest."""
+def read_classes(path):
+    """{id: class} from the columns id and category (or class) of a CSV; {} without a path."""
+    if not path:
+        return {}
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            rows = list(csv.DictReader(file))
+        column = 'category' if rows and 'category' in rows[0] else 'class'
+        return {row['id']: re.sub(r'[^\w-]+', '_', row[column]) for row in rows if row[column]}
+    except FileNotFoundError:
+        raise FileNotFoundError(f'--classes {path}: no such file') from None
+    except (KeyError, TypeError, UnicodeDecodeError, csv.Error):
+        raise ValueError(f'--classes {path}: not a CSV with the columns id and category') from None
+
+
+def find_meshes(root, classes):
+    """{(class, id): path} of the meshes below a folder.
+
+    The class is what `classes` says of the file's name, else the first folder; the id is the rest.
+    """
     paths = sorted((p for p in Path(root).rglob('*') if p.suffix.lower() in MESH_READERS),
                    key=lambda p: natural(p.as_posix()))
     if not paths:
@@ -1363,7 +1394,7 @@ def find_meshes(root):
     for path in paths:
         parts = path.relative_to(root).with_suffix('').parts
         group = parts[0] if len(parts) > 1 else Path(root).resolve().name
-        key = group, '__'.join(parts[1:] or parts)
+        key = classes.get(path.stem, group), '__'.join(parts[1:] or parts)
         if key in found:
             raise ValueError(f'{path} and {found[key]} would get the same name; rename one of them')
         found[key] = path
@@ -1394,12 +1425,13 @@ def write_lists(out, keys, args):
 
 def mesh(args):
     """What `python data.py mesh` does; a second call goes on where the first one was stopped."""
-    common.require(args.near <= args.points, f'--near {args.near}: more than --points')
-    found, out = find_meshes(args.folder), Path(args.out)
+    common.require(args.near <= 1, f'--near {args.near}: a share, from 0 to 1')
+    found, out = find_meshes(args.folder, read_classes(args.classes)), Path(args.out)
 
     def convert(key):
         try:
-            return convert_mesh(found[key], out.joinpath(*key), args.points, args.near, args.seed)
+            return convert_mesh(found[key], out.joinpath(*key), args.points,
+                                round(args.near * args.points), args.seed)
         except ValueError as error:
             return str(error)
     rows = dict(zip(found, threaded(convert, list(found), 'sampling meshes')))
@@ -1545,7 +1577,7 @@ class ToyShapes(Shapes):
         sides = ('train', 'test') if split == 'all' else (split,)
         seeds = [first + k for first, count in map(TOY_SOLIDS.get, sides) for k in range(count)]
         self.names, self.solids = [f'seed {s}' for s in seeds], [toy_shape(s) for s in seeds]
-        self.groups = list(TOY_FAMILIES)
+        self.groups = self.titles = list(TOY_FAMILIES)
         self.labels = [self.groups.index(solid.family) for solid in self.solids]
         self.captions = [[solid.caption] for solid in self.solids]
 
@@ -1579,11 +1611,12 @@ def find_shapes(root, classes=None):
     """{'class/id': folder} of the shapes below a ShapeNet folder, or in the folder of one class."""
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f'{root}: no such folder; put the shapes there, make them of meshes '
-                                'with python data.py mesh, or name the place with --data PATH')
+        raise FileNotFoundError(f'{root}: no such folder; put the shapes there, make them of '
+                                'meshes with python data.py mesh, or name the place with --data')
     if any((root / f'{side}.lst').exists() for side in ('train', 'test')):
         root, classes = root.resolve().parent, [root.resolve().name]
-    groups = [g for g in sorted(root.iterdir()) if g.is_dir() and (not classes or g.name in classes)]
+    groups = [g for g in sorted(root.iterdir())
+              if g.is_dir() and (not classes or g.name in classes)]
     found = {f'{g.name}/{p.name}': p for g in groups for p in g.iterdir() if p.is_dir()}
     if not found:
         raise ValueError(f'{root}: no folders {"/".join(classes or ["CLASS"])}/ID in it, each with '
@@ -1591,8 +1624,17 @@ def find_shapes(root, classes=None):
     return root, found
 
 
+def class_titles(root, groups):
+    """Names of the classes: from metadata.yaml if it is JSON, as ours; else the folders'."""
+    try:
+        known = json.loads((root / 'metadata.yaml').read_text())
+        return [known[g]['name'].split(',')[0] for g in groups]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return groups
+
+
 def listed_shapes(root, groups):
-    """The names in {train,val,test}.lst of each class as dict(train=.., val=.., test=..), or None."""
+    """The names in {train,val,test}.lst of each class, as a dict of these, or None."""
     sides = {}
     for side in ('train', 'val', 'test'):
         files = [(g, root / g / f'{side}.lst') for g in groups]
@@ -1615,6 +1657,7 @@ class FileShapes(TolerantFiles, Shapes):
         super().__init__(**options)
         place, self.folders = find_shapes(root, classes)
         self.groups = sorted({n.split('/')[0] for n in self.folders})
+        self.titles, self.last = class_titles(place, self.groups), (None, None)
         lists = listed_shapes(place, self.groups)
         official = lists and {side: lists[side] for side in ('train', 'test')}
         listed = {*sum(lists.values(), [])} if lists else self.folders
@@ -1632,7 +1675,7 @@ class FileShapes(TolerantFiles, Shapes):
         """Join captions by the shape's id, whatever its class."""
         self.captions = [texts.get(n.split('/')[1], []) for n in self.names]
         missing = sum(not c for c in self.captions)
-        if missing == len(self.names):
+        if not {n.split('/')[1] for n in self.folders} & {*texts}:
             raise ValueError(f'--captions: none of {len(texts)} ids is that of a shape, e.g. '
                              f'{next(iter(texts), "")} and {self.names[0].split("/")[1]}')
         if missing:
@@ -1642,10 +1685,11 @@ class FileShapes(TolerantFiles, Shapes):
         """None, or why the shape is of no use."""
         missing = [f for f in ('points.npz', 'pointcloud.npz', *['near.npz'] * bool(self.near))
                    if name not in self.folders or not (self.folders[name] / f).exists()]
-        return f'no {missing[0]}' if missing else None
+        hint = '; use --near 0' if missing == ['near.npz'] else ''
+        return f'no {missing[0]}{hint}' if missing else None
 
     def decode(self, i):
-        """What is stored of shape i: positions and packed occupancies, surface, maybe the near set."""
+        """What is stored of shape i: positions, packed occupancies, surface, maybe the near set."""
         folder = self.folders[self.names[i]]
         with np.load(folder / 'points.npz') as file, np.load(folder / 'pointcloud.npz') as cloud:
             arrays = dict(points=file['points'], bits=file['occupancies'], surface=cloud['points'])
@@ -1659,8 +1703,11 @@ class FileShapes(TolerantFiles, Shapes):
         return arrays
 
     def source(self, i):
-        return self.cache.get(i, lambda: self.decode(i),
-                              lambda arrays: sum(a.nbytes for a in arrays.values()))
+        last = self.last  # one item asks several times
+        if last[0] != i:
+            last = self.last = i, self.cache.get(i, lambda: self.decode(i), lambda arrays: sum(
+                a.nbytes for a in arrays.values()))
+        return last[1]
 
     def draw(self, i, points, bits, n, rng):
         """n of the stored points, with replacement, and their occupancies."""
@@ -1672,7 +1719,7 @@ class FileShapes(TolerantFiles, Shapes):
         return p, stored[bits][k >> 3] >> (7 - (k & 7)) & 1
 
     def draw_surface(self, i, n, rng):
-        surface = self.source(i)['surface']
+        surface = self.source(self.usable(i))['surface']
         return surface[rng.integers(len(surface), size=n)].astype('float64')
 
     def draw_volume(self, i, n, rng):
@@ -1794,19 +1841,44 @@ def open_run_data(info, split, root=None, **options):
 
 # ---- python data.py check -----------------------------------------------------------------------
 
-def describe(dataset):
-    """Lines about a data set of files: counts, sizes, modes, labels, notes, bad files."""
-    sides, shorts = dataset.splits(), sorted(map(min, dataset.shapes))
+def describe_pictures(dataset):
+    """Sizes and modes of a set of pictures, line by line."""
+    shorts = sorted(map(min, dataset.shapes))
     modes = ', '.join(f'{dataset.modes.count(m)} {m}' for m in sorted(set(dataset.modes)))
-    yield f'pictures  {len(sides["train"])} train, {len(sides["test"])} test'
     yield (f'sizes     short side {shorts[0]} min, {shorts[len(shorts) // 2]} median, '
            f'{shorts[-1]} max; {len(set(dataset.shapes))} different shapes')
     yield f'modes     {modes}'
     if dataset.labels:
         yield f'labels    {len(set(dataset.labels))} classes'
+
+
+def describe_shapes(dataset):
+    """Classes, filling and captions of a set of shapes, line by line."""
+    good = [i for i in range(len(dataset)) if i not in dataset.broken]
+    share = sorted(dataset.volume(i)[1].float().mean().item() for i in good)
+    yield 'classes   ' + ', '.join(f'{dataset.labels.count(k)} {title}'
+                                   for k, title in enumerate(dataset.titles))
+    yield (f'inside    {share[0]:.2%} of the box min, {share[len(share) // 2]:.2%} median, '
+           f'{share[-1]:.2%} max')
+    if dataset.captions:
+        yield f'captions  {sum(map(len, dataset.captions))}'
+
+
+def describe(dataset):
+    """Lines about a data set of files: counts, what its kind has to say, notes, bad files."""
+    sides = dataset.splits()
+    yield f'{dataset.kind:9} {len(sides["train"])} train, {len(sides["test"])} test'
+    yield from (describe_shapes if dataset.domain == 'shape' else describe_pictures)(dataset)
     yield from (f'note      {line}' for line in dataset.notes)
     yield f'bad       {len(dataset.bad)} files'
     yield from (f'  {name}: {why}' for name, why in dataset.bad)
+
+
+def preview(dataset, i, size):
+    """Picture (3,size,size) of item i; of a shape, the point cloud that the encoder sees."""
+    if dataset.domain == 'image':
+        return dataset.picture(i, size)
+    return render_points(dataset.variant(i, 0)['points'], size).expand(3, -1, -1) * 2 - 1
 
 
 def check(args):
@@ -1815,8 +1887,14 @@ def check(args):
     if name not in NAMES:
         if not Path(name).exists():
             raise ValueError(f'{name}: neither a data set ({", ".join(NAMES)}) nor a path')
-        name, root = 'image', args.data or name
-    options = dict(resolution=args.res, holdout=args.split, group=args.group)
+        found = any(Path(name).glob('**/pointcloud.npz'))
+        name, root = 'shape' if found else 'image', args.data or name
+    options = dict(holdout=args.split, group=args.group)
+    if domain_of(name) == 'image':
+        common.require(not args.captions, '--captions: are read for shapes only')
+        options['resolution'] = args.res
+    else:
+        options['captions'] = args.captions
     if name.startswith('toy_'):
         dataset = make_dataset(name, split='all', **options)
         print(f'{name}: computed; ' + ', '.join(f'{k} {v[0]}' for k, v in dataset.splits().items()))
@@ -1826,7 +1904,7 @@ def check(args):
         print(f'{name} at {dataset.place}', *describe(dataset), sep='\n')
     shown = np.linspace(0, len(dataset) - 1, min(len(dataset), 48)).astype(int)
     out = args.out or f'out/check_{name}.png'
-    save_grid(out, torch.stack([dataset.picture(i, args.res) for i in shown]), columns=8)
+    save_grid(out, torch.stack([preview(dataset, i, args.res) for i in shown]), columns=8)
     print(f'preview   {out}')
     if not name.startswith('toy_'):
         dataset.tolerant = False
@@ -1846,6 +1924,7 @@ def main():
     what = 'decode everything, print counts, write a preview'
     flags = commands.add_parser('check', help=what, description=what)
     flags.add_argument('dataset', help=f'one of {", ".join(NAMES)}, or a folder or zip')
+    flags.add_argument('--captions', default='', help='CSV of captions of shapes')
     flags.add_argument('--data', default='', help='where the data are, default data/DATASET')
     flags.add_argument('--res', type=int, default=64, help='side of the preview pictures')
     flags.add_argument('--split', default='', help='held-out fraction, or a file of the split')
@@ -1857,11 +1936,14 @@ def main():
     flags = commands.add_parser('mesh', help=what, description=what)
     flags.add_argument('folder', help='folder of .obj, .ply, .off or .stl files; each folder in it '
                        'is a class')
+    flags.add_argument('--classes', default='', help="CSV with the columns id (the file's name) "
+                       'and category, where folders do not tell')
     flags.add_argument('--out', default='data/shape', help='folder to write')
     flags.add_argument('--points', type=common.at_least(8, int), default=100_000,
                        help='points on the surface and in the box, each; a multiple of 8')
-    flags.add_argument('--near', type=common.at_least(0, int), default=50_000,
-                       help='points close to the surface, for train_vae.py --near; at most --points')
+    flags.add_argument('--near', type=common.at_least(0, float), default=0.5,
+                       help='points close to the surface, for train_vae.py --near, as a share of '
+                       '--points, at most 1')
     flags.add_argument('--split', default='0.1', help='fraction for val.lst and again for test.lst')
     flags.add_argument('--group', default='', help='as for check')
     flags.add_argument('--seed', type=int, default=0, help='of the points and the split')

@@ -176,7 +176,7 @@ def cells_of_points(points, axes, resolution):
 
 
 def pool_cells(features, cell, count, reduce):
-    """'amax' or 'mean' of the features (M,C) in each of `count` cells, 0 in empty ones: (count,C)."""
+    """'amax' or 'mean' of features (M,C) in each of `count` cells, 0 in empty ones: (count,C)."""
     return features.new_zeros(count, features.shape[1]).scatter_reduce(
         0, cell[:, None].expand_as(features), features, reduce, include_self=False)
 
@@ -215,14 +215,15 @@ class LocalPoolPointNet(nn.Module):
     def forward(self, points):
         batch, R = len(points), self.resolution
         cells = {name: cells_of_points(points, axes, R) for name, axes in self.planes.items()}
-        h = self.enter(points.flatten(0, 1))  # (B*N, 2*hidden)
+        with torch.autocast(points.device.type, enabled=False):  # bfloat16 has 8 bits for a place
+            h = self.enter(points.flatten(0, 1))  # (B*N, 2*hidden)
         for i, block in enumerate(self.blocks):
             if i > 0:
                 pooled = [pool_cells(h, c, batch * R * R, 'amax').index_select(0, c)
                           for c in cells.values()]
                 h = torch.cat([h, sum(pooled)], dim=1)
             h = block(h)
-        h = self.leave(h)
+        h = self.leave(h).float()  # bfloat16 cannot count beyond 256
         return {name: pool_cells(h, c, batch * R * R, 'mean').view(batch, R, R, -1).permute(
             0, 3, 1, 2) for name, c in cells.items()}
 
@@ -340,9 +341,9 @@ def clip_text(state, path):
 
     Heads have 64 channels. ValueError if something is missing or has another shape.
     """
-    if any(k.startswith('text_model.') for k in state):
-        state = from_hugging_face(state)
     try:
+        if any(k.startswith('text_model.') for k in state):
+            state = from_hugging_face(state)
         embedding, position = state['token_embedding.weight'], state['positional_embedding']
         layers, width = layers_of(state, 'transformer.resblocks.'), embedding.shape[1]
         # Hugging Face's text model by itself has no projection, and features need none.
@@ -369,8 +370,7 @@ def byte_symbols():
 class BPETokenizer:
     """CLIP's byte-pair encoding, from bpe_simple_vocab_16e6.txt.gz or Hugging Face's merges.txt."""
 
-    pattern = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
-                         r"|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
+    pattern = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
 
     def __init__(self, path, length=77):
         path = Path(path)
@@ -434,11 +434,11 @@ class CLIPReader:
             for p in sorted(path.glob(name))]
         wanted = 'wanted: OpenAI\'s ViT-L-14.pt or ViT-B-32.pt, or Hugging Face\'s ' \
             'model.safetensors or pytorch_model.bin of CLIP'
-        require(files, f'--text {path}: no weights there; {wanted}')
+        require(files, f'{path}: no weights there; {wanted}')
         folder = files[0].parent
         merges = [p for p in (folder / 'bpe_simple_vocab_16e6.txt.gz', folder / 'merges.txt')
                   if p.exists()]
-        require(merges, f'--text {path}: CLIP needs its vocabulary beside the weights: '
+        require(merges, f'{path}: CLIP needs its vocabulary beside the weights: '
                 f'{folder}/bpe_simple_vocab_16e6.txt.gz or {folder}/merges.txt')
         self.tower = clip_text(read_tensors(files[0], wanted), files[0]).to(device)
         self.tokenise = BPETokenizer(merges[0], len(self.tower.positional_embedding))
@@ -458,20 +458,21 @@ class StoredReader:
     def __init__(self, path, device='cpu'):
         try:
             with np.load(path) as file:
-                texts, features = file['texts'].tolist(), file['features'].astype('float32')
-        except (OSError, KeyError, ValueError) as error:
-            raise ValueError(f'--text {path}: not an .npz of texts and features ({error})') from None
+                texts, features = file['texts'].tolist(), file['features']
+        except Exception as error:  # half a dozen types; all mean the same to a user
+            raise ValueError(f'{path}: not an .npz of texts and features ({error})') from None
         require(features.ndim == 3 and len(features) == len(texts) and '' in texts,
-                f'--text {path}: needs texts (N,) with \'\' among them and features '
+                f'{path}: needs texts (N,) with \'\' among them and features '
                 f'(N,tokens,channels); has {len(texts)} and {features.shape}')
         self.row, self.path = {t: k for k, t in enumerate(texts)}, path
-        self.features, self.channels = torch.from_numpy(features).to(device), features.shape[2]
+        self.features, self.device = torch.from_numpy(features), device  # as stored: maybe large
+        self.channels = features.shape[2]
 
     def __call__(self, texts):
         unknown = [t for t in texts if t not in self.row]
         require(not unknown, f'{self.path}: no features of {unknown[:1]}; it can say nothing of '
                 'other texts')
-        return self.features[[self.row[t] for t in texts]]
+        return self.features[[self.row[t] for t in texts]].float().to(self.device)
 
 
 class ByteReader:
@@ -493,5 +494,5 @@ def text_reader(text, device='cpu'):
     """
     if text == 'bytes':
         return ByteReader(device)
-    require(Path(text).exists(), f'--text {text}: neither bytes nor a file or folder')
+    require(Path(text).exists(), f'{text}: the text encoder is neither bytes nor a file or folder')
     return (StoredReader if text.endswith('.npz') else CLIPReader)(text, device)

@@ -282,7 +282,8 @@ class CFCMLP(nn.Module):
         first = {'cfc': pe[0], 'single': pe[-1]}.get(self.conditioning)
         h = self.blocks[0](torch.cat(pe, -1) if first is None else first, style)
         if self.coords is not None:
-            h = h + self.coords(coords)
+            with torch.autocast(h.device.type, enabled=False):  # bfloat16 has 8 bits for a place
+                h = h + self.coords(coords)
         for i, block in enumerate(self.blocks[1:], start=1):
             h = block(self.join(h, pe, i), style)
         return self.out(h, style)
@@ -401,7 +402,7 @@ class Nodes:
         return values
 
     def corners(self, cells, step):
-        """Values at the 8 corners of cells (M,3), named by their lowest node, `step` wide: (M,8)."""
+        """Values (M,8) at the corners of cells (M,3), named by their lowest node, `step` wide."""
         nodes = cells[:, None] + CORNERS.to(cells.device) * step
         keys, inverse = self.key(nodes).unique(return_inverse=True)
         first = torch.empty_like(keys).scatter_(
@@ -470,7 +471,7 @@ def triangulate(grid, cells, v):
 
 
 def extract_mesh(logit_fn, resolution, level=0.0, box=None, coarse=64, chunk=65536, device=None):
-    """The surface logit_fn = level as vertices (V,3) float32 and faces (F,3) int64, by marching cubes.
+    """Vertices (V,3) float32 and faces (F,3) int64 of the surface logit_fn = level: marching cubes.
 
     logit_fn maps points (N,3) to (N,), higher inside. `resolution` is cells an axis over `box`
     ((lo, hi) for x, y, z; default [-1, 1]), with nodes on its faces. Closed, also where the shape
@@ -513,7 +514,7 @@ def camera_axes(elevation, azimuth):
 
 
 def covered_pixels(corners, size):
-    """Pairs (face, pixel) whose centre may lie in the face: corners (F,3,2) in pixels -> two (K,)."""
+    """Pairs (face, pixel), two (K,), of which the centre may lie in the face (F,3,2), in pixels."""
     lo = (corners.amin(1) - 0.5).ceil().clamp(0, size).long()  # pixel k has its centre at k + 0.5
     hi = (corners.amax(1) - 0.5).floor().clamp(-1, size - 1).long()
     span = (hi - lo + 1).clamp(min=0)  # (F, 2)
@@ -602,3 +603,9 @@ def render_mesh(vertices, faces, size=256, elevation=20.0, azimuth=30.0, distanc
     shade[seen] = 0.2 + 0.6 * (normal[seen] @ light).relu() + 0.15 * normal[seen, 2].abs()
     return dict(shade=shade.view(size, size), normal=normal.view(size, size, 3),
                 depth=depth.view(size, size))
+
+
+def draw_mesh(vertices, faces, size=128, azimuth=30.0):
+    """A picture (3,S,S), in [-1,1], of a mesh within [-1,1]^3."""
+    shade = render_mesh(vertices, faces, size, azimuth=azimuth, distance=4.0)['shade']
+    return shade.expand(3, -1, -1) * 2 - 1

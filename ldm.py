@@ -325,7 +325,8 @@ class LDM(nn.Module):
         if self.config.num_classes:
             return torch.full((batch,), self.config.num_classes, device=self.z_mean.device)
         if self.text is not None:
-            return self.text.tokenise([''] * batch).to(self.z_mean.device)
+            length = len(self.text.position)  # the empty text has no bytes
+            return torch.zeros(batch, length, dtype=torch.long, device=self.z_mean.device)
         if self.config.context_channels:
             return self.null_context.expand(batch, -1, -1)
         return None

@@ -259,25 +259,41 @@ def chamfer(a, b):
     return torch.stack(values)
 
 
-def chamfer_matrix(a, b, squared=True):
-    """Chamfer distance of every cloud of a (R,N,3) to every one of b (S,M,3), (R,S) float64.
+def chamfer_matrix(a, b):
+    """Chamfer distances of every cloud of a (R,N,3) to every one of b (S,M,3): (2,R,S) float64.
 
-    By k-d trees, in threads. squared=False averages distances and not their squares. Where b is a
-    itself, only half of the pairs is computed.
+    The first with squared distances, as `chamfer`, the second with plain ones. By k-d trees in
+    threads, on CUDA by brute force. Where b is a itself, only half of the pairs is computed.
     """
-    trees = [[cKDTree(np.asarray(c, 'float64')) for c in clouds] for clouds in (a, b)]
+    if a.is_cuda:
+        row, clouds, every = cuda_row, a, b
+    else:
+        row, (clouds, every) = tree_row, [[cKDTree(c.numpy()) for c in side] for side in (a, b)]
+    starts = [i + 1 if b is a else 0 for i in range(len(a))]
+    with ThreadPoolExecutor(1 if a.is_cuda else torch.get_num_threads()) as pool:
+        parts = pool.map(lambda i: row(clouds[i], every[starts[i]:]), range(len(a)))
+        parts = list(tqdm(parts, 'Chamfer', len(a), unit='row', delay=2))
+    matrix = torch.zeros(2, len(a), len(b), dtype=torch.float64)
+    for i, part in enumerate(parts):
+        matrix[:, i, starts[i]:] = part
+    return matrix + matrix.mT if b is a else matrix
 
-    def one_way(x, y):
-        d = y.query(x.data)[0]
-        return (d ** 2 if squared else d).mean()
 
-    def row(i):
-        x, first = trees[0][i], i + 1 if b is a else 0
-        return [0.0] * first + [one_way(x, y) + one_way(y, x) for y in trees[1][first:]]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        rows = list(tqdm(pool.map(row, range(len(a))), 'Chamfer', len(a), unit='row', delay=2))
-    matrix = torch.tensor(rows, dtype=torch.float64)
-    return matrix + matrix.T if b is a else matrix
+def tree_row(x, trees):
+    """Squared and plain distances (2,K) of one k-d tree to K others."""
+    both = [(x.query(y.data)[0], y.query(x.data)[0]) for y in trees]
+    return torch.tensor([[(d ** p).mean() + (e ** p).mean() for d, e in both] for p in (2, 1)],
+                        dtype=torch.float64).reshape(2, -1)
+
+
+def cuda_row(x, clouds, size=64):
+    """The same of one cloud (N,3) to K others (K,M,3), by all distances."""
+    found = [torch.zeros(2, 0)]
+    for part in clouds.split(size):
+        d = torch.cdist(part, x[None], compute_mode='donot_use_mm_for_euclid_dist')
+        ways = d.amin(1), d.amin(2)
+        found.append(torch.stack([sum((w ** p).mean(1) for w in ways) for p in (2, 1)]).cpu())
+    return torch.cat(found, dim=1).double()
 
 
 def mmd_cov(refs, samples, squared=True):
@@ -287,12 +303,20 @@ def mmd_cov(refs, samples, squared=True):
     share of references that are nearest to some sample; one_nna: share of the union whose nearest
     other member comes from its own set (1/2: the sets cannot be told apart). Yang et al. (2019).
     """
-    between = chamfer_matrix(refs, samples, squared)
+    return compare_clouds(refs, samples)[not squared]
+
+
+def compare_clouds(refs, samples):
+    """`mmd_cov` by squared and by plain distances, which have their neighbours in common."""
+    matrices = [chamfer_matrix(*pair) for pair in ((refs, samples), (refs, refs),
+                                                   (samples, samples))]
+    return [mmd_cov_of(*three) for three in zip(*matrices)]
+
+
+def mmd_cov_of(between, refs, samples):
+    """`mmd_cov` from the distances (R,S), (R,R), (S,S)."""
     R, S = between.shape
-    union = torch.full((R + S, R + S), math.inf, dtype=torch.float64)
-    union[:R, R:], union[R:, :R] = between, between.T
-    for part, clouds in ((slice(0, R), refs), (slice(R, R + S), samples)):
-        union[part, part] = chamfer_matrix(clouds, clouds, squared)
+    union = torch.cat([torch.cat([refs, between], 1), torch.cat([between.T, samples], 1)])
     union.fill_diagonal_(math.inf)
     own = (union.argmin(1) < R) == (torch.arange(R + S) < R)
     return dict(mmd=between.amin(1).mean().item(), mmd_smp=between.amin(0).mean().item(),
@@ -300,12 +324,15 @@ def mmd_cov(refs, samples, squared=True):
 
 
 def unit_sphere(clouds, radius=1.0, centre='box'):
-    """Clouds (B,N,3), each centred ('box': of its bounding box, 'mean') and its radius made `radius`."""
+    """Clouds (B,N,3), each centred ('box': of its bounding box, or 'mean') and of this radius.
+
+    All points at one place, an empty shape, come to the origin.
+    """
     middle = clouds.mean(1, keepdim=True)
     if centre == 'box':
         middle = (clouds.amin(1, keepdim=True) + clouds.amax(1, keepdim=True)) / 2
     clouds = clouds - middle
-    return radius * clouds / clouds.norm(dim=2).amax(1)[:, None, None]
+    return radius * clouds / clouds.norm(dim=2).amax(1).clamp(min=1e-12)[:, None, None]
 
 
 def topology(vertices, faces):
@@ -667,8 +694,8 @@ class VisionTower(nn.Module):
 
     def forward(self, x):
         x = self.conv1(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
-        x = self.ln_pre(x)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)
+        x = self.ln_pre(x + self.positional_embedding)
         for block in self.transformer['resblocks']:
             x = block(x)
         return self.ln_post(x[:, 0]) @ self.proj
@@ -697,17 +724,17 @@ class CLIP(CLIPText):
         self.logit_scale, self.tokenise = nn.Parameter(torch.zeros(())), None
 
     def encode_image(self, x):
-        """uint8 (B,3,H,W) -> (B,embed): short side to 224 by Pillow's bicubic, centre, normalised."""
+        """uint8 (B,3,H,W) -> (B,embed); short side to 224 by Pillow's bicubic, centre square."""
         seen = torch.stack([self.prepare(picture) for picture in x.cpu()]).to(self.logit_scale)
         mean, std = (seen.new_tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
         return self.visual((seen / 255 - mean) / std)
 
     def prepare(self, picture):
         im = Image.fromarray(picture.permute(1, 2, 0).numpy())
-        scale, n = self.resolution / min(im.size), self.resolution
-        im = im.resize([max(n, int(side * scale)) for side in im.size], Image.Resampling.BICUBIC)
+        n = self.resolution
+        im = im.resize([side * n // min(im.size) for side in im.size], Image.Resampling.BICUBIC)
         left, top = (round((side - n) / 2) for side in im.size)
-        return torch.from_numpy(np.asarray(im.crop((left, top, left + n, top + n)))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(im.crop((left, top, left + n, top + n)))).permute(2, 0, 1)
 
     def encode_text(self, texts):
         """List of B texts -> (B,embed)."""
@@ -767,8 +794,8 @@ NETWORKS = dict(
         Published('ViT-B-32.pt', 'OpenAI',
                   '40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af'),
         Published('ViT-L-14.pt', 'OpenAI', ''),
-        Published('model.safetensors', 'Hugging Face, any CLIP', ''),
-        Published('pytorch_model.bin', 'Hugging Face, any CLIP', ''))),
+        Published('model.safetensors', 'Hugging Face, the same networks', ''),
+        Published('pytorch_model.bin', 'Hugging Face, the same networks', ''))),
     classifier=Network(voxel_classifier, dict, (
         Published('best.pt', 'Clip-Forge, exps/classifier/checkpoints', ''),)))
 
@@ -813,17 +840,18 @@ def load_network(kind, path='weights'):
     """A network with published weights, by its name in NETWORKS.
 
     `path` is a weight file or a folder that holds one under its published name: a plain state dict,
-    safetensors or a TorchScript archive, with or without class head. `net.source` says kind, file, sha256 and
-    publisher. FileNotFoundError or ValueError, one line, for anything else.
+    safetensors or a TorchScript archive, with or without class head. `net.source` says kind, file,
+    sha256 and publisher. FileNotFoundError or ValueError, one line, for anything else.
     """
     require(kind in NETWORKS, f'network {kind!r}: one of {", ".join(NETWORKS)}')
     spec, path = NETWORKS[kind], find_weights(kind, path)
-    state = spec.translate(read_tensors(path, wanted(kind)))
+    state = read_tensors(path, wanted(kind))
     try:
+        state = spec.translate(state)
         with torch.device('meta'):  # no time spent on an initialisation
             net = spec.module(state)
-    except KeyError as error:
-        raise ValueError(f'{path}: not the weights of {kind}, lacks {error}; '
+    except (KeyError, ZeroDivisionError, AssertionError, RuntimeError) as error:
+        raise ValueError(f'{path}: not the weights of {kind}, no sense in or no {error}; '
                          f'{wanted(kind)}') from None
     check_state(net, state, path, kind)
     counters = {k: torch.tensor(0) for k in net.state_dict() if k.endswith('num_batches_tracked')}
@@ -963,6 +991,13 @@ def open_run(path, args, stage=2):
                            info=info, r=r, R=getattr(args, 'res', 0) or r)
 
 
+def of_pictures(opened):
+    """The run, which must be of pictures."""
+    require(opened.vae.config.domain == 'image', f'{opened.path}: a run of shapes; see the '
+            'commands iou, shapes and text')
+    return opened
+
+
 def open_data(opened, split):
     """The run's own data set, of which it is what `split` says, with stage 2's captions if any."""
     captions = opened.info.get('ldm_args', {}).get('captions')
@@ -992,7 +1027,7 @@ def true_at(dataset, opened, limit):
 
 def run_reals(opened, split, limit):
     """The first `limit` pictures of this part of the run's data, at R, as Pictures."""
-    dataset = open_data(opened, split)
+    dataset = open_data(of_pictures(opened), split)
     index = true_at(dataset, opened, limit)
     n = len(index)
 
@@ -1045,6 +1080,7 @@ def sampled_batches(opened, args, about, size):
 
 def run_samples(opened, args):
     """--num pictures sampled from the run, as Pictures."""
+    of_pictures(opened)
     about = dict(source=opened.path, step=opened.info['step'], seed=args.seed, resolution=opened.R,
                  quantised=not args.float, bicubic=args.bicubic, sampler=args.sampler,
                  precision='bfloat16' if args.amp else 'float32', **solver_settings(args))
@@ -1195,7 +1231,7 @@ def pr_command(args):
 def run_psnr(args):
     """PSNR of each picture of a run's split against its reconstruction, and the protocol."""
     opened = open_run(args.a, args, stage=1)
-    dataset, train = open_data(opened, args.split), open_data(opened, 'train')
+    dataset, train = open_data(of_pictures(opened), args.split), open_data(opened, 'train')
     seen = min(len(train), 1000)
     mean = sum(stacked(train, part, opened.R).sum(0) for part in pieces(range(seen), 100)) / seen
     index, values, plain = true_at(dataset, opened, args.num), [], dict(mean_picture=[],
@@ -1242,10 +1278,10 @@ def psnr_command(args):
 
 # ---- shapes of runs ----------------------------------------------------------------------------
 
-def open_shapes(args, stage):
-    """The run A, which must be of shapes, and its `--split`."""
-    opened = open_run(args.a, args, stage)
-    require(opened.vae.config.domain == 'shape', f'{args.a}: a run of pictures, not of shapes')
+def open_shapes(path, args, stage):
+    """The run at `path`, which must be of shapes, and its `--split`."""
+    opened = open_run(path, args, stage)
+    require(opened.vae.config.domain == 'shape', f'{path}: a run of pictures, not of shapes')
     return opened, open_data(opened, args.split)
 
 
@@ -1256,10 +1292,10 @@ def encoded(opened, dataset, i, args):
 
 
 def mean_shape(dataset, cells=64, limit=1000):
-    """Share of the first shapes of a data set that fill each cell of the box: (cells,)*3, z first."""
+    """Share of up to `limit` shapes that fill each cell of the box: (cells,)*3, z first."""
     inside, seen = torch.zeros(cells ** 3), torch.zeros(cells ** 3)
-    for i in range(min(len(dataset), limit)):
-        points, occupied = dataset.volume(i)
+    for i in spread(len(dataset), limit):
+        points, occupied = dataset.volume(i, 20_000)
         cell = cell_numbers(points, cells)
         seen += torch.bincount(cell, minlength=cells ** 3)
         inside += torch.bincount(cell[occupied], minlength=cells ** 3)
@@ -1275,19 +1311,19 @@ def cell_numbers(points, cells):
 @torch.no_grad()
 def iou_command(args):
     """Held-out IoU of a run's reconstructions, on every stored point, by class."""
-    opened, dataset = open_shapes(args, stage=1)
-    mean = mean_shape(open_data(opened, 'train')) > 0.5
-    ious, plain = [], []
-    for i in tqdm(range(min(args.num, len(dataset))), desc='reconstructing', unit='shape'):
+    opened, dataset = open_shapes(args.a, args, stage=1)
+    mean = (mean_shape(open_data(opened, 'train')) > 0.5).flatten()
+    index, ious, plain = spread(len(dataset), args.num), [], []
+    for i in tqdm(index, desc='reconstructing', unit='shape'):
         xi = encoded(opened, dataset, i, args)
         points, inside = dataset.volume(i)
         logits = torch.cat([opened.vae.query(xi, part)[0, :, 0].cpu()
                             for part in points.to(args.device).split(2 ** 15)])
         ious.append(iou((logits > 0)[None], inside[None]))
-        plain.append(iou(mean.flatten()[cell_numbers(points, len(mean))][None], inside[None]))
-    ious, labels = torch.cat(ious), torch.tensor(dataset.labels[:len(ious)])
-    groups = {str(k): ious[labels == k].mean().item() for k in labels.unique().tolist()}
-    named = '  '.join(f'{dataset.groups[int(k)]} {v:.4f}' for k, v in groups.items())
+        plain.append(iou(mean[cell_numbers(points, 64)][None], inside[None]))
+    ious, labels = torch.cat(ious), torch.tensor([dataset.labels[i] for i in index])
+    groups = {dataset.titles[k]: ious[labels == k].mean().item() for k in labels.unique().tolist()}
+    named = '  '.join(f'{k} {v:.4f}' for k, v in groups.items())
     report(args, f'IoU {ious.mean():.4f}   {len(ious)} shapes, {len(points)} points each; the '
                  f'mean training shape gives {torch.cat(plain).mean():.4f}; by class: {named}',
            dict(iou=ious.mean().item(), n=len(ious), points=len(points), threshold=0.5,
@@ -1299,65 +1335,79 @@ def surface_cloud(vertices, faces, n, seed):
     """n points uniform on a mesh; the origin n times for an empty one."""
     if not len(faces):
         return torch.zeros(n, 3)
-    points, _ = data.surface_points(vertices.double().cpu().numpy(), faces.cpu().numpy(), n,
+    points, _ = data.surface_points(np.asarray(vertices, 'float64'), np.asarray(faces), n,
                                     seeded('surface', seed))
     return torch.from_numpy(points).float()
 
 
+def cloud_source(path, args, kind):
+    """(clouds (n,points,3), what the manifest says) of a folder of meshes or of a run.
+
+    kind: 'reals', the run's split; 'train'; 'samples' or 'reconstructions', extracted at --res.
+    """
+    if not is_run(path):
+        meshes = list(data.find_meshes(path, {}).values())[:args.num]
+        clouds = [surface_cloud(*data.read_mesh(p), args.points, k) for k, p in enumerate(meshes)]
+        return torch.stack(clouds), dict(source=str(path), kind='meshes')
+    opened, dataset = open_shapes(path, args, stage=2 if kind == 'samples' else 1)
+    about = dict(source=opened.path, step=opened.info['step'], kind=kind, split=args.split)
+    index = spread(len(dataset), args.num)
+    if kind in ('reals', 'train'):
+        if kind == 'train':
+            dataset = open_data(opened, 'train')
+            about['split'], index = 'train', spread(len(dataset), args.num)
+        clouds = [dataset.draw_surface(i, args.points, seeded('surface', i)) for i in index]
+        return torch.from_numpy(np.stack(clouds)).float(), about
+    return extracted_clouds(opened, dataset, index, args, kind, about)
+
+
 @torch.no_grad()
-def fake_clouds(opened, args, n):
-    """(clouds (n,points,3), how many are empty) of sampled or reconstructed shapes."""
+def extracted_clouds(opened, dataset, index, args, kind, about):
+    """`cloud_source` of samples or reconstructions."""
     clouds, empty = [], 0
-    if not args.reconstructions:
-        vars(args).update(num=n)
+    fields = (encoded(opened, dataset, i, args) for i in index)
+    if kind == 'samples':
         latents = torch.cat([z for z, _ in sampled_latents(opened, args, args.batch)])
         fields = (opened.vae.decode(z[None]) for z in latents)
-    else:
-        dataset = open_data(opened, args.split)
-        fields = (encoded(opened, dataset, i, args) for i in range(n))
-    for k, xi in enumerate(tqdm(fields, 'extracting', n, unit='mesh')):
-        (vertices, faces), = opened.vae.surfaces(xi, args.res or 128, args.threshold)
+        about.update(seed=args.seed, sampler=args.sampler, condition=None,
+                     precision='bfloat16' if args.amp else 'float32', **solver_settings(args))
+    for k, xi in enumerate(tqdm(fields, 'extracting', args.num, unit='mesh')):
+        (vertices, faces), = opened.vae.surfaces(xi, args.res or 128, args.threshold or None)
         empty += not len(faces)
-        clouds.append(surface_cloud(vertices, faces, args.points, k))
-    return torch.stack(clouds), empty
-
-
-def true_clouds(dataset, index, n):
-    """Surface points (len(index),n,3) of shapes as they are."""
-    return torch.stack([torch.from_numpy(
-        dataset.draw_surface(i, n, seeded('surface', i))).float() for i in index])
+        clouds.append(surface_cloud(vertices.cpu(), faces.cpu(), args.points, k))
+    about.update(resolution=args.res or 128, empty=empty,
+                 threshold=args.threshold or opened.vae.config.threshold)
+    return torch.stack(clouds), about
 
 
 def shapes_command(args):
-    """MMD, COV and 1-NNA of a run's samples against its held-out shapes."""
+    """MMD, COV and 1-NNA of a run's samples against its data, or of two sets, equally many each."""
+    a, b = args.a, args.b or args.a
+    require(args.b or is_run(a), f'{a}: not a run; give a second folder or run to compare it with')
     kind = 'reconstructions' if args.reconstructions else args.fakes
-    opened, dataset = open_shapes(args, stage=2 if kind == 'samples' else 1)
-    n, empty = min(args.num, len(dataset)), 0
-    refs = true_clouds(dataset, range(n), args.points)
-    if kind == 'train':
-        train = open_data(opened, 'train')
-        n = min(n, len(train))
-        fakes = true_clouds(train, spread(len(train), n), args.points)
-    else:
-        fakes, empty = fake_clouds(opened, args, n)
-    about = dict(n_ref=len(refs), n_fake=len(fakes), empty=empty, points=args.points,
-                 fakes=kind, source=opened.path, step=opened.info['step'], split=args.split,
-                 seed=args.seed, resolution=args.res or 128, threshold=args.threshold,
-                 sampler=args.sampler, **solver_settings(args))
-    for radius, squared in ((1.0, True), (0.5, True), (1.0, False)):
-        centre = 'box' if radius == 1 else 'mean'
-        values = mmd_cov(*(unit_sphere(c, radius, centre) for c in (refs, fakes)), squared)
-        line = (f'{kind}: MMD x1e3 {1e3 * values["mmd"]:.3f}   COV {values["cov"]:.3f}   '
-                f'1-NNA {values["one_nna"]:.3f}   {len(fakes)} against {len(refs)}, sphere of '
-                f'{radius:g} about the {centre}, {"squared" if squared else "not squared"}')
-        report(args, line, dict(**values, radius=radius, centre=centre, squared=squared, **about))
+    require(not args.reconstructions or args.fakes == 'samples', '--reconstructions and --fakes: '
+            'give one of them')
+    refs, real = cloud_source(a, args, 'reals')
+    vars(args).update(num=len(refs))
+    fakes, fake = cloud_source(b, args, kind)
+    about = dict(n_ref=len(refs), n_fake=len(fakes), points=args.points, real=real, fake=fake)
+    for radius, centre in ((1.0, 'box'), (0.5, 'mean')):
+        clouds = [unit_sphere(c.to(args.device), radius, centre) for c in (refs, fakes)]
+        for squared, values in zip((True, False), compare_clouds(*clouds)):
+            line = (f'{fake["kind"]}: MMD x1e3 {1e3 * values["mmd"]:.3f}   COV {values["cov"]:.3f}'
+                    f'   1-NNA {values["one_nna"]:.3f}   {len(fakes)} against {len(refs)}, radius '
+                    f'{radius:g} about the {centre}, {"squared" if squared else "not squared"}')
+            report(args, line, dict(**values, radius=radius, centre=centre, squared=squared,
+                                    **about))
 
 
 # ---- text to shape -----------------------------------------------------------------------------
 
 def unit_cube_grid(cells, ends=False):
-    """Points (cells^3,3) in [-1,1] of the unit cube in the box, x slowest: cell centres, or, with
-    `ends`, from face to face, as Clip-Forge's classifier is fed generated shapes."""
+    """Points (cells^3,3) in [-1,1] of the unit cube in the box, x slowest: centres of cells.
+
+    Or, with `ends`, from face to face, as Clip-Forge's classifier is fed generated shapes.
+    """
     line = torch.linspace(-1, 1, cells) if ends else 2 * (torch.arange(cells) + 0.5) / cells - 1
     line = line * (0.5 / data.HALF_BOX)
     return torch.cartesian_prod(line, line, line)
@@ -1372,7 +1422,7 @@ def occupancy_grid(vae, xi, cells, ends=False):
 
 
 def true_grid(dataset, i, cells=32):
-    """Boolean grid, axes x, y, z, of a data set's shape: the stored point nearest to each centre."""
+    """Boolean grid, axes x, y, z, of a data set's shape: the stored point nearest to a centre."""
     points, inside = dataset.volume(i)
     nearest = cKDTree(points.numpy()).query(unit_cube_grid(cells).numpy())[1]
     return inside[torch.from_numpy(nearest)].view(cells, cells, cells)
@@ -1380,32 +1430,49 @@ def true_grid(dataset, i, cells=32):
 
 def classify(net, grids):
     """Class numbers (N,) of boolean grids (N,32,32,32)."""
-    return torch.cat([net(part).argmax(1) for part in grids.split(64)])
+    device = next(net.parameters()).device
+    return torch.cat([net(part.to(device)).argmax(1).cpu() for part in grids.split(64)])
+
+
+SYNSETS = ('02691156 02828884 02933112 02958343 03001627 03211117 03636649 03691459 04090263 '
+           '04256520 04379243 04401088 04530566').split()  # Clip-Forge's 13 classes, in their order
+
+
+def open_classifier(args, groups):
+    """The voxel classifier, the number of each of `groups` in it, whether it is Clip-Forge's."""
+    net = load_network('classifier', args.classifier).to(args.device)
+    saved = torch.load(args.classifier, map_location='cpu', weights_only=True)
+    own = saved.get('classes') if isinstance(saved, dict) else None
+    classes = own or SYNSETS
+    foreign = [g for g in groups if g not in classes]
+    require(not foreign, f'{args.classifier}: does not know the class {foreign[:1]}; train one '
+            f'with python metrics.py classifier {args.a}')
+    return net, [classes.index(g) for g in groups], own is None
 
 
 def classifier_command(args):
     """Train the voxel classifier on the classes of a data set of shapes."""
-    opened, held_out = open_shapes(args, stage=1)
-    train = open_data(opened, 'train')
-    sides = []
+    opened, held_out = open_shapes(args.a, args, stage=1)
+    train, sides = open_data(opened, 'train'), []
     for dataset in (train, held_out):
         index = spread(len(dataset), args.num)
         grids = data.threaded(partial(true_grid, dataset), index, 'voxels')
-        sides.append((torch.stack(grids), torch.tensor([dataset.labels[i] for i in index])))
-    (x, y), (x_test, y_test) = sides
+        labels = torch.tensor([dataset.labels[i] for i in index])
+        sides += [torch.stack(grids), labels]
+    x, y, x_test, y_test = sides
     torch.manual_seed(args.seed)
-    net = VoxelClassifier(len(train.groups))
+    net = VoxelClassifier(len(train.groups)).to(args.device)
     opt = torch.optim.Adam(net.parameters(), lr=1e-3)
     for step in tqdm(range(args.steps), desc='training', unit='step'):
         k = torch.from_numpy(seeded('classifier', args.seed, step).integers(len(x), size=32))
-        loss = F.cross_entropy(net(x[k]), y[k])
+        loss = F.cross_entropy(net(x[k].to(args.device)), y[k].to(args.device))
         opt.zero_grad()
         loss.backward()
         opt.step()
     net.eval()
     with torch.no_grad():
         right = (classify(net, x_test) == y_test).double().mean().item()
-    save_checkpoint(args.classifier, net.state_dict())
+    save_checkpoint(args.classifier, dict(model=net.state_dict(), classes=train.groups))
     report(args, f'accuracy {right:.4f} of {len(y_test)} {args.split} shapes, {len(y)} trained on; '
                  f'{len(train.groups)} classes; written to {args.classifier}',
            dict(accuracy=right, n=len(y_test), n_train=len(y), steps=args.steps, seed=args.seed,
@@ -1413,7 +1480,7 @@ def classifier_command(args):
 
 
 VIEWS = dict(  # azimuths of the five pictures that CLIP-S takes the best of; elevation, distance
-    diffusion_sdf=([k * 10 + 20 for k in range(1, 6)], 20, 1.7, 60),
+    diffusion_sdf=([20 - 10 * k for k in range(1, 6)], 20, 1.7, 60),  # the mesh turns, not the eye
     even=([k * 72 for k in range(5)], 20, 1.7, 60))
 
 
@@ -1427,38 +1494,48 @@ def drawn_views(surface, preset, size=256):
 @torch.no_grad()
 def text_command(args):
     """TMD, accuracy and CLIP-S of what a text-conditional run makes of held-out captions."""
-    opened, dataset = open_shapes(args, stage=2)
+    opened, dataset = open_shapes(args.a, args, stage=2)
     require(opened.ldm.config.text, f'{args.a}: reads no text; train stage 2 with --text')
-    import ldm
-    reader = text_reader(opened.ldm.config.text, args.device)
+    reader = text_reader(args.reader or opened.ldm.config.text, args.device)
     index = [i for i in spread(len(dataset), args.num) if dataset.captions[i]]
-    net = load_network('classifier', args.classifier) if args.classifier else None
-    clip = load_network('clip', args.weights) if args.clip else None
+    require(index, f'{args.a}: no caption among its {args.split} shapes')
+    classifier = open_classifier(args, dataset.groups) if args.classifier else None
+    clip = load_network('clip', args.weights).to(args.device) if args.clip else None
     grids, right, scores = [], [], []
     for i in tqdm(index, desc='captions', unit='caption'):
         caption = dataset.captions[i][0]
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            z = ldm.generate(opened.vae, opened.ldm, range(args.seed, args.seed + args.each),
-                             reader([caption] * args.each), args.guidance, args.sampler,
-                             batch=args.each, **solver_settings(args))
-        xi = opened.vae.decode(z)
+        xi = opened.vae.decode(said(opened, reader, caption, args))
         grids.append(occupancy_grid(opened.vae, xi, args.res or 64))
-        if net:
-            found = classify(net, occupancy_grid(opened.vae, xi, 32, ends=not args.own_classes))
-            right.append((found == dataset.labels[i]).double().mean().item())
+        if classifier:
+            net, numbers, published = classifier
+            found = classify(net, occupancy_grid(opened.vae, xi, 32, ends=published))
+            right.append((found == numbers[dataset.labels[i]]).double().mean().item())
         if clip:
-            pictures = [drawn_views(s, args.views) for s in opened.vae.surfaces(xi, 64)]
+            to_cube = data.HALF_BOX / opened.vae.config.extent
+            pictures = [drawn_views((v * to_cube, f), args.views)
+                        for v, f in opened.vae.surfaces(xi, 64)]
             scores.append(max(clip_score(clip, p, caption) for p in pictures))
-    values = dict(tmd=tmd(torch.stack(grids)), accuracy=float(np.mean(right)) if net else None,
+    values = dict(tmd=tmd(torch.stack(grids)), accuracy=float(np.mean(right)) if right else None,
                   clip_s=float(np.mean(scores)) if clip else None)
-    line = f'TMD {values["tmd"]:.4f}' + (f'   accuracy {values["accuracy"]:.4f}' if net else '') + (
-        f'   CLIP-S {values["clip_s"]:.2f}' if clip else '')
+    line = f'TMD {values["tmd"]:.4f}' + ''.join(
+        f'   {name} {values[k]:.4f}' for name, k in (('accuracy', 'accuracy'), ('CLIP-S', 'clip_s'))
+        if values[k] is not None)
     report(args, f'{line}   {len(index)} captions, {args.each} samples each, w {args.guidance:g}',
            dict(**values, captions=len(index), each=args.each, guidance=args.guidance,
                 grid=args.res or 64, seed=args.seed, sampler=args.sampler, split=args.split,
-                views=args.views if clip else None, source=opened.path, step=opened.info['step'],
-                classifier=net.source if net else None, clip=clip.source if clip else None,
-                **solver_settings(args)))
+                precision='bfloat16' if args.amp else 'float32', **solver_settings(args),
+                views=args.views if clip else None, views_mesh=64 if clip else None,
+                clip=clip.source if clip else None, source=opened.path, step=opened.info['step'],
+                classifier=classifier[0].source if classifier else None))
+
+
+def said(opened, reader, caption, args):
+    """Latents of --each samples of one caption."""
+    import ldm
+    seeds, cond = range(args.seed, args.seed + args.each), reader([caption])
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+        return ldm.generate(opened.vae, opened.ldm, seeds, cond.expand(args.each, *cond.shape[1:]),
+                            args.guidance, args.sampler, batch=args.each, **solver_settings(args))
 
 
 def parse_samplers(text):
@@ -1515,10 +1592,9 @@ FLAGS = dict(
                'split: samples, or the training part, whose distance is the floor'),
     reconstructions=dict(action='store_true', help='compare reconstructions instead of samples'),
     points=dict(default=2048, type=int, help='points of each cloud'),
-    threshold=dict(default=0.5, type=float, help='occupancy at which a surface lies'),
+    threshold=dict(default=0.0, type=float, help="occupancy at which a surface lies; 0: the run's"),
     classifier=dict(default='', help='weights of the voxel classifier'),
-    own_classes=dict(action='store_true', help='the classifier was trained by the command classifier '
-                     'and not by Clip-Forge: voxels at cell centres'),
+    reader=dict(default='', help="where the text encoder's files are now, if they have moved"),
     clip=dict(action='store_true', help='CLIP-S as well'),
     views=dict(default='diffusion_sdf', choices=tuple(VIEWS), help='from where CLIP looks'),
     each=dict(default=10, type=int, help='samples of each caption'),
@@ -1534,24 +1610,25 @@ FLAGS = dict(
     out=dict(default='', help='file to append the JSON line to'))
 
 SETS = ('weights', 'resize', 'res', 'num', 'num_real', 'split', 'sampler', 'steps', 'rtol', 'atol',
-        'seed', 'amp', 'float', 'bicubic')
+        'seed', 'amp', 'float', 'bicubic', 'batch')
 SOLVER = ('sampler', 'steps', 'rtol', 'atol', 'seed', 'amp')
 COMMANDS = dict(  # name: (function, flags, positional arguments, defaults of its own)
     iou=(iou_command, ('num', 'split'), 'A', dict(split='test')),
-    shapes=(shapes_command, ('num', 'split', 'fakes', 'reconstructions', 'points', 'res', 'threshold', *SOLVER), 'A',
-            dict(split='test')),
-    text=(text_command, ('num', 'split', 'each', 'guidance', 'res', 'classifier', 'own_classes',
-                         'clip', 'weights', 'views', *SOLVER), 'A', dict(split='test', num=234)),
+    shapes=(shapes_command, ('num', 'split', 'fakes', 'reconstructions', 'points', 'res',
+                             'threshold', 'batch', *SOLVER), 'A [B]', dict(split='test')),
+    text=(text_command, ('num', 'split', 'each', 'guidance', 'res', 'classifier', 'reader', 'clip',
+                         'weights', 'views', *SOLVER), 'A', dict(split='test', num=234)),
     classifier=(classifier_command, ('num', 'split', 'classifier', 'steps', 'seed'), 'A',
                 dict(split='test', classifier='weights/classifier.pt', steps=1000)),
     fid=(fid_command, (*SETS, 'fakes', 'ddof', 'no_cache'), 'A [B]', {}),
     pr=(pr_command, (*SETS, 'fakes', 'features', 'k'), 'A [B]', {}),
-    psnr=(psnr_command, ('res', 'num', 'split', 'posterior', 'seed', 'bicubic'), 'A [B]',
+    psnr=(psnr_command, ('res', 'num', 'split', 'posterior', 'seed', 'bicubic', 'batch'), 'A [B]',
           dict(split='test')),
     rfid=(rfid_command, ('weights', 'resize', 'res', 'num', 'split', 'posterior', 'seed', 'float',
-                         'bicubic', 'ddof', 'no_cache'), 'A', {}),
+                         'bicubic', 'ddof', 'no_cache', 'batch'), 'A', {}),
     nfe=(nfe_command, ('samplers', 'fid', 'weights', 'resize', 'res', 'num', 'num_real', 'split',
-                       'seed', 'amp', 'float', 'bicubic', 'ddof', 'no_cache'), 'A', dict(num=32)))
+                       'seed', 'amp', 'float', 'bicubic', 'ddof', 'no_cache', 'batch'), 'A',
+         dict(num=32)))
 
 
 def build_parser():
@@ -1566,7 +1643,7 @@ def build_parser():
         if positional == 'A [B]':
             command.add_argument('b', metavar='B', nargs='?', help='folder or run to compare it '
                                                                    'with; none: A is a run')
-        for flag in (*flags, 'batch', 'device', 'out'):
+        for flag in (*flags, 'device', 'out'):
             command.add_argument(f'--{flag}', **FLAGS[flag])
         command.set_defaults(**defaults)
     return parser
@@ -1574,9 +1651,12 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    for name, least in dict(batch=1, num=1, num_real=1, res=0, k=1, steps=1).items():
+    least_values = dict(batch=1, num=1, num_real=1, res=0, k=1, steps=1, points=1, each=2,
+                        threshold=0)
+    for name, least in least_values.items():
         value = getattr(args, name, least)
         require(value >= least, f'--{name} {value}: must be at least {least}')
+    require(getattr(args, 'threshold', 0) < 1, '--threshold: must be below 1')
     _, _, args.device = dist_init(args.device)
     COMMANDS[args.command][0](args)
 

@@ -19,7 +19,7 @@ import common
 import data
 import ldm as stage2
 from encoders import text_reader
-from inr import render_mesh
+from inr import draw_mesh
 
 DEMO = Path(__file__).parent / 'assets' / 'demo.pt'  # what train_vae.py and train_ldm.py make alone
 
@@ -60,12 +60,13 @@ def build_parser():
     parser.add_argument('--box', type=common.parse_tuple(float), default=(),
                         help='x_lo,x_hi,y_lo,y_hi in -1..1: render this region only '
                         '(--box=-1,0,-1,0 is the upper left quarter)')
-    parser.add_argument('--antialias', type=common.parse_bool, default=True,
-                        help='below the training resolution, average instead of point-sampling')
-    parser.add_argument('--format', default='obj', choices=[s[1:] for s in data.MESH_WRITERS],
-                        help='of meshes')
-    parser.add_argument('--threshold', type=float, default=0.5,
-                        help='occupancy at which a surface lies')
+    parser.add_argument('--antialias', type=common.parse_bool, default=None,
+                        help='below the training resolution, average instead of point-sampling; '
+                        'default yes')
+    parser.add_argument('--format', default=None, choices=[s[1:] for s in data.MESH_WRITERS],
+                        help='of meshes, default obj')
+    parser.add_argument('--threshold', type=float, default=None,
+                        help="occupancy at which a surface lies, default the run's own")
     parser.add_argument('--turntable', action='store_true',
                         help='a GIF of the surfaces turning, too')
     parser.add_argument('--num', type=int, default=16, help='samples')
@@ -78,6 +79,8 @@ def build_parser():
     parser.add_argument('--label', type=int, default=None, help='class of a conditional run')
     parser.add_argument('--text', default='', help='what the samples of a text-conditional run '
                         'should be')
+    parser.add_argument('--reader', default='', help="where the text encoder's files of a run that "
+                        'reads CLIP or an .npz are now, if they have moved')
     parser.add_argument('--guidance', type=float, default=None, help='weight w of classifier-free '
                         'guidance, 1 = none; default 3 for --text (Table 7), else 1')
     parser.add_argument('--interpolate', type=int, default=0, metavar='K',
@@ -105,7 +108,8 @@ def condition(args, ldm, count, device):
     """What --label or --text ask of each of `count` samples, None without."""
     if args.text:
         common.require(ldm.config.text, f'--text {args.text!r}: this run reads no text')
-        return text_reader(ldm.config.text, device)([args.text] * count)
+        one = text_reader(args.reader or ldm.config.text, device)([args.text])
+        return one.expand(count, *one.shape[1:])
     if args.label is None:
         return None
     common.require(0 <= args.label < ldm.config.num_classes, f'--label {args.label}: this run has '
@@ -174,44 +178,48 @@ def write_pictures(vae, z, names, sizes, box, antialias, out):
 
 
 @torch.no_grad()
-def encode_shape(path, vae, device, n=3000):
+def encode_shape(path, vae, training, device):
     """Name and posterior mean of a mesh or point cloud, and what brings it back to its own place.
 
-    It is brought to the size that shapes have in training: the longest side 1/1.1 of the box.
+    It is seen as shapes are in training, whose flags `training` are: so many points, with noise,
+    the longest side 1/1.1 of the box.
     """
-    points, loc, scale = data.unit_cube(data.read_cloud(path, n))
-    cloud = torch.from_numpy((points / data.HALF_BOX).astype('float32'))[None]
+    points, loc, scale = data.unit_cube(data.read_cloud(path, training['points']))
+    noise = common.seeded('cloud noise').standard_normal(points.shape)
+    cloud = points / data.HALF_BOX + noise * training['noise'] / vae.config.extent
+    z = vae.encode(torch.from_numpy(cloud.astype('float32'))[None].to(device)).mean
     name = re.sub(r'[^\w-]', '_', Path(path).stem)
-    return [name], vae.encode(cloud.to(device)).mean, (loc, scale * data.HALF_BOX / vae.config.extent)
+    return [name], z, (loc, scale * data.HALF_BOX / vae.config.extent)
 
 
-def turntable(surfaces, size=128, frames=36):
-    """Frames (F,3,H,W), uint8, of surfaces [-1,1]^3 that turn, side by side in a grid."""
+def turntable(surfaces, frames=36):
+    """Frames (3,H,W), uint8, of surfaces in [-1,1]^3 that turn, side by side in a grid."""
     for k in common.tqdm(range(frames), desc='turntable', unit='frame'):
-        shades = [render_mesh(v, f, size, azimuth=30 + 360 * k / frames, distance=4.0)['shade']
-                  for v, f in surfaces]
-        yield data.image_grid(torch.stack(shades)[:, None].expand(-1, 3, -1, -1) * 2 - 1)
+        drawn = [draw_mesh(v, f, azimuth=30 + 360 * k / frames) for v, f in surfaces]
+        yield data.image_grid(torch.stack(drawn))
 
 
 @torch.no_grad()
 def write_meshes(vae, z, names, sizes, args, place, out):
-    """The surface of each latent at each resolution to OUT/R/NAME.obj, and a grid to look at.
+    """The surface of each latent at each resolution to OUT/R/NAME.obj, and a grid of the first 64.
 
     `place` = (loc, scale) of what was reconstructed: vertices go out as v * scale + loc.
     """
-    loc, scale = place
-    for (resolution, _) in sizes:
-        surfaces = []
+    (loc, scale), form = place, args.format or 'obj'
+    for k, (resolution, _) in enumerate(sizes):
+        shown = []
         for name, latent in zip(common.tqdm(names, desc=f'{resolution}', unit='mesh'), z):
-            (vertices, faces), = vae.surfaces(vae.decode(latent[None]), resolution, args.threshold)
-            data.write_mesh(out / f'{resolution}' / f'{name}.{args.format}',
-                            vertices.double().cpu().numpy() * scale + loc, faces.cpu())
-            surfaces.append((vertices.cpu() / vae.config.extent, faces.cpu()))
-        shown = [render_mesh(v, f, 256, distance=4.0)['shade'] for v, f in surfaces[:64]]
-        grid = torch.stack(shown)[:, None].expand(-1, 3, -1, -1) * 2 - 1
-        data.save_grid(out / f'grid_{resolution}.png', grid)
-    if args.turntable:
-        data.save_gif(out / 'turntable.gif', turntable(surfaces[:16]))
+            xi = vae.decode(latent[None])
+            (vertices, faces), = vae.surfaces(xi, resolution, args.threshold)
+            data.write_mesh(out / f'{resolution}' / f'{name}.{form}',
+                            vertices.double().cpu().numpy() * scale + loc, faces.cpu(),
+                            vae.normals(xi, vertices).cpu())
+            if len(shown) < 64:
+                shown.append((vertices.cpu() / vae.config.extent, faces.cpu()))
+        data.save_grid(out / f'grid_{resolution}.png', torch.stack(
+            [draw_mesh(*surface, 256) for surface in shown]))
+        if args.turntable and k == 0:
+            data.save_gif(out / 'turntable.gif', turntable(shown[:16]))
     print(f'{len(names) * len(sizes)} meshes and {len(sizes)} grids in {out}')
 
 
@@ -226,15 +234,22 @@ def check_flags(args):
                    f'--guidance {args.guidance}: has no effect without --label or --text')
     common.require(not (args.res and args.sweep), '--res and --sweep: give one of them')
     common.require(not (args.text and args.label is not None), '--text and --label: give one')
-    common.require(0 < args.threshold < 1, f'--threshold {args.threshold}: between 0 and 1')
+    common.require(args.threshold is None or 0 < args.threshold < 1,
+                   f'--threshold {args.threshold}: between 0 and 1')
+    asked = args.text or args.label is not None or args.guidance is not None or args.interpolate
+    common.require(not (args.reconstruct and asked), '--reconstruct: nothing is sampled; leave '
+                   '--text, --label, --guidance and --interpolate out')
+    common.require(not args.reader or args.text, '--reader: has no effect without --text')
 
 
 def check_domain(args, domain, sizes):
     """Refuse flags that mean nothing for what the run makes."""
     if domain == 'image':
-        common.require(not args.turntable, '--turntable: this run makes pictures')
+        common.require(not args.turntable and args.format is None and args.threshold is None,
+                       '--turntable, --format and --threshold: this run makes pictures')
         return
-    common.require(not args.box, '--box: this run makes surfaces')
+    common.require(not args.box and args.antialias is None,
+                   '--box and --antialias: this run makes surfaces')
     common.require(all(h == w for h, w in sizes or ()), f'--res {args.sweep or args.res}: this run '
                    'makes surfaces; give one number, the cells along each side of the box')
 
@@ -247,17 +262,17 @@ def main():
     sizes = parse_sizes(wanted) if wanted else None
     _, _, device = common.dist_init(args.device)
     load = stage2.load_vae if args.reconstruct else stage2.load
-    vae, *ldm, _ = load(path, device)
+    vae, *ldm, info = load(path, device)
     check_domain(args, vae.config.domain, sizes)
     if not args.reconstruct:
         names, z = draw(args, vae, *ldm)
     elif vae.config.domain == 'image':
         names, z = encode_pictures(args.reconstruct, vae, device)
     else:
-        names, z, place = encode_shape(args.reconstruct, vae, device)
+        names, z, place = encode_shape(args.reconstruct, vae, info['args'], device)
     if vae.config.domain == 'image':
         sizes = sizes or [(vae.config.resolution,) * 2]
-        write_pictures(vae, z, names, sizes, box, args.antialias, out)
+        write_pictures(vae, z, names, sizes, box, args.antialias is not False, out)
     else:
         write_meshes(vae, z, names, sizes or [(128, 128)], args, place, out)
 

@@ -258,7 +258,7 @@ def main():
     options = dict(data.ENCODER_ONLY[vae.config.domain])
     if args.captions:
         common.require(vae.config.domain == 'shape', '--captions: are read for shapes only')
-        options['captions'] = args.captions
+        options['captions'] = args.captions = str(Path(args.captions).resolve())
     train, held_out = (data.open_run_data(first, split, args.data, **options)
                        for split in ('train', 'test'))
     common.require(not args.num_classes or train.labels is not None,
@@ -269,6 +269,10 @@ def main():
     reader = text_reader(args.text, device) if args.text else None
     common.require(not reader or getattr(train, 'captions', None), f'--text {args.text}: the data '
                    'have no captions; name them with --captions')
+    if getattr(train, 'captions', None) and not reader:
+        train.notes.append('captions are not used without --text')
+    if reader and args.text != 'bytes':
+        args.text = str(Path(args.text).resolve())
     config = common.pick(args, LDMConfig, domain=vae.config.domain,
                          planes=vae.config.latent_sizes(), z_channels=vae.config.z_channels,
                          context_channels=reader.channels if reader else 0)
@@ -326,9 +330,10 @@ def main():
             own = {k: common.rows(v, args, i, rank, world).to(device)
                    for k, v in dict(drawn, z=z_noise).items()}
             z = latents_of(batch, vae, own.pop('z'), args.posterior)
+            cond = condition_of(batch, args, reader)
             with common.sync(ddp, i == args.accumulate - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    loss = ddp(z, condition_of(batch, args, reader), **own)
+                    loss = ddp(z, cond, **own)
                 (loss / args.accumulate).backward()
             total = total + loss.detach() / args.accumulate
         norm = common.clip(model, args.clip)

@@ -27,10 +27,10 @@ SMALL = dict(num_res_blocks=1, ch=32, decoder_ch=32, z_channels=16, field_channe
              mlp_width=64, batch=16, lr=1e-3, warmup=100)
 # Shapes: Table 9, and the authors' code where the paper is silent (PointNet, n_ref, KL weight).
 SHAPES = dict(resolution=64, ch=64, decoder_ch=32, plane_merge='sum', coord_input=True,
-              scale_injection=False, loss='bce', n_ref=2048, kl_weight=0.01, point_hidden=256,
-              point_blocks=7, accumulate=5, batch=480)
+              scale_injection=False, loss='bce', n_ref=2048, kl_weight=0.01, threshold=0.2,
+              point_hidden=256, point_blocks=7, accumulate=5, batch=480)
 SMALL_SHAPES = dict(SHAPES, resolution=32, ch=32, ch_mult=(1, 2), decoder_mult=(2, 2, 1),
-                    num_res_blocks=1, z_channels=16, field_channels=32, mlp_width=64,
+                    threshold=0.5, num_res_blocks=1, z_channels=16, field_channels=32, mlp_width=64,
                     point_hidden=32, point_blocks=3, accumulate=1, batch=16, lr=1e-3, warmup=100)
 PRESETS = {
     'toy_image': dict(SMALL, dataset='toy_image', resolution=32, ch=24, decoder_ch=24,
@@ -122,7 +122,7 @@ def measure_shapes(vae, held_out, args, count=64, points=20_000):
         ious.append(metrics.iou(vae.query(xi, coords.to(device))[..., 0] > 0,
                                 inside.to(device)[None]))
         if k < 16:
-            drawn = render_points(cloud, 128)[None, None].expand(-1, 3, -1, -1) * 2 - 1
+            drawn = render_points(cloud, 128).expand(1, 3, -1, -1) * 2 - 1
             tiles += [drawn, vae.preview(xi)]
     return dict(iou=torch.cat(ious).mean()), torch.cat(tiles)
 

@@ -11,7 +11,7 @@ of coordinates drawn a step does not matter. `kl_mode='paper'` is the literal Ta
 code there is no LPIPS (inert at its weight) and no adversarial phase (not in the paper).
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from common import flag, require
 from encoders import (ConvEncoder, LocalPoolPointNet, PlaneAttention, ResBlock, Upsample, conv3x3,
                       norm)
-from inr import (CFCMLP, cell_centres, extract_mesh, grid_scale, pack, plane_sizes, render_mesh,
+from inr import (CFCMLP, cell_centres, draw_mesh, extract_mesh, grid_scale, pack, plane_sizes,
                  sample_field, sample_grid, unpack, PLANES)
 
 LOSSES = dict(l1=F.l1_loss, l2=F.mse_loss, bce=F.binary_cross_entropy_with_logits)
@@ -55,9 +55,10 @@ class VAEConfig:
                           choices=('concat', 'sum'))
     plane_merge: str = flag('concat', 'how the look-ups in the planes of one field are joined',
                             choices=('concat', 'sum'))
-    coord_input: bool = flag(False, "add a linear map of the coordinate to the first block's output")
+    coord_input: bool = flag(False, "add the coordinate, linearly, after the MLP's first block")
     scale_injection: bool = flag(True, 'modulate the MLP by the sampling period s, Eq. 13')
     loss: str = flag('l1', 'reconstruction loss; bce for occupancy', choices=('l1', 'l2', 'bce'))
+    threshold: float = flag(0.5, 'occupancy at which surfaces are drawn')
     n_ref: int = flag(0, 'N_ref, values of a full training signal; 0 = those of an r x r picture')
     kl_weight: float = flag(0.5, 'lambda_kl at the end of its annealing')
     kl_start: float = flag(1e-4, 'lambda_kl at the start')
@@ -78,11 +79,19 @@ class VAEConfig:
             and list(self.fields) == sorted(set(self.fields)),
             f'--fields {self.fields}: increasing powers of two that end at {top}, '
             f'the factor of {len(self.decoder_mult)} decoder levels')
-        require(self.domain == 'image' or not self.scale_injection, '--scale_injection: is for '
-                'pictures, whose pixels have a size')
+        picture = self.domain == 'image'
+        require(picture or not self.scale_injection, '--scale_injection: is for pictures, whose '
+                'pixels have a size')
+        require(not (picture and self.coord_input), '--coord_input: is not for pictures')
+        require((self.loss == 'bce') == (self.domain == 'shape'), f'--loss {self.loss}: occupancy '
+                'is learnt by bce, and nothing else is')
+        points = {f.name: f.default for f in fields(self) if f.name.startswith('point_')}
+        require(not picture or all(getattr(self, k) == v for k, v in points.items()),
+                f'--{", --".join(points)}: are for point clouds')
+        require(0 < self.threshold < 1, f'--threshold {self.threshold}: between 0 and 1')
 
     def latent_sizes(self, height=None, width=None):
-        """Plane name -> (h, w) of the latent for a signal of this size (default r along each axis)."""
+        """Plane name -> (h, w) of the latent for a signal of this size, by default r everywhere."""
         factor = 2 ** (len(self.ch_mult) - 1)
         cells = [-(-(n or self.resolution) // factor) for n in (width, height, None)]
         return plane_sizes(self.domain, cells)
@@ -189,6 +198,11 @@ class SpectralPenalty:
                     u.copy_(F.normalize(w @ v, dim=1))
             total = total + (u.mT.clone() @ w @ v).sum()
         return total
+
+
+def points_at_a_time(device):
+    """How many points to read at once; on CPU, what leaves the activations in each core's cache."""
+    return 2048 * torch.get_num_threads() if device.type == 'cpu' else 262144
 
 
 def on_planes(network, planes):
@@ -299,8 +313,7 @@ class D2CVAE(nn.Module):
         size, r = tuple(size), self.config.resolution
         if min(size) < 1 or (box[:, 0] >= box[:, 1]).any():
             raise ValueError(f'cannot render {size} pixels over the box {box.tolist()}')
-        if chunk is None:  # on CPU, what leaves the activations in each core's cache
-            chunk = 2048 * torch.get_num_threads() if field.device.type == 'cpu' else 262144
+        chunk = chunk or points_at_a_time(field.device)
         extent = ((box[:, 1] - box[:, 0]) / 2).tolist()[::-1]  # share of the height, width
         fold = [math.ceil(r * e / n - 1e-6) if antialias else 1 for n, e in zip(size, extent)]
         fold = [max(f, 1) for f in fold]
@@ -323,27 +336,45 @@ class D2CVAE(nn.Module):
                 result[i:i + samples, :, top:top + rows, left:left + columns] = tile
         return result
 
-    def surfaces(self, xi, resolution, threshold=0.5, coarse=64, chunk=65536):
+    def surfaces(self, xi, resolution, threshold=None, coarse=64, chunk=None):
         """The surfaces where the occupancy is `threshold`, in the units of the data.
 
         A list of (vertices (V,3), faces (F,3)), one for each sample of xi; `resolution` is cells
         along each axis of the box; `coarse` and `chunk` as for `inr.extract_mesh`.
         """
-        level, found = math.log(threshold / (1 - threshold)), []
-        for i in range(len(xi[0]['xy'])):
-            own = [{name: f[i:i + 1] for name, f in fields.items()} for fields in xi]
-            vertices, faces = extract_mesh(lambda p: self.query(own, p[None]), resolution, level,
-                                           None, coarse, chunk, xi[0]['xy'].device)
+        threshold, found = threshold or self.config.threshold, []
+        device = xi[0]['xy'].device
+        for own in self.one_by_one(xi):
+            vertices, faces = extract_mesh(
+                lambda p: self.query(own, p[None]), resolution,
+                math.log(threshold / (1 - threshold)), None, coarse,
+                chunk or points_at_a_time(device), device)
             found.append((vertices * self.config.extent, faces))
         return found
+
+    @staticmethod
+    def one_by_one(xi):
+        """The basis fields of each sample of a batch."""
+        for i in range(len(xi[0]['xy'])):
+            yield [{name: f[i:i + 1] for name, f in level.items()} for level in xi]
+
+    @torch.enable_grad()
+    def normals(self, xi, vertices):
+        """Unit normals (V,3) at points of one sample's surface, against its field's gradient."""
+        parts = []
+        for part in vertices.split(points_at_a_time(vertices.device)):
+            points = (part / self.config.extent).requires_grad_()
+            slope, = torch.autograd.grad(self.query(xi, points[None]).sum(), points)
+            parts.append(F.normalize(-slope, dim=1))
+        return torch.cat(parts) if parts else torch.zeros_like(vertices)
 
     def preview(self, xi, size=None, resolution=64):
         """A picture (B,3,S,S) of each sample, in [-1,1]; surfaces are drawn. S: r, or 128."""
         if self.config.domain == 'image':
             return self.render(xi, (size or self.config.resolution,) * 2)
-        drawn = [render_mesh(vertices / self.config.extent, faces, size or 128, distance=4.0)
-                 for vertices, faces in self.surfaces(xi, resolution)]
-        return torch.stack([d['shade'] for d in drawn])[:, None].expand(-1, 3, -1, -1) * 2 - 1
+        drawn = [draw_mesh(vertices / self.config.extent, faces, size or 128)
+                 for vertices, faces in self.surfaces(xi, resolution, coarse=32)]
+        return torch.stack(drawn)
 
     def reconstruct(self, batch, noise=None):
         """Posterior, the values of the function it decodes to, and what they should be.

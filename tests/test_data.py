@@ -605,7 +605,7 @@ def cifar(tmp_path):
 
 
 @pytest.mark.mutation('data.py', '.transpose(0, 2, 3, 1)', '.transpose(0, 3, 2, 1)')
-@pytest.mark.mutation('data.py', "dict(item, label=self.labels[i])", "dict(item, label=0)")
+@pytest.mark.mutation('data.py', "dict(label=self.labels[self.usable(i)])", "dict(label=0)")
 def test_cifar_layouts(cifar):
     places = [cifar / 'plain', cifar / 'plain' / 'cifar-10-batches-py', cifar / 'packed',
               cifar / 'packed' / 'cifar-10-python.tar.gz']

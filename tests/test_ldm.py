@@ -354,7 +354,7 @@ def test_mixing_is_per_channel_and_learned():
 
 
 @pytest.mark.mutation('ldm.py', 'weight_decay=0.0', 'weight_decay=weight_decay')
-@pytest.mark.mutation('ldm.py', 'list(self.unet.parameters())', 'list(self.parameters())')
+@pytest.mark.mutation('ldm.py', '[*self.unet.parameters(),', '[*self.parameters(),')
 def test_the_mixing_logit_does_not_decay():
     model = tiny(mixing_init=-6.0)
     groups = model.param_groups(0.1, 0.5, mixing_lr_mult=10)

@@ -460,7 +460,7 @@ def random_file(tmp_path_factory):
     return path
 
 
-@pytest.mark.mutation('metrics.py', 'state.get(wrapper), dict)', 'state.get(wrapper), list)')
+@pytest.mark.mutation('common.py', 'state.get(wrapper), dict)', 'state.get(wrapper), list)')
 def test_plain_state_dict(random_file):
     try:
         net = metrics.load_network('inception', random_file)

@@ -5,6 +5,7 @@ started by torchrun is a process of its own.
 """
 import contextlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -29,6 +30,7 @@ import common
 import data
 import inr
 import ldm
+import metrics
 
 ROOT = Path(__file__).parent.parent
 TINY = '--device cpu --batch 4 --steps 6 --eval_every 3 --save_every 2 --log_every 1 --warmup 2'
@@ -305,18 +307,24 @@ def free_port():
 
 @pytest.mark.mutation('common.py', 'start = self.first + self.rank * self.local',
                       'start = self.first')
-def test_two_processes_equal_one(toy, photos, tmp_path, repo):
-    """torchrun with two processes, both stages, with accumulation and with cached latents."""
+def test_two_processes_equal_one(toy, photos, shapes, tmp_path, repo):
+    """torchrun with two processes, both stages, with accumulation, cached latents, shapes, text."""
     folder = Path(shutil.copytree(toy.folder, tmp_path / 'one'))
     shutil.copytree(photos / 'set', folder / 'set')
     shutil.copytree(photos / 'runs' / 'photos', folder / 'runs' / 'photos')
+    shutil.copytree(shapes.folder / 'set', folder / 'solids')
+    shutil.copy(shapes.folder / 'captions.csv', folder)
     twice = f'{VAE} --accumulate 2 --warmup 100'  # Adam turns noise into steps of size lr
     cached = f'{LDM} --vae photos --cache memory --accumulate 2'
     runs = [('train_vae', VAE, 'toy_image'), ('train_vae', twice, 'twice'),
-            ('train_ldm', f'{LDM} --vae {toy.run}', 'toy_image'), ('train_ldm', cached, 'photos')]
+            ('train_ldm', f'{LDM} --vae {toy.run}', 'toy_image'), ('train_ldm', cached, 'photos'),
+            ('train_vae', f'{SHAPE} --dataset shape --data solids --steps 4 --warmup 1000', 'solids'),
+            ('train_ldm', f'{TINY} --ch 16 --ch_mult 1,2 --vae solids --captions captions.csv '
+             '--text bytes --steps 4 --warmup 1000', 'solids')]
     two = Path(shutil.copytree(folder, tmp_path / 'two'))
-    for script, flags, name in runs[1::2]:
-        done(folder, f'{script}.py', flags, '--name', name)
+    for script, flags, name in runs[1:]:
+        if name != 'toy_image':
+            done(folder, f'{script}.py', flags, '--name', name)
     jobs = [[script, *flags.split(), '--name', name, '--restart'] for script, flags, name in runs]
     (tmp_path / 'driver.py').write_text(DRIVER)
     result = subprocess.run(
@@ -324,7 +332,7 @@ def test_two_processes_equal_one(toy, photos, tmp_path, repo):
          f'--master_port={free_port()}', tmp_path / 'driver.py', repo, json.dumps(jobs)],
         cwd=two, env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count('2 x CPU') == 4
+    assert result.stdout.count('2 x CPU') == 6
     for script, _, name in runs:
         stage = script.removeprefix('train_')
         assert_close(two / 'runs' / name, folder / 'runs' / name, f'{stage}.pt', stage,
@@ -332,10 +340,9 @@ def test_two_processes_equal_one(toy, photos, tmp_path, repo):
 
 
 @pytest.mark.filterwarnings('error')
-@pytest.mark.mutation('train_ldm.py', 'x.flip(3), x)', 'x, x)')
+@pytest.mark.mutation('data.py', '0, 0, k == 1))', '0, 0, False))')
 @pytest.mark.mutation('train_ldm.py', '(0.5 * posterior.logvar).exp()', 'posterior.logvar.exp()')
-@pytest.mark.mutation('train_ldm.py', 'mean, std = torch.as_tensor(self.table[i * self.ways',
-                      'mean, std = torch.as_tensor(self.table[i')
+@pytest.mark.mutation('train_ldm.py', 'self.table[i * self.variants', 'self.table[i')
 def test_cached_latents_change_nothing(photos, tmp_path, repo):
     folder = Path(shutil.copytree(photos, tmp_path / 'copy'))
     for cache in ('none', 'memory', 'disk'):
@@ -413,8 +420,7 @@ def test_interpolation_ends_at_the_samples(toy, tmp_path, repo):
         assert_alike(a[f'16x16/{between}.png'], b[f'16x16/{end}.png'])
 
 
-@pytest.mark.mutation('train_ldm.py', "batch['label'] if args.num_classes else None, **own",
-                      'None, **own')
+@pytest.mark.mutation('train_ldm.py', 'ddp(z, cond, **own)', 'ddp(z, None, **own)')
 @pytest.mark.mutation('sample.py', 'cond, guidance, args.sampler', 'None, 1.0, args.sampler')
 def test_class_labels_reach_the_samples(tmp_path, repo):
     """CIFAR-10's labels train their embedding in stage 2, and --label, --guidance use it."""
@@ -504,7 +510,7 @@ def shapes(tmp_path_factory, one_thread):
         data.write_mesh(folder / 'raw' / ('a', 'b')[k % 2] / f'{name}.obj', *solid_mesh(k))
         rows.append(f'{name},thing number {k}')
     (folder / 'captions.csv').write_text('\n'.join(rows))
-    done(folder, 'data.py', 'mesh raw --out set --points 800 --near 200 --split 0.25')
+    done(folder, 'data.py', 'mesh raw --out set --points 800 --split 0.25')
     first = done(folder, 'train_vae.py', SHAPE, '--dataset shape --data set --name things --flip')
     second = done(folder, 'train_ldm.py', TINY, '--vae things --ch 16 --ch_mult 1,2 --ema 0.9',
                   '--captions captions.csv --text bytes')
@@ -552,38 +558,70 @@ def test_meshes_out_of_samples_and_reconstructions(shapes, tmp_path, repo):
 
 
 @pytest.mark.mutation('sample.py', '3.0 if args.text else 1.0', '1.0')
-@pytest.mark.mutation('sample.py', '[args.text] * count', "[''] * count")
+@pytest.mark.mutation('sample.py', 'device)([args.text])', "device)([''])")
 def test_text_reaches_the_shapes(shapes, tmp_path, repo, monkeypatch):
-    vae, model, _ = ldm.load(shapes.run)
+    state = common.load_checkpoint(shapes.run / 'ldm.pt')
+    for name in [k for k in state['ema'] if '.leave.weight' in k]:  # starts at zero
+        state['ema'][name] = torch.randn_like(state['ema'][name])
+    common.save_checkpoint(tmp_path / 'ldm.pt', state)
+    vae, model, _ = ldm.load(tmp_path / 'ldm.pt')
     made, generate = [], ldm.generate
     monkeypatch.setattr(ldm, 'generate', lambda *a, **k: made.append(generate(*a, **k)) or made[-1])
-    done(tmp_path, 'sample.py', f'--run {shapes.run} --device cpu --steps 3 --num 2 --res 8',
+    done(tmp_path, 'sample.py', '--run ldm.pt --device cpu --steps 3 --num 2 --res 8',
          '--text thing', repo=repo)
     tokens = model.text.tokenise(['thing'] * 2)
     expected = generate(vae, model, range(2), tokens, 3.0, steps=3)
     torch.testing.assert_close(made[0][0], expected)
-    for w in (1.0, 3.0):
-        other = generate(vae, model, range(2), model.text.tokenise([''] * 2), w, steps=3)
-        assert not torch.equal(other, expected)
+    for text, w in (('thing', 1.0), ('', 3.0)):
+        other = generate(vae, model, range(2), model.text.tokenise([text] * 2), w, steps=3)
+        assert (other - expected).abs().max() > 1e-3
 
 
 def test_metrics_of_shapes(shapes, tmp_path):
-    (tmp_path / 'weights').mkdir()
     flags = f'{shapes.run} --device cpu'
     out = done(shapes.folder, 'metrics.py', 'iou', flags).out.splitlines()
-    assert out[-2].startswith('IoU 0.') and 0 <= json.loads(out[-1])['mean_shape'] <= 1
+    result, held_out = json.loads(out[-1]), data.make_dataset('shape', shapes.folder / 'set', 'test')
+    model, _ = ldm.load_vae(shapes.run)
+    own = []
+    for i in range(len(held_out)):
+        cloud = data.open_run_data(ldm.load_vae(shapes.run)[1], 'test', shapes.folder / 'set')
+        xi = model.decode(model.encode(cloud.variant(i, 0)['points'][None]).mean)
+        points, inside = held_out.volume(i)
+        predicted = model.query(xi, points)[0, :, 0] > 0
+        own.append(((predicted & inside).sum() / max((predicted | inside).sum(), 1)).item())
+    assert result['iou'] == pytest.approx(np.mean(own), abs=1e-6) and len(own) == result['n']
     for fakes in ('samples', 'train', 'reconstructions'):
         which = f'--fakes {fakes}' if fakes != 'reconstructions' else '--reconstructions'
-        out = done(shapes.folder, 'metrics.py', 'shapes', flags, which, '--res 12 --points 50 --steps 2 --threshold 0.1').out.splitlines()
+        out = done(shapes.folder, 'metrics.py', 'shapes', flags, which,
+                   '--res 12 --points 50 --steps 2 --threshold 0.1').out.splitlines()
         rows = [json.loads(s) for s in out if s.startswith('{')]
-        assert [(r['radius'], r['squared']) for r in rows] == [(1, True), (0.5, True), (1, False)]
-        assert all(0 <= r['cov'] <= 1 and r['mmd'] > 0 and r['fakes'] == fakes for r in rows)
+        assert [(r['radius'], r['squared']) for r in rows] == list(
+            itertools.product((1, 0.5), (True, False)))
+        assert all(r['fake']['kind'] == fakes and r['mmd'] > 0 for r in rows)
+    same = done(shapes.folder, 'metrics.py', 'shapes raw/a raw/a --points 40').out.splitlines()
+    assert json.loads(same[1])['mmd'] == 0 and json.loads(same[1])['cov'] == 1
+    nothing = done(shapes.folder, 'metrics.py', 'shapes', flags, '--res 8 --steps 1 --points 20',
+                   '--threshold 0.999').out.splitlines()  # no sample has a surface
+    assert json.loads(nothing[-1])['fake']['empty'] == json.loads(nothing[-1])['n_fake'] > 0
     done(shapes.folder, 'metrics.py', 'classifier', flags, '--steps 3 --classifier c.pt')
-    out = done(shapes.folder, 'metrics.py', 'text', flags, '--each 2 --steps 2 --res 8 --own_classes',
-               '--classifier c.pt').out.splitlines()
-    row = json.loads(out[-1])
-    assert row['captions'] >= 1 and 0 <= row['tmd'] <= 1 and 0 <= row['accuracy'] <= 1
-    assert row['clip_s'] is None and row['classifier']['weights'] == 'c.pt'
+    state = common.load_checkpoint(shapes.run / 'vae.pt')  # says which class is which
+    saved = torch.load(shapes.folder / 'c.pt', weights_only=True)
+    assert saved['classes'] == ['a', 'b'] and state['args']['dataset'] == 'shape'
+    for answer in (0, 1):  # a classifier that always gives this class
+        saved['model']['projection.7.weight'].zero_()
+        saved['model']['projection.7.bias'].copy_(torch.tensor([1.0 - answer, answer]))
+        torch.save(saved, shapes.folder / 'c.pt')
+        row = json.loads(done(shapes.folder, 'metrics.py', 'text', flags, '--each 2 --steps 2',
+                              '--res 8 --classifier c.pt').out.splitlines()[-1])
+        truth = np.mean([label == answer for label in held_out.labels])
+        assert row['accuracy'] == pytest.approx(truth) and row['captions'] == len(held_out)
+        assert row['clip_s'] is None and 0 <= row['tmd'] <= 1
+    torch.save(dict(saved, classes=['c', 'd']), shapes.folder / 'c.pt')
+    assert_refused(call(shapes.folder, 'metrics.py', 'text', flags, '--classifier c.pt'),
+                   'does not know the class')
+    for command in ('fid', 'psnr'):
+        assert_refused(call(shapes.folder, 'metrics.py', command, flags), 'run of shapes' if
+                       command == 'psnr' else 'weights')
 
 
 # ---- misuse ------------------------------------------------------------------------------------
@@ -649,6 +687,20 @@ MISUSE = [
     ('train_vae.py', f'{NEW} --dataset afhq_cat --data afhq --accumulate 1 --group x',
      '--group x'),
     ('metrics.py', 'psnr toy_image --device nonsense', '--device nonsense'),
+    ('metrics.py', 'iou toy_image', 'of pictures'),
+    ('metrics.py', 'shapes nowhere', 'not a run'),
+    ('metrics.py', 'shapes toy_image --threshold 1', '--threshold'),
+    ('train_vae.py', f'{NEW} --point_hidden 8', '--point_hidden'),
+    ('train_vae.py', f'{NEW} --points 8', '--points', 'no shape data set'),
+    ('train_vae.py', f'{SHAPE} --name new --dataset shape', 'data/shape', 'data.py mesh'),
+    ('train_vae.py', f'{SHAPE} --name new --dataset shape --data empty', 'CLASS/ID'),
+    ('train_vae.py', f'{SHAPE} --name new --dataset toy_shape --captions a', '--captions'),
+    ('train_vae.py', f'{SHAPE} --name new --dataset toy_shape --scales 1,2', '--scales'),
+    ('train_vae.py', f'{SHAPE} --name new --dataset toy_shape --loss l1', '--loss l1', 'bce'),
+    ('train_vae.py', f'{SHAPE} --name new --dataset toy_shape --near 2', '--near 2'),
+    ('train_ldm.py', f'{TOY} --name new --text bytes', 'no captions', '--captions'),
+    ('train_ldm.py', f'{TOY} --name new --captions a.csv', '--captions'),
+    ('train_ldm.py', f'{TOY} --name new --text nowhere', 'nowhere', 'bytes'),
     ('train_ldm.py', f'{TOY} --lr 0.25', 'now 0.25'),
     ('train_ldm.py', f'{LDM} --vae nowhere', 'nowhere'),
     ('train_ldm.py', f'{LDM} --vae cut1', 'cut1/vae.pt', 'truncated'),
@@ -675,6 +727,12 @@ MISUSE = [
     ('sample.py', '--run toy_image --box=-2,0,0,1', '--box'),
     ('sample.py', '--run toy_image --label 1', '--label 1', '0 classes'),
     ('sample.py', '--run toy_image --guidance 2', '--guidance'),
+    ('sample.py', '--run toy_image --text chair', 'reads no text'),
+    ('sample.py', '--run toy_image --turntable', '--turntable', 'pictures'),
+    ('sample.py', '--run toy_image --format obj', '--format'),
+    ('sample.py', '--run toy_image --threshold 2', '--threshold 2'),
+    ('sample.py', '--run toy_image --reader x', '--reader'),
+    ('sample.py', '--run toy_image --reconstruct empty --label 1', '--reconstruct', '--label'),
     ('sample.py', '--run toy_image --steps 0', '--steps 0'),
     ('sample.py', '--run toy_image --steps 1001', '1000'),
     ('sample.py', '--run toy_image --num 0', '--num'),
@@ -702,9 +760,20 @@ def test_misuse_is_one_line_and_writes_nothing(script, flags, words, broken, rep
 
 def test_no_run_at_all(tmp_path):
     assert_refused(call(tmp_path, 'train_ldm.py'), 'python train_vae.py')
-    assert_refused(call(tmp_path, 'sample.py'), 'train_vae.py', '--run')
     assert call(tmp_path, 'train_ldm.py', '-h').code == 0  # help needs no run
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bundled_model(tmp_path):
+    """Sampling works before any training, from a model that has learnt something."""
+    out = done(tmp_path, 'sample.py', '--num 2 --res 24 --device cpu').out
+    assert 'bundled' in out and len(pictures(tmp_path)) == 3
+    vae, _, info = ldm.load(ROOT / 'assets' / 'demo.pt')
+    assert info['args']['dataset'] == 'toy_image'
+    truth = data.toy_image([data.toy_seeds('test', k) for k in range(16)], 32)
+    with torch.no_grad():
+        y = vae.render(vae.decode(vae.encode(truth).mean), (32, 32)).clamp(-1, 1)
+    assert metrics.psnr(y / 2 + 0.5, truth / 2 + 0.5) > 29
 
 
 def test_a_process_says_nothing_else(broken):

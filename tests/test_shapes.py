@@ -1,10 +1,12 @@
 """Shapes: toy solids, the PointNet, tri-planes, the layout of Occupancy Networks, set metrics."""
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import common
 import data
@@ -99,7 +101,7 @@ def test_two_families_are_thin():
     """A table's legs and a lamp's pole measure less than 1/20 of the box, and more than 1/26."""
     for family in ('table', 'lamp'):
         solid = next(s for s in map(data.toy_shape, range(100)) if s.family == family)
-        radius = max(p[0] for p in solid.parts[1].a)
+        radius = solid.parts[1].a[:, 0].max()
         assert 2 / 26 < 2 * radius < 2 / 20
 
 
@@ -264,6 +266,24 @@ def test_planes_side_by_side_equal_planes_one_by_one():
         assert torch.equal(second[name], x + 1)
 
 
+def test_normals_of_a_ball_point_outwards():
+    model = tiny(extent=0.55).eval()
+    model.query = lambda xi, p: 8 * (0.5 - p.norm(dim=-1, keepdim=True))
+    xi = [dict(xy=torch.zeros(1, 4, 4, 4))]
+    (vertices, _), = model.surfaces(xi, 16)
+    with torch.no_grad():
+        normals = model.normals(xi, vertices)
+    torch.testing.assert_close(normals, vertices / vertices.norm(dim=1, keepdim=True))
+    assert model.normals(xi, torch.zeros(0, 3)).shape == (0, 3)
+
+
+def test_impossible_shape_configurations_are_refused():
+    for changes in (dict(loss='l1'), dict(scale_injection=True), dict(threshold=1.0),
+                    dict(domain='image', coord_input=False)):
+        with pytest.raises(ValueError, match='--'):
+            vae.VAEConfig(**{**TINY, **changes})
+
+
 @pytest.mark.mutation('vae.py', 'math.log(threshold / (1 - threshold))', 'threshold')
 @pytest.mark.mutation('vae.py', 'vertices * self.config.extent', 'vertices')
 def test_surfaces_lie_where_the_occupancy_is_the_threshold():
@@ -328,9 +348,30 @@ def test_shapes_as_published(shapenet):
     chairs = data.make_dataset('shapenet_chair', root, 'all')
     assert chairs.names == ['03001627/m0', '03001627/m1', '03001627/m3']
     alone = data.make_dataset('shape', root / '04379243', 'test')
-    assert alone.names == ['04379243/m7']
+    assert alone.names == ['04379243/m7'] and alone.titles == ['04379243']
+    (root / 'metadata.yaml').write_text(json.dumps({g: dict(id=g, name=f'{n},x') for g, n in (
+        ('03001627', 'chair'), ('04379243', 'table'))}))
+    assert data.make_dataset('shapenet', root).titles == ['chair', 'table']
     half = data.make_dataset('shapenet', root, 'train', holdout='0.5')
     assert {*half.splits()['train'], *half.splits()['test']} == {*radii}
+
+
+@pytest.mark.mutation('data.py', "return self.draw(i, 'near', 'near_bits', n, rng)",
+                      "return self.draw(i, 'near', 'bits', n, rng)")
+def test_the_near_set_is_drawn_with_its_own_occupancies(shapenet):
+    root, radii = shapenet
+    for name, radius in radii.items():
+        rng = np.random.default_rng(1)
+        p = rng.standard_normal((80, 3))
+        p *= radius * rng.choice([0.95, 1.05], (80, 1)) / np.linalg.norm(p, axis=1, keepdims=True)
+        inside = np.linalg.norm(p, axis=1) < radius
+        np.savez(root / name / 'near.npz', points=p, occupancies=np.packbits(inside))
+    dataset = data.make_dataset('shapenet', root, points=8, queries=60, near=0.5)
+    for i, name in enumerate(dataset.names):
+        item = dataset.item(i, np.random.default_rng(0))
+        r = item['coords'][30:].norm(dim=1) * 0.55
+        assert ((r / radii[name] - 1).abs() - 0.05).abs().max() < 1e-3  # all 30 are near
+        assert torch.equal(item['occupancy'][30:].bool(), r < radii[name])
 
 
 @pytest.mark.mutation('data.py', "texts.get(n.split('/')[1], [])", "texts.get(n, [])")
@@ -376,6 +417,26 @@ def test_broken_shapes(shapenet, capsys):
         data.make_dataset('shape', root / 'empty')
 
 
+def checked(monkeypatch, capsys, *flags):
+    monkeypatch.setattr('sys.argv', ['data.py', 'check', *map(str, flags)])
+    data.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.mutation('data.py', 'dataset.labels.count(k)} {title}', 'len(dataset)} {title}')
+def test_check_of_shapes(shapenet, tmp_path, monkeypatch, capsys):
+    root, _ = shapenet
+    monkeypatch.chdir(tmp_path)
+    out = checked(monkeypatch, capsys, root, '--res', 32)
+    assert out.startswith(f'shape at {root}') and 'shapes    4 train, 2 test' in out
+    assert '3 03001627, 3 04379243' in out and 'of the box min' in out and 'bad       0' in out
+    assert Image.open('out/check_shape.png').size == (6 * 34 + 2, 36)
+    assert 'seeds 0 to 4999' in checked(monkeypatch, capsys, 'toy_shape', '--out', 'x.png')
+    (root / '03001627' / 'm0' / 'points.npz').unlink()
+    (root / '03001627' / 'm1' / 'points.npz').write_bytes(b'')
+    assert '03001627/m0: no points.npz' in checked(monkeypatch, capsys, 'shapenet', '--data', root)
+
+
 def test_flags_of_the_other_domain_are_refused():
     args = dict(dataset='toy_shape', flip=False, seed=0, resolution=8, scales=(1.0,))
     args.update({f.name: f.default for f in data.fields(data.ShapeConfig)})
@@ -394,7 +455,7 @@ def clouds(seed, n, step):
 @pytest.mark.mutation('metrics.py', 'between.amin(1).mean()', 'between.amin(0).mean()')
 @pytest.mark.mutation('metrics.py', 'len(between.argmin(0).unique()) / R',
                       'len(between.argmin(1).unique()) / R')
-@pytest.mark.mutation('metrics.py', '(d ** 2 if squared else d).mean()', 'd.mean()')
+@pytest.mark.mutation('metrics.py', '(d ** p).mean() + (e ** p).mean()', 'd.mean() + e.mean()')
 @pytest.mark.mutation('metrics.py', 'clouds.amin(1, keepdim=True) + clouds', '2 * clouds')
 def test_mmd_and_cov_golden():
     refs, samples = clouds(2, 6, 0.2), clouds(3, 8, 0.15)
@@ -416,19 +477,25 @@ def test_chamfer_equals_loops():
     slow = [sum(min(((p - q) ** 2).sum() for q in y) for p in x) / len(x)
             + sum(min(((p - q) ** 2).sum() for q in x) for p in y) / len(y) for x, y in zip(a, b)]
     torch.testing.assert_close(metrics.chamfer(a, b), torch.stack(slow))
-    torch.testing.assert_close(metrics.chamfer_matrix(a, b).diag(), torch.stack(slow))
+    squared, plain = metrics.chamfer_matrix(a, b)
+    torch.testing.assert_close(squared.diag(), torch.stack(slow))
     torch.testing.assert_close(metrics.chamfer_matrix(a, a), metrics.chamfer_matrix(a, a.clone()))
+    brute = torch.stack([metrics.cuda_row(x, b, size=2) for x in a], dim=1)
+    torch.testing.assert_close(brute, torch.stack([squared, plain]), rtol=1e-5, atol=1e-6)
     r = torch.tensor([[[0.0, 0, 0]], [[3.0, 0, 4]]])
     assert metrics.chamfer(r[:1], r[1:]).item() == pytest.approx(50)
 
 
 @pytest.mark.mutation('metrics.py', 'union.fill_diagonal_(math.inf)', 'pass')
-@pytest.mark.mutation('metrics.py', '== (torch.arange(R + S) < R)', '!= (torch.arange(R + S) < R)')
+@pytest.mark.mutation('metrics.py', '== (torch.arange(R + S) < R)',
+                      '!= (torch.arange(R + S) < R)')
 def test_one_nna():
     """Sets far apart are told apart; of pairs of twins every nearest neighbour is a stranger."""
     a = clouds(0, 5, 0.0)
     assert metrics.mmd_cov(a, a + 100)['one_nna'] == 1
     assert metrics.mmd_cov(a, a + 1e-6)['one_nna'] == 0
+    empty = metrics.unit_sphere(torch.cat([a[:1] * 0, a]))  # a sample without a surface
+    assert empty.isfinite().all() and metrics.mmd_cov(a, empty)['mmd'] < 1
     same = metrics.mmd_cov(a, a.clone())
     assert same['mmd'] == 0 and same['cov'] == 1
 
@@ -459,6 +526,34 @@ def test_topology():
     assert metrics.topology(vertices, tetrahedron) == (1, 2, True)
     assert metrics.topology(vertices, torch.cat([tetrahedron, tetrahedron + 4])) == (2, 4, True)
     assert metrics.topology(vertices, tetrahedron[:3]) == (1, 1, False)
+
+
+@pytest.mark.mutation('metrics.py', "F.relu(getattr(self, f'conv{k}_bn')(x))",
+                      "getattr(self, f'conv{k}_bn')(F.relu(x))")
+@pytest.mark.mutation('metrics.py', 'self.fc(F.relu(x.flatten(1)))', 'self.fc(x.flatten(1))')
+def test_voxel_classifier_equals_its_description():
+    net = metrics.VoxelClassifier().eval()
+    for name, buffer in net.named_buffers():
+        if 'running' in name:
+            buffer.uniform_(0.5, 1.5)
+    s, x = net.state_dict(), (torch.rand(2, 32, 32, 32) < 0.4)
+
+    def normalised(x, name):
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        mean, var, w, b = (s[f'{name}.{k}'].view(shape) for k in (
+            'running_mean', 'running_var', 'weight', 'bias'))
+        return (x - mean) / (var + 1e-5).sqrt() * w + b
+    h = torch.nn.functional.conv3d(x[:, None].float(), s['encoder_head.conv_in.weight'],
+                                   s['encoder_head.conv_in.bias'], padding=1)
+    for k in range(4):
+        h = normalised(h, f'encoder_head.conv{k}_bn').relu()
+        h = torch.nn.functional.conv3d(h, s[f'encoder_head.conv_{k}.weight'],
+                                       s[f'encoder_head.conv_{k}.bias'], stride=2, padding=1)
+    h = h.flatten(1).relu() @ s['encoder_head.fc.weight'].T + s['encoder_head.fc.bias']
+    for norm, linear in ((0, 3), (4, 7)):
+        h = normalised(h, f'projection.{norm}').relu()
+        h = h @ s[f'projection.{linear}.weight'].T + s[f'projection.{linear}.bias']
+    torch.testing.assert_close(net(x), h, rtol=1e-4, atol=1e-4)
 
 
 def test_voxel_classifier_has_the_published_names():

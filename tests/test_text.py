@@ -1,5 +1,7 @@
 """Texts: CLIP's tokeniser and towers from the files of others, stored features, bytes."""
+import contextlib
 import gzip
+import json
 import math
 
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import encoders
+import inr
 import ldm
 import metrics
 
@@ -205,7 +209,7 @@ def test_text_tower_equals_a_slow_one():
 
 
 @pytest.mark.mutation('metrics.py', "self.ln_post(x[:, 0])", "self.ln_post(x[:, 1])")
-@pytest.mark.mutation('metrics.py', 'x = self.ln_pre(x)\n', '')
+@pytest.mark.mutation('metrics.py', 'x = self.ln_pre(x + self.positional_embedding)', 'x = x + self.positional_embedding')
 @pytest.mark.mutation('encoders.py', "for part in 'qkv'", "for part in 'kqv'")
 @pytest.mark.mutation('encoders.py', "key.replace('visual_projection', 'visual.proj')[:-7], value.T",
                       "key.replace('visual_projection', 'visual.proj')[:-7], value")
@@ -219,7 +223,7 @@ def test_clip_from_both_publishers(tmp_path, merges):
     torch.save({**state, 'input_resolution': torch.tensor(32)}, tmp_path / 'ViT-B-32.pt')
     torch.save(to_hugging_face(state), tmp_path / 'pytorch_model.bin')
     for name in ('ViT-B-32.pt', 'pytorch_model.bin'):
-        with pytest.warns(UserWarning) if name == 'ViT-B-32.pt' else warning_free():
+        with pytest.warns(UserWarning) if name == 'ViT-B-32.pt' else contextlib.nullcontext():
             net = metrics.load_network('clip', tmp_path / name)
         torch.testing.assert_close(net.encode_image(picture)[0], expected, rtol=1e-3, atol=1e-3)
         tokens = net.tokenise(['the chair'])
@@ -227,16 +231,7 @@ def test_clip_from_both_publishers(tmp_path, merges):
                                    slow_text(state, tokens[0])[1], rtol=1e-3, atol=1e-3)
 
 
-class warning_free:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return False
-
-
 def write_safetensors(path, tensors):
-    import json
     header, body = {}, b''
     for name, t in tensors.items():
         data = t.numpy().tobytes()
@@ -250,7 +245,6 @@ def write_safetensors(path, tensors):
 
 @pytest.mark.mutation('common.py', "offset=v['data_offsets'][0]", "offset=0")
 def test_safetensors(tmp_path):
-    import common
     tensors = dict(a=torch.randn(2, 3), b=torch.randn(4).half(), c=torch.arange(8), d=torch.tensor(2.))
     write_safetensors(tmp_path / 'x.safetensors', tensors)
     read = common.read_tensors(tmp_path / 'x.safetensors', '')
@@ -273,6 +267,27 @@ def test_pictures_reach_clip_as_published():
     assert torch.equal(net.prepare(picture), torch.from_numpy(np.array(im)).permute(2, 0, 1))
 
 
+def test_clip_score_is_the_best_view():
+    net = metrics.CLIP(random_clip(vision=64))
+    net.tokenise = lambda texts: torch.full((len(texts), 77), 49407)
+    net.load_state_dict(random_clip(vision=64))
+    views = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    seen, said = net.encode_image(views), net.encode_text(['x'])[0]
+    cosines = (seen @ said) / seen.norm(dim=1) / said.norm()
+    assert metrics.clip_score(net, views, 'x') == pytest.approx(100 * cosines.max().item(), rel=1e-4)
+
+
+def test_views_go_round_the_shape():
+    """A bar along +x, seen from azimuth 0 on the right, from 180 on the left."""
+    vertices, faces = inr.extract_mesh(lambda p: 0.1 - (p - torch.tensor([0.3, 0, 0])).norm(dim=1), 24)
+    pictures = metrics.drawn_views((vertices, faces), 'even', 64)
+    assert pictures.shape == (5, 3, 64, 64) and pictures.dtype == torch.uint8
+    dark = [(255 - p[0].double()).sum(0) for p in pictures]
+    columns = [(d * torch.arange(64)).sum() / d.sum() for d in dark]
+    expected = [0.3 * math.cos(math.radians(72 * k)) for k in range(5)]
+    assert all((c - 32 > 3) == (e > 0.05) for c, e in zip(columns, expected) if abs(e) > 0.05)
+
+
 def test_other_files_are_no_clip(tmp_path, merges):
     with pytest.raises(ValueError, match='no weights there.*ViT-L-14'):
         encoders.text_reader(str(tmp_path))
@@ -284,7 +299,7 @@ def test_other_files_are_no_clip(tmp_path, merges):
     torch.save(state, tmp_path / 'x.pt')
     with pytest.raises(ValueError, match='not the weights of a CLIP text tower'):
         encoders.text_reader(str(tmp_path / 'x.pt'))
-    with pytest.raises(ValueError, match='neither bytes nor'):
+    with pytest.raises(ValueError, match='neither bytes nor a file'):
         encoders.text_reader(str(tmp_path / 'none'))
     (tmp_path / 'alone').mkdir()
     torch.save(random_clip(), tmp_path / 'alone' / 'model.pt')
