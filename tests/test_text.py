@@ -278,14 +278,15 @@ def test_clip_score_is_the_best_view():
 
 
 def test_views_go_round_the_shape():
-    """A bar along +x, seen from azimuth 0 on the right, from 180 on the left."""
-    vertices, faces = inr.extract_mesh(lambda p: 0.1 - (p - torch.tensor([0.3, 0, 0])).norm(dim=1), 24)
+    """A ball at +x is seen on the right from azimuth 0 and on the left from behind."""
+    centre = torch.tensor([0.3, 0, 0])
+    vertices, faces = inr.extract_mesh(lambda p: 0.1 - (p - centre).norm(dim=1), 24)
     pictures = metrics.drawn_views((vertices, faces), 'even', 64)
     assert pictures.shape == (5, 3, 64, 64) and pictures.dtype == torch.uint8
     dark = [(255 - p[0].double()).sum(0) for p in pictures]
     columns = [(d * torch.arange(64)).sum() / d.sum() for d in dark]
     expected = [0.3 * math.cos(math.radians(72 * k)) for k in range(5)]
-    assert all((c - 32 > 3) == (e > 0.05) for c, e in zip(columns, expected) if abs(e) > 0.05)
+    assert all((c - 31.5) * e > 0.1 for c, e in zip(columns, expected))
 
 
 def test_other_files_are_no_clip(tmp_path, merges):
