@@ -335,10 +335,48 @@ def stage_cases(table, device):
     return {name: lambda f=f: torch.no_grad()(f) for name, f in calls.items()}
 
 
-TABLES = dict(readout=readout_cases, vae=vae_cases, unet=unet_cases, stage=stage_cases)
+COARSE = (256, 128, 64, 32)  # the first is the dense evaluation
+
+
+@torch.no_grad()
+def held_out_fields(run, count, device):
+    """A shape run's first stage and the basis fields of `count` held-out shapes."""
+    model, info = ldm.load_vae(common.find_run(run), device)
+    shapes = data.open_run_data(info, 'test')
+    return model, [model.decode(model.encode(shapes.item(i)['points'][None].to(device)).mean)
+                   for i in common.spread(len(shapes), count)]
+
+
+def mesh_cases(table, device):
+    """'mesh RUN': the surface of one held-out shape at 256, from several first grids."""
+    model, (xi,) = held_out_fields(table.split(maxsplit=1)[1], 1, device)
+    return {f'coarse {n}': lambda n=n: torch.no_grad()(partial(model.surfaces, xi, 256, coarse=n))
+            for n in COARSE}
+
+
+@torch.no_grad()
+def missed(run, device, count=8):
+    """Share of the dense surface's vertices that each first grid misses, over some shapes."""
+    model, shapes = held_out_fields(run, count, device)
+    found = {n: [{*map(tuple, model.surfaces(xi, 256, coarse=n)[0][0].tolist())} for xi in shapes]
+             for n in COARSE}
+    total = sum(map(len, found[256]))
+    return {n: sum(len(a - b) for a, b in zip(found[256], found[n])) / total for n in COARSE[1:]}
+
+
+def mesh(args):
+    """Iso-surface extraction from the field of --run, and what it misses."""
+    if args.run:
+        report(args, f'mesh {args.run}')
+        print('missed of the dense surface: ' + ', '.join(
+            f'{share:.3%} from {n}' for n, share in missed(args.run, args.device).items()))
+
+
+TABLES = dict(readout=readout_cases, vae=vae_cases, unet=unet_cases, stage=stage_cases,
+              mesh=mesh_cases)
 BENCHES = dict(readout=readout, vae=lambda args: report(args, 'vae'),
                unet=lambda args: [report(args, t) for t in ('unet step', 'unet evaluation')],
-               stage=lambda args: report(args, 'stage'))
+               stage=lambda args: report(args, 'stage'), mesh=mesh)
 
 
 def main():
@@ -348,6 +386,7 @@ def main():
     parser.add_argument('--repeats', type=int, default=5, help='rounds the medians are over')
     parser.add_argument('--sizes', type=common.parse_tuple(int), default=(256, 512, 1024),
                         help='sides of the pictures read out')
+    parser.add_argument('--run', default='', help='run of shapes, which mesh needs')
     parser.add_argument('--full', action='store_true', help='the plain form above 512 on CPU, too')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--child', nargs=2, metavar=('TABLE', 'CASE'), help='run this case once '
