@@ -88,8 +88,7 @@ class LDMConfig:
             raise ValueError(f'planes {", ".join(self.planes)} are not those of domain '
                              f'{self.domain}: {", ".join(PLANES[self.domain])}')
         if self.num_classes and self.context_channels:
-            raise ValueError('condition on class labels (--num_classes) or on text (--text), not '
-                             'on both')
+            raise ValueError('condition on class labels (--num_classes) or text (--text), not both')
         if self.triplane == 'concat' and len({*map(tuple, self.planes.values())}) > 1:
             raise ValueError('--triplane concat: planes of different shapes cannot be concatenated')
 

@@ -290,7 +290,7 @@ def test_meshes_that_cannot_be_prepared(meshes, capsys, tmp_path):
     with pytest.raises(ValueError, match='4 of 16 meshes cannot be read'):
         prepare(capsys)
     with pytest.raises(ValueError, match='no meshes'):
-        data.find_meshes(tmp_path / 'nowhere')
+        data.find_meshes(tmp_path / 'nowhere', {})
     data.write_mesh(tmp_path / 'set/chair/m0.stl', CORNERS, TRIANGLES)
     with pytest.raises(ValueError, match='would get the same name'):
         prepare(capsys)

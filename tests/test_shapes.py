@@ -253,8 +253,8 @@ def test_objective_of_shapes():
                                + 5 * losses['sn'] / 64)
 
 
-@pytest.mark.mutation('vae.py', 'groups.setdefault(plane.shape, [])',
-                      "groups.setdefault(plane.shape[0], [])")
+@pytest.mark.mutation('vae.py', 'return [dict(zip(planes, level))',
+                      'return [dict(zip(reversed(planes), level))')
 @pytest.mark.mutation('vae.py', 'y.chunk(len(names))', 'y.chunk(len(names))[::-1]')
 def test_planes_side_by_side_equal_planes_one_by_one():
     planes = dict(a=torch.rand(2, 3, 4, 4), b=torch.rand(2, 3, 4, 6), c=torch.rand(2, 3, 4, 4))
@@ -362,8 +362,8 @@ def test_the_near_set_is_drawn_with_its_own_occupancies(shapenet):
     root, radii = shapenet
     for name, radius in radii.items():
         rng = np.random.default_rng(1)
-        p = rng.standard_normal((80, 3))
-        p *= radius * rng.choice([0.95, 1.05], (80, 1)) / np.linalg.norm(p, axis=1, keepdims=True)
+        p = rng.standard_normal((64, 3))
+        p *= radius * rng.choice([0.95, 1.05], (64, 1)) / np.linalg.norm(p, axis=1, keepdims=True)
         inside = np.linalg.norm(p, axis=1) < radius
         np.savez(root / name / 'near.npz', points=p, occupancies=np.packbits(inside))
     dataset = data.make_dataset('shapenet', root, points=8, queries=60, near=0.5)
@@ -379,7 +379,7 @@ def test_the_near_set_is_drawn_with_its_own_occupancies(shapenet):
 def test_captions_are_joined_by_model(shapenet):
     root, _ = shapenet
     (root / 'captions.tablechair.csv').write_text(
-        'id,modelId,description,category\n1,m0,"a chair, with\n""arms""",Chair\n2,m0,red chair,Chair\n'
+        'id,modelId,description,category\nm1,m0,"a chair, with\n""arms""",Chair\n2,m0,red chair,Chair\n'
         '3,m3,,Chair\n4,m9,nothing,Table\n', encoding='utf-8')
     train = data.make_dataset('text2shape', root, 'train')
     assert train.captions == [['a chair, with "arms"', 'red chair'], [], [], []]
@@ -536,6 +536,8 @@ def test_voxel_classifier_equals_its_description():
     for name, buffer in net.named_buffers():
         if 'running' in name:
             buffer.uniform_(0.5, 1.5)
+    for p in net.parameters():  # so that every layer matters to the result
+        p.data.mul_(3)
     s, x = net.state_dict(), (torch.rand(2, 32, 32, 32) < 0.4)
 
     def normalised(x, name):
@@ -553,7 +555,7 @@ def test_voxel_classifier_equals_its_description():
     for norm, linear in ((0, 3), (4, 7)):
         h = normalised(h, f'projection.{norm}').relu()
         h = h @ s[f'projection.{linear}.weight'].T + s[f'projection.{linear}.bias']
-    torch.testing.assert_close(net(x), h, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net(x), h, rtol=1e-3, atol=1e-3 * h.abs().max().item())
 
 
 def test_voxel_classifier_has_the_published_names():
