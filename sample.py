@@ -21,7 +21,7 @@ import ldm as stage2
 from encoders import text_reader
 from inr import draw_mesh
 
-DEMO = Path(__file__).parent / 'assets' / 'demo.pt'  # what train_vae.py and train_ldm.py make alone
+DEMO = Path(__file__).parent / 'assets' / 'demo.pt'  # Fluent emoji, as in the README
 
 
 def parse_sizes(text):
@@ -51,7 +51,7 @@ def build_parser():
     """Every flag, with its default and help."""
     parser = common.Parser(__doc__.split('\n')[0])
     parser.add_argument('--run', default='', help='run folder, its name, or a checkpoint file; '
-                        'empty = the newest run, or the bundled toy model if there is none')
+                        'empty = the newest run, or the bundled model of emoji if there is none')
     parser.add_argument('--out', default='out', help='folder for the pictures')
     parser.add_argument('--res', default='', help='pictures: size N or HxW of the whole square '
                         'frame, stretched if they differ; empty = the training resolution. '
@@ -100,7 +100,7 @@ def find_run(text, first_stage_will_do):
         return common.find_run(text)
     run = common.newest_run('ldm.pt') or first_stage_will_do and common.newest_run('vae.pt')
     if not run:
-        print('no finished run in runs/: sampling the bundled model of toy pictures')
+        print('no finished run in runs/: using the bundled model of emoji')
     return run or DEMO
 
 
