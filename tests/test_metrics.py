@@ -480,7 +480,8 @@ def slim_vgg():
 def slim(monkeypatch):
     """VGG16 with 1/32 of the channels, in the table of networks too."""
     monkeypatch.setitem(metrics.NETWORKS, 'vgg16', dataclasses.replace(
-        metrics.NETWORKS['vgg16'], module=slim_vgg()))
+        metrics.NETWORKS['vgg16'],
+        module=lambda state: slim_vgg()(head='classifier.6.weight' in state)))
     net = slim_vgg()()
     for p in net.parameters():
         nn.init.normal_(p, std=(2 / max(p[0].numel(), 8)) ** .5)
@@ -697,7 +698,7 @@ class Signals:
 
 class Model:
     """Reads the mean colour, gives it back with an error of 0.2 in [-1, 1]."""
-    config = SimpleNamespace(resolution=8)
+    config = SimpleNamespace(resolution=8, domain='image')
 
     def encode(self, x):
         assert x.shape[2:] == (8, 8)
