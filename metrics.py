@@ -1017,16 +1017,16 @@ def stacked(dataset, indices, resolution):
 
 
 def true_at(dataset, opened, limit):
-    """The first `limit` indices whose pictures need no enlarging to be the truth at R > r."""
+    """Up to `limit` indices, evenly spread, of pictures that are the truth at R unenlarged."""
     found = [i for i in range(len(dataset)) if opened.R <= opened.r
              or dataset.largest(i) >= opened.R]
     require(found, f'{opened.path}: none of its {len(dataset)} pictures has {opened.R} pixels a '
                    'side; try a smaller --res')
-    return found[:limit]
+    return [found[k] for k in spread(len(found), limit)]
 
 
 def run_reals(opened, split, limit):
-    """The first `limit` pictures of this part of the run's data, at R, as Pictures."""
+    """Up to `limit` pictures, evenly spread, of this part of the run's data, at R, as Pictures."""
     dataset = open_data(of_pictures(opened), split)
     index = true_at(dataset, opened, limit)
     n = len(index)
@@ -1102,7 +1102,7 @@ def reconstruct(opened, dataset, part, args):
 
 
 def run_reconstructions(opened, args, n):
-    """The first n pictures of the run's split as the first stage gives them back, as Pictures."""
+    """The same n pictures of the run's split as the first stage gives them back, as Pictures."""
     dataset = open_data(opened, args.split)
     index = true_at(dataset, opened, n)
 
@@ -1576,7 +1576,8 @@ FLAGS = dict(
     features=dict(default='vgg16', choices=('vgg16', 'inception'), help='network of the features'),
     res=dict(default=0, type=int, help='resolution to compare at; 0: as stored, or the run\'s own'),
     num=dict(default=50_000, type=int, help='fakes: samples to draw, or the first so many files'),
-    num_real=dict(default=50_000, type=int, help='reals at most, the first in order'),
+    num_real=dict(default=50_000, type=int, help='reals at most: of a run evenly spread, of a '
+                  'folder the first in order'),
     ddof=dict(default=1, type=int, choices=(0, 1), help='covariance over n - ddof; NVIDIA has 0'),
     k=dict(default=3, type=int, help='neighbour that a ball reaches to'),
     split=dict(default='train', choices=('train', 'test'), help='which part of a run\'s data'),
