@@ -313,6 +313,7 @@ def toy_lamp(u, rng):
 
 
 def toy_chair(u, rng):
+    """Every part 1/17 to 1/12 of the box thick."""
     seat, half, back, deep = u(-0.15, 0.1), u(0.4, 0.6), u(0.65, 0.9), u(0.4, 0.6)
     thick, slats, arms = u(0.12, 0.16), rng.random() < 0.5, rng.random() < 0.5
     t = thick / 2
@@ -333,6 +334,7 @@ def toy_chair(u, rng):
 
 
 def toy_vase(u, rng):
+    """Hollow, open at the top, with up to two handles."""
     height, belly, neck, lip = u(0.6, 0.9), u(0.36, 0.55), u(0.24, 0.34), u(0.3, 0.42)
     handles, wall = int(rng.integers(0, 3)), 0.12
     width = interpolate.PchipInterpolator([-1, u(-0.4, 0), 0.6, 1], [0.6 * belly, belly, neck, lip])
@@ -351,6 +353,7 @@ def toy_vase(u, rng):
 
 
 def toy_wheel(u, rng):
+    """A tyre, a hub and three to six spokes."""
     spokes, lying = int(rng.integers(3, 7)), rng.random() < 0.5
     radius, thick, hub, phase = u(0.6, 0.8), u(0.14, 0.2), u(0.16, 0.24), u(0, 2 * np.pi)
     x, y, axis = np.eye(3)[[0, 2, 1] if lying else [0, 1, 2]]
@@ -724,6 +727,20 @@ class Cache:
         return value
 
 
+class Items(Dataset):
+    """What every data set here has: `names`, and `item(i, rng)`."""
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        return self.item(i)
+
+    def usable(self, i):
+        """i, or the index that stands in for it."""
+        return i
+
+
 @dataclass
 class PictureConfig:
     """Which parts of a picture stage 1 learns from."""
@@ -733,7 +750,7 @@ class PictureConfig:
                             '--scales')
 
 
-class Pictures(Dataset):
+class Pictures(Items):
     """What all picture sets share: scales, crops, flips.
 
     resolution: r, the side of `image` and of every crop. scales: factors of r the target may have,
@@ -759,16 +776,6 @@ class Pictures(Dataset):
         self.sizes = [round(s * resolution) for s in scales]
         self.probs, self.cache = np.array(probs, float), Cache(cache_bytes)
         self.names, self.bad, self.notes = [], [], []
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i):
-        return self.item(i)
-
-    def usable(self, i):
-        """i, or the index that stands in for it."""
-        return i
 
     def largest(self, i):
         """The greatest R at which picture i may serve as truth."""
@@ -1485,7 +1492,7 @@ def read_captions(path):
     return found
 
 
-class Shapes(Dataset):
+class Shapes(Items):
     """What all shape sets share: what is drawn of a shape, flips, captions.
 
     Coordinates are in the data's units, within [-extent, extent]^3, until an item leaves, divided
@@ -1502,16 +1509,6 @@ class Shapes(Dataset):
         self.points, self.queries, self.noise, self.flip = points, queries, noise, flip
         self.near, self.variants = round(near * queries), clouds
         self.cache, self.bad, self.notes = Cache(cache_bytes), [], []
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i):
-        return self.item(i)
-
-    def usable(self, i):
-        """i, or the index that stands in for it."""
-        return i
 
     def cloud(self, i, rng):
         """Input of the encoder, (points,3) in [-1,1], and the sign that x was multiplied by."""
