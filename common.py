@@ -7,6 +7,7 @@ would have seen.
 """
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -170,7 +171,8 @@ class RunConfig:
     weight_decay: float = flag(0.01, 'decoupled weight decay')
     clip: float = flag(1.0, 'largest norm of the gradient, 0 = no clipping')
     seed: int = flag(0, 'of everything random')
-    amp: str = flag('auto', 'bfloat16 autocast; auto = on CUDA', choices=('auto', 'on', 'off'))
+    amp: str = flag('auto', 'bfloat16 autocast; auto = where the hardware multiplies bfloat16',
+                    choices=('auto', 'on', 'off'))
     compile: str = flag('auto', 'torch.compile; auto = on CUDA', choices=('auto', 'on', 'off'))
     device: str = flag('auto', 'cpu, cuda, cuda:1, ...; auto = CUDA if there is one')
     workers: int = flag(0, 'data loading processes for each training process')
@@ -192,6 +194,7 @@ def dist_init(device='auto'):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f'--device {device}: not to be had here '
                          f'({str(error).splitlines()[0]})') from None
+    keep_freed_memory()
     if 'RANK' not in os.environ:
         return 0, 1, torch.device(device)
     if device.startswith('cuda:'):
@@ -201,9 +204,29 @@ def dist_init(device='auto'):
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
 
 
-def switch(choice, device):
-    """True for 'on', False for 'off'; 'auto' is on for CUDA only."""
-    return choice == 'on' or choice == 'auto' and device.type == 'cuda'
+def switch(choice, auto):
+    """True for 'on', False for 'off', `auto` for 'auto'."""
+    return auto if choice == 'auto' else choice == 'on'
+
+
+def multiplies_bfloat16(device):
+    """Whether the device has instructions for products in bfloat16: CUDA, AMX, AVX512-BF16."""
+    if device.type != 'cpu':
+        return device.type == 'cuda'
+    asked = (getattr(torch.cpu, name, None) for name in ('_is_amx_tile_supported',
+                                                         '_is_avx512_bf16_supported'))
+    return any(ask() for ask in asked if ask)
+
+
+def keep_freed_memory():
+    """Have glibc keep what is freed: every step asks for the same large blocks again.
+
+    By default they go back to the system, which then clears every page anew. Elsewhere: nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if os.name == 'posix' else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
+        mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: bytes to keep at its end
 
 
 def check_run_flags(args, world):

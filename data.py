@@ -248,14 +248,14 @@ class Lathe:
     def distance(self, p):
         height = (p - self.foot) @ self.axis
         radius = np.linalg.norm(p - self.foot - height[:, None] * self.axis, axis=1)
-        q = np.stack([np.maximum(radius, 1e-9), height], axis=1)  # the axis itself is inside, too
-        w, side = q[:, None] - self.a, self.side  # (N, K, 2), (K, 2)
-        t = ((w * side).sum(2) / (side ** 2).sum(1)).clip(0, 1)
-        squared = ((w - t[..., None] * side) ** 2).sum(2)[:, self.areas > 0].min(1)
-        end = (self.a + side)[:, 1]
-        crossed = (height[:, None] >= self.a[:, 1]) != (height[:, None] >= end)
-        left = side[:, 0] * w[..., 1] - side[:, 1] * w[..., 0] > 0
-        inside = (crossed & (left == (side[:, 1] > 0))).sum(1) % 2 == 1
+        radius = np.maximum(radius, 1e-9)  # the axis itself is inside, too
+        (r, h), (dr, dh) = self.a.T, self.side.T  # (K,)
+        x, y = radius[:, None] - r, height[:, None] - h  # (N, K)
+        t = ((x * dr + y * dh) / (dr ** 2 + dh ** 2)).clip(0, 1)
+        squared = ((x - t * dr) ** 2 + (y - t * dh) ** 2)[:, self.areas > 0].min(1)
+        above = height[:, None] >= h
+        crossed, left = above != np.roll(above, -1, axis=1), dr * y > dh * x
+        inside = (crossed & (left == (dh > 0))).sum(1) % 2 == 1
         return np.where(inside, -1, 1) * np.sqrt(squared)
 
     def surface(self, n, rng):
@@ -289,7 +289,7 @@ def toy_table(u, rng):
     """Legs 1/25 to 1/21 of the box thick."""
     is_round, height, splay = rng.random() < 0.5, u(0.5, 0.8), u(0, 0.35)
     legs, reach, thick = int(rng.integers(3, 5)) if is_round else 4, u(0.55, 0.85), u(0.08, 0.095)
-    depth, top = reach if is_round else u(0.4, 0.8), height - u(0.06, 0.09)
+    depth, top = reach if is_round else u(0.5, 0.8), height - u(0.18, 0.26)
     slab = (rod((0, top, 0), (0, height, 0), reach) if is_round else
             Block((0, (top + height) / 2, 0), (reach, (height - top) / 2, depth)))
     turns = 2 * np.pi * (np.arange(legs) + 0.5) / legs
@@ -305,7 +305,7 @@ def toy_lamp(u, rng):
     """Its pole is 1/25 to 1/21 of the box thick."""
     foot, wide, narrow, drop = u(0.3, 0.5), u(0.35, 0.6), u(0.12, 0.3), u(0.35, 0.6)
     lean, height, thick = u(-0.3, 0.3), u(0.7, 0.9), u(0.08, 0.095)
-    parts = [rod((0, -height, 0), (0, -height + u(0.1, 0.16), 0), foot, 0.8 * foot),
+    parts = [rod((0, -height, 0), (0, -height + u(0.18, 0.26), 0), foot, 0.8 * foot),
              rod((0, -height + 0.05, 0), (lean, height - drop + 0.05, 0), thick / 2),
              rod((lean, height - drop, 0), (lean, height, 0), wide, narrow)]
     words = 'leaning' if abs(lean) > 0.12 else 'upright', 'wide' if wide > 0.47 else 'small'
@@ -313,9 +313,9 @@ def toy_lamp(u, rng):
 
 
 def toy_chair(u, rng):
-    """Every part 1/17 to 1/12 of the box thick."""
-    seat, half, back, deep = u(-0.15, 0.1), u(0.4, 0.6), u(0.65, 0.9), u(0.4, 0.6)
-    thick, slats, arms = u(0.12, 0.16), rng.random() < 0.5, rng.random() < 0.5
+    """Every part 1/11 to 1/9 of the box thick."""
+    seat, half, back, deep = u(-0.15, 0.1), u(0.5, 0.65), u(0.75, 0.9), u(0.5, 0.65)
+    thick, slats, arms = u(0.18, 0.22), rng.random() < 0.5, rng.random() < 0.5
     t = thick / 2
     parts = [Block((0, seat, 0), (half, t, deep))]
     parts += [Block((x * (half - t), (seat - 0.9) / 2, z * (deep - t)), (t, (seat + 0.9) / 2, t))
@@ -327,38 +327,38 @@ def toy_chair(u, rng):
     if slats:
         parts.append(Block((0, back - t, t - deep), (half, t, t)))
     if arms:
-        parts += [Block((x * (half - t), seat + 0.3, 0), (t, t, deep)) for x in (-1, 1)]
-        parts += [Block((x * (half - t), seat + 0.15, deep - t), (t, 0.15, t)) for x in (-1, 1)]
+        parts += [Block((x * (half - t), seat + 0.4, 0), (t, t, deep)) for x in (-1, 1)]
+        parts += [Block((x * (half - t), seat + 0.2, deep - t), (t, 0.2, t)) for x in (-1, 1)]
     return parts, (f'a chair with a {"slatted" if slats else "solid"} back'
                    + (' and arms' if arms else ''))
 
 
 def toy_vase(u, rng):
     """Hollow, open at the top, with up to two handles."""
-    height, belly, neck, lip = u(0.6, 0.9), u(0.36, 0.55), u(0.24, 0.34), u(0.3, 0.42)
-    handles, wall = int(rng.integers(0, 3)), 0.12
+    height, belly, neck, lip = u(0.6, 0.9), u(0.42, 0.58), u(0.34, 0.42), u(0.36, 0.46)
+    handles, wall = int(rng.integers(0, 3)), 0.2
     width = interpolate.PchipInterpolator([-1, u(-0.4, 0), 0.6, 1], [0.6 * belly, belly, neck, lip])
     y = np.linspace(-1, 1, 16)
     outer = np.stack([width(y), y * height], axis=1)
     inner = (outer - (wall, 0))[y * height > 0.2 - height][::-1]
     parts = [Lathe([(0, -height), *outer, *inner, (0, inner[-1, 1])])]
     for side in (-1, 1)[:handles]:
-        out, low, high = side * (belly + 0.16), 0.1, 0.7
+        out, low, high = side * (belly + 0.24), 0.05, 0.75
         ends = [((side * (width(at) - wall / 2), at * height, 0), (out, at * height, 0))
                 for at in (low, high)]
-        parts += [rod(*ends[0], 0.06), rod(*ends[1], 0.06),
-                  rod((out, low * height - 0.06, 0), (out, high * height + 0.06, 0), 0.06)]
+        parts += [rod(*ends[0], 0.09), rod(*ends[1], 0.09),
+                  rod((out, low * height - 0.09, 0), (out, high * height + 0.09, 0), 0.09)]
     number = ('no handles', 'one handle', 'two handles')[handles]
-    return parts, f'a {"slim" if belly < 0.45 else "round"} vase with {number}'
+    return parts, f'a {"slim" if belly < 0.5 else "round"} vase with {number}'
 
 
 def toy_wheel(u, rng):
     """A tyre, a hub and three to six spokes."""
     spokes, lying = int(rng.integers(3, 7)), rng.random() < 0.5
-    radius, thick, hub, phase = u(0.6, 0.8), u(0.14, 0.2), u(0.16, 0.24), u(0, 2 * np.pi)
+    radius, thick, hub, phase = u(0.65, 0.75), u(0.24, 0.32), u(0.22, 0.28), u(0, 2 * np.pi)
     x, y, axis = np.eye(3)[[0, 2, 1] if lying else [0, 1, 2]]
     parts = [ring((0, 0, 0), radius, thick, axis), rod(-0.14 * axis, 0.14 * axis, hub)]
-    parts += [rod((0, 0, 0), radius * (np.cos(a) * x + np.sin(a) * y), 0.06)
+    parts += [rod((0, 0, 0), radius * (np.cos(a) * x + np.sin(a) * y), 0.08)
               for a in phase + 2 * np.pi * np.arange(spokes) / spokes]
     number = ('three', 'four', 'five', 'six')[spokes - 3]
     return parts, f'a {"lying" if lying else "standing"} wheel with {number} spokes'
@@ -388,7 +388,7 @@ def toy_surface(shape, n, rng):
     """n points uniform on the surface of a toy solid, (n,3)."""
     areas, found = np.array([part.area for part in shape.parts]), []
     while sum(map(len, found)) < n:
-        counts = rng.multinomial(2 * n, areas / areas.sum())
+        counts = rng.multinomial(n + n // 3, areas / areas.sum())
         p = np.concatenate([part.surface(k, rng) for part, k in zip(shape.parts, counts)])
         found.append(rng.permutation(p[toy_distance(shape, p) > -1e-6]))
     return np.concatenate(found)[:n]

@@ -22,7 +22,10 @@ from common import read_tensors, require
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in the precision of its weights, float32 also under autocast."""
+    """Group norm in the precision of its weights, float32 also under autocast.
+
+    (On CPU the backward pass in bfloat16 over groups of few channels is many times slower.)
+    """
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))

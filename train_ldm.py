@@ -304,14 +304,14 @@ def main():
     ema = common.EMA(model, args.ema)
     if state:
         ema.load_state_dict(state['ema'])
-    amp = common.switch(args.amp, device)
+    amp = common.switch(args.amp, common.multiplies_bfloat16(device))
     low, high = model.z_std.min().item(), model.z_std.max().item()
     log = common.start(folder, 'ldm', args, step, rank, world, device, amp, train, held_out, model,
                        f'stage 1 at step {first["step"]} of {first["args"]["steps"]}, latent std '
                        f'{low:.2f} to {high:.2f}')
     if rank == 0 and (low < 0.7 or high > 1.3) and config.latent_norm == 'none':
         print('note: latents far from unit deviation; --latent_norm channel or more KL would help')
-    network = torch.compile(model) if common.switch(args.compile, device) else model
+    network = torch.compile(model) if common.switch(args.compile, device.type == 'cuda') else model
     ddp = DistributedDataParallel(network, broadcast_buffers=False) if world > 1 else network
     batches = common.stream(latents, args, step, rank, world)
     guard, bar = common.FiniteGuard(device), common.progress(args, step, rank)

@@ -50,8 +50,8 @@ PRESETS = {
     'afhq_cat_code': dict(AUTHORS, dataset='afhq_cat', batch=160, steps=6_300),
     'afhq_dog_code': dict(AUTHORS, dataset='afhq_dog', batch=160, steps=6_300),
     'celebahq_code': dict(AUTHORS, dataset='celebahq', num_res_blocks=3, batch=400, steps=15_000),
-    'toy_shape': dict(SMALL_SHAPES, dataset='toy_shape', points=1000, near=0.5, noise=0.01,
-                      clouds=1, steps=1000),
+    'toy_shape': dict(SMALL_SHAPES, dataset='toy_shape', decoder_mult=(2, 1), fields=(1, 2),
+                      points=1000, near=0.5, clouds=1, lr=2e-3, kl_weight=0.002, steps=1200),
     'shape_small': dict(SMALL_SHAPES, dataset='shape', near=0.5, steps=4000),
     'shapenet_chair': dict(SHAPES, dataset='shapenet_chair', steps=3_000),
     'shapenet': dict(SHAPES, dataset='shapenet', steps=23_000),
@@ -186,13 +186,13 @@ def main():
         if args.init:
             common.load_weights(model, common.load_checkpoint(args.init)['vae'], args.init)
         model.spectral(rounds=40)
-    amp = common.switch(args.amp, device)
+    amp = common.switch(args.amp, common.multiplies_bfloat16(device))
     log = common.start(folder, 'vae', args, step, rank, world, device, amp, train, held_out, model,
                        f'latent {config.z_channels} x {config.latent_sizes()}, '
                        f'N_ref {config.n_ref}')
     if rank == 0 and not state:
         (folder / 'splits.json').write_text(json.dumps(train.splits()))
-    network = torch.compile(model) if common.switch(args.compile, device) else model
+    network = torch.compile(model) if common.switch(args.compile, device.type == 'cuda') else model
     ddp = DistributedDataParallel(network, broadcast_buffers=False) if world > 1 else network
     batches = common.stream(train, args, step, rank, world)
     guard, bar = common.FiniteGuard(device), common.progress(args, step, rank)

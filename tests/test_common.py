@@ -1,7 +1,10 @@
 """What the scripts share: keyed randomness, positions, schedules, EMA, checkpoints, log, flags."""
+import ctypes
 import json
 import math
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -480,3 +483,32 @@ def test_device_that_is_not_there():
     for device in ('nonsense', 'cuda:99'):
         with pytest.raises(ValueError, match=f'--device {device}'):
             common.dist_init(device)
+
+
+PROBE = '''
+import ast, ctypes, os, sys
+tree = ast.parse(open(sys.argv[1]).read())
+exec(ast.unparse(next(n for n in tree.body if getattr(n, 'name', '') == 'keep_freed_memory')))
+libc, size, names = ctypes.CDLL(None), 2 ** 26, 'arena a b c mapped d e f g h'.split()
+Info = type('Info', (ctypes.Structure,), dict(_fields_=[(n, ctypes.c_size_t) for n in names]))
+libc.mallinfo2.restype, libc.malloc.restype = Info, ctypes.c_void_p
+keep_freed_memory()
+before = libc.mallinfo2().mapped
+block = libc.malloc(ctypes.c_size_t(size))
+assert libc.mallinfo2().mapped == before, 'came from the system'
+libc.free(ctypes.c_void_p(block))
+assert libc.mallinfo2().arena >= size, 'went back to the system'
+'''
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallinfo2'), reason='is for glibc')
+@pytest.mark.mutation('common.py', 'mallopt(-4, 0)', 'pass')
+@pytest.mark.mutation('common.py', 'mallopt(-1, 2 ** 31 - 1)', 'mallopt(-1, 2 ** 20)')
+def test_large_blocks_stay_in_the_process(repo):
+    assert subprocess.run([sys.executable, '-c', PROBE, repo / 'common.py']).returncode == 0
+
+
+@pytest.mark.mutation('common.py', "auto if choice == 'auto' else", '')
+def test_auto_leaves_the_choice_to_the_machine():
+    assert [common.switch(c, auto) for c in ('on', 'off', 'auto') for auto in (True, False)] == [
+        True, True, False, False, True, False]

@@ -33,7 +33,8 @@ import ldm
 import metrics
 
 ROOT = Path(__file__).parent.parent
-TINY = '--device cpu --batch 4 --steps 6 --eval_every 3 --save_every 2 --log_every 1 --warmup 2'
+TINY = ('--device cpu --amp off --batch 4 --steps 6 --eval_every 3 --save_every 2 --log_every 1 '
+        '--warmup 2')
 VAE = (f'{TINY} --resolution 16 --ch 8 --decoder_ch 8 --field_channels 4 --mlp_width 16 '
        '--z_channels 4')
 LDM = f'{TINY} --ch 16 --ch_mult 1,2 --ema 0.9 --cache none'
