@@ -330,16 +330,17 @@ def test_surface_of_noise_is_a_closed_manifold():
 @pytest.mark.mutation('inr.py', '(cells - 1) * step', 'cells * step')
 @pytest.mark.mutation('inr.py', '(halves + step >= 0)', '(halves >= 0)')
 def test_coarse_to_fine_finds_what_the_dense_grid_finds():
-    for offset, n, coarse in ((0.0, 48, 12), (0.013, 50, 20), (0.031, 48, 12), (0.05, 50, 20)):
+    for offset in (0.0, 0.013, 0.031, 0.05):
         fields = [lambda p: 0.021 - (p[:, 0] - offset).abs(),  # thinner than a cell
                   lambda p: 0.03 - (p[:, :2] - offset).norm(dim=1),
                   lambda p: 0.037 - (p - offset).norm(dim=1),
                   lambda p: (p - 1 - offset).norm(dim=1) - 0.3]
         for field in fields:
-            found = inr.extract_mesh(field, n, coarse=coarse)
-            dense = inr.extract_mesh(field, n, coarse=n)
-            assert len(dense[1]) > 0 and torch.equal(found[0], dense[0])
-            assert sorted(found[1].tolist()) == sorted(dense[1].tolist())
+            for n, coarse in ((64, 16), (50, 20)):
+                found = inr.extract_mesh(field, n, coarse=coarse)
+                dense = inr.extract_mesh(field, n, coarse=n)
+                assert len(dense[1]) > 0 and torch.equal(found[0], dense[0])
+                assert sorted(found[1].tolist()) == sorted(dense[1].tolist())
 
 
 @pytest.mark.mutation('inr.py', 'torch.cat(parts) - self.level', 'torch.cat(parts)')
