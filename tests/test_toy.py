@@ -87,7 +87,7 @@ def test_shapes_overlap_with_the_truth(shape_run, capsys):
 def test_shapes_have_the_pieces_and_handles_of_the_truth(shape_run, capsys):
     """Closed meshes; components and Euler characteristic those of the closed form, 9 times of 10."""
     vae, _ = ldm.load_vae(shape_run)
-    held_out, same = data.make_dataset('toy_shape', split='test', points=1000, noise=0.01), []
+    held_out, same = data.make_dataset('toy_shape', split='test', points=1000), []
     for i in range(100):
         with torch.no_grad():
             xi = vae.decode(vae.encode(held_out.item(i)['points'][None]).mean)
