@@ -178,6 +178,11 @@ def cells_of_points(points, axes, resolution):
     return ((item * resolution + cell[..., 1]) * resolution + cell[..., 0]).flatten()
 
 
+def place_in_cell(points, resolution):
+    """Offset of points (...,D) in [-1,1]^D from the centre of their cell: -1 to 1 across it."""
+    return (points + 1) * (resolution / 2) % 1 * 2 - 1
+
+
 def pool_cells(features, cell, count, reduce):
     """'amax' or 'mean' of features (M,C) in each of `count` cells, 0 in empty ones: (count,C)."""
     return features.new_zeros(count, features.shape[1]).scatter_reduce(
@@ -205,19 +210,23 @@ class LocalPoolPointNet(nn.Module):
     `planes` maps names to (coordinate along the width, along the height). Between its `blocks`
     blocks, a point gets, beside its own `hidden` features, their maxima over the points in its cell
     of each plane, summed over the planes. The result is the mean over each cell, 0 in empty ones.
-    Any N; the order of the points does not matter.
+    Any N; the order of the points does not matter. With `local`, a point is also told where in its
+    cell it lies, which is all that the translation-equivariant layers after it can use.
     """
 
-    def __init__(self, planes, in_features, resolution, hidden=32, blocks=5, out_channels=32):
+    def __init__(self, planes, in_features, resolution, hidden=32, blocks=5, out_channels=32,
+                 local=False):
         super().__init__()
-        self.planes, self.resolution = planes, resolution
-        self.enter = nn.Linear(in_features, 2 * hidden)
+        self.planes, self.resolution, self.local = planes, resolution, local
+        self.enter = nn.Linear(in_features + 3 * local, 2 * hidden)
         self.blocks = nn.ModuleList(PointBlock(2 * hidden, hidden) for _ in range(blocks))
         self.leave = nn.Linear(hidden, out_channels)
 
     def forward(self, points):
         batch, R = len(points), self.resolution
         cells = {name: cells_of_points(points, axes, R) for name, axes in self.planes.items()}
+        if self.local:
+            points = torch.cat([points, place_in_cell(points[..., :3], R)], dim=2)
         with torch.autocast(points.device.type, enabled=False):  # bfloat16 has 8 bits for a place
             h = self.enter(points.flatten(0, 1))  # (B*N, 2*hidden)
         for i, block in enumerate(self.blocks):

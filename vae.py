@@ -38,6 +38,7 @@ class VAEConfig:
     point_hidden: int = flag(32, 'width of the PointNet')
     point_blocks: int = flag(5, 'blocks of the PointNet')
     point_channels: int = flag(32, 'channels of the planes that the PointNet makes')
+    point_local: bool = flag(False, 'tell the PointNet where in its cell a point lies')
     ch: int = flag(128, "encoder's base width")
     ch_mult: tuple = flag((1, 2, 4), 'encoder width of each level over the base, fine to coarse')
     num_res_blocks: int = flag(2, 'ResBlocks a level in the encoder; the decoder has one more')
@@ -233,7 +234,7 @@ class D2CVAE(nn.Module):
         self.points = None
         if c.domain == 'shape':
             self.points = LocalPoolPointNet(axes, 3, c.resolution, c.point_hidden, c.point_blocks,
-                                            c.point_channels)
+                                            c.point_channels, c.point_local)
         self.encoder = ConvEncoder(c.point_channels if self.points else c.channels, c.ch, c.ch_mult,
                                    c.num_res_blocks, c.z_channels)
         self.quant, self.post_quant = (nn.ModuleDict({name: nn.Conv2d(n, n, 1) for name in axes})

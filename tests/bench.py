@@ -90,7 +90,7 @@ def peak(device):
 def peak_of(args, table='', case=''):
     """Peak bytes of a fresh process that runs this case once; of one that imports for case ''."""
     command = [sys.executable, __file__, '--child', table, case, '--threads', str(args.threads),
-               '--device', args.device]
+               '--device', args.device, *['--trim'] * args.trim]
     return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
@@ -391,7 +391,11 @@ def main():
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--child', nargs=2, metavar=('TABLE', 'CASE'), help='run this case once '
                         'and print the peak memory of this process')
+    parser.add_argument('--trim', action='store_true', help='give freed memory back to the '
+                        'system, which the scripts do not (common.keep_freed_memory)')
     args = parser.parse_args()
+    if not args.trim:
+        common.keep_freed_memory()
     torch.set_num_threads(args.threads)
     unknown = set(args.names) - set(BENCHES)
     common.require(not unknown, f'no bench {", ".join(unknown)}; one of {", ".join(BENCHES)}')

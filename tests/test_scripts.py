@@ -533,6 +533,21 @@ def test_shapes_end_to_end(shapes):
     assert model.config.text == 'bytes' and list(model.config.planes) == ['xy', 'yz', 'xz']
 
 
+@pytest.mark.mutation('common.py', 'self.first, self.rank = step * batch, rank',
+                      'self.first, self.rank = 0, rank')
+@pytest.mark.mutation('train_ldm.py', "opt.load_state_dict(state['opt'])", 'pass')
+def test_shapes_resume_bit_by_bit(shapes, tmp_path, repo, monkeypatch):
+    """Clouds, queries, flips, captions and the text encoder go on where they were."""
+    folder = Path(shutil.copytree(shapes.folder, tmp_path / 'copy'))
+    solids = f'{SHAPE} --steps 6 --dataset shape --data set --flip'
+    words = f'{TINY} --vae things --ch 16 --ch_mult 1,2 --ema 0.9 --captions captions.csv --text bytes'
+    done(folder, 'train_vae.py', solids, '--name whole')
+    interrupted(folder, 'train_vae.py', f'{solids} --name broken', 5, repo, monkeypatch)
+    assert_same(folder / 'runs/broken/vae.pt', folder / 'runs/whole/vae.pt')
+    interrupted(folder, 'train_ldm.py', f'{words} --name broken', 5, repo, monkeypatch)
+    assert_same(folder / 'runs/broken/ldm.pt', folder / 'runs/things/ldm.pt')
+
+
 @pytest.mark.mutation('sample.py', 'vertices.double().cpu().numpy() * scale + loc', 'vertices.double().cpu().numpy()')
 def test_meshes_out_of_samples_and_reconstructions(shapes, tmp_path, repo):
     """Every format, all resolutions from the same latents, and a mesh back in its own place."""
