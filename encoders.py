@@ -179,8 +179,9 @@ def cells_of_points(points, axes, resolution):
 
 
 def place_in_cell(points, resolution):
-    """Offset of points (...,D) in [-1,1]^D from the centre of their cell: -1 to 1 across it."""
-    return (points + 1) * (resolution / 2) % 1 * 2 - 1
+    """Offset of points (...,D) from the centre of their cell, in half cells: -1 to 1 inside."""
+    place = (points + 1) * (resolution / 2)
+    return 2 * (place - place.floor().clamp(0, resolution - 1)) - 1
 
 
 def pool_cells(features, cell, count, reduce):

@@ -151,6 +151,10 @@ def slow_pointnet(net, points):
 
     def cell(p, axes):
         return tuple(min(max(int((p[a].item() + 1) / 2 * R), 0), R - 1) for a in axes)
+    if net.local:
+        centres = torch.tensor([[(cell(p, (a, a))[0] + 0.5) * 2 / R - 1 for a in range(3)]
+                                for p in points])
+        points = torch.cat([points, (points[:, :3] - centres) * R], dim=1)
     features = [net.enter(p) for p in points]
     for i, block in enumerate(net.blocks):
         if i > 0:
@@ -173,8 +177,8 @@ def slow_pointnet(net, points):
     return planes
 
 
-def trained_pointnet(in_features=3):
-    net = encoders.LocalPoolPointNet(inr.PLANES['shape'], in_features, 4, 6, 3, 5)
+def trained_pointnet(in_features=3, local=False):
+    net = encoders.LocalPoolPointNet(inr.PLANES['shape'], in_features, 4, 6, 3, 5, local)
     for block in net.blocks:
         torch.nn.init.normal_(block.fc1.weight)
     return net
@@ -185,12 +189,14 @@ def trained_pointnet(in_features=3):
                       '* resolution + cell[..., 0]) * resolution + cell[..., 1])')
 @pytest.mark.mutation('encoders.py', 'h = torch.cat([h, sum(pooled)], dim=1)',
                       'h = torch.cat([sum(pooled), h], dim=1)')
+@pytest.mark.mutation('encoders.py', 'place.floor().clamp(0, resolution - 1)', 'place.floor()')
 def test_pointnet_equals_a_loop_over_points_and_cells():
-    net, points = trained_pointnet(), torch.rand(2, 40, 3) * 2.2 - 1.1  # some are outside
-    planes = net(points)
-    for b in range(2):
-        for name, plane in slow_pointnet(net, points[b]).items():
-            torch.testing.assert_close(planes[name][b], plane, rtol=1e-5, atol=1e-5)
+    points = torch.rand(2, 40, 3) * 2.2 - 1.1  # some are outside
+    for net in (trained_pointnet(), trained_pointnet(local=True)):
+        planes = net(points)
+        for b in range(2):
+            for name, plane in slow_pointnet(net, points[b]).items():
+                torch.testing.assert_close(planes[name][b], plane, rtol=1e-5, atol=1e-5)
 
 
 def test_pointnet_takes_any_cloud_in_any_order():
