@@ -604,9 +604,9 @@ def resize(im, R):
     return np.asarray(im if im.size == (R, R) else im.resize((R, R), Image.Resampling.BICUBIC))
 
 
-def threaded(function, items, what):
+def threaded(function, items, what, workers=8):
     """[function(i) for i in items] in threads, with a bar when that takes more than a second."""
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         return list(tqdm(pool.map(function, items), what, len(items), unit='file', delay=1,
                          leave=False))
 
@@ -1441,7 +1441,10 @@ def mesh(args):
                                 round(args.near * args.points), args.seed)
         except ValueError as error:
             return str(error)
-    rows = dict(zip(found, threaded(convert, list(found), 'sampling meshes')))
+    common.keep_freed_memory()
+    workers = torch.get_num_threads()
+    torch.set_num_threads(1)  # the products are small: a mesh a core beats all cores on each mesh
+    rows = dict(zip(found, threaded(convert, list(found), 'sampling meshes', workers)))
     bad = {k: r for k, r in rows.items() if isinstance(r, str)}
     doubts = {k: doubt(*r) for k, r in rows.items() if k not in bad and doubt(*r)}
     for key, why in (bad | doubts).items():
