@@ -1445,6 +1445,7 @@ def mesh(args):
     workers = torch.get_num_threads()
     torch.set_num_threads(1)  # the products are small: a mesh a core beats all cores on each mesh
     rows = dict(zip(found, threaded(convert, list(found), 'sampling meshes', workers)))
+    torch.set_num_threads(workers)
     bad = {k: r for k, r in rows.items() if isinstance(r, str)}
     doubts = {k: doubt(*r) for k, r in rows.items() if k not in bad and doubt(*r)}
     for key, why in (bad | doubts).items():
