@@ -611,6 +611,71 @@ def threaded(function, items, what, workers=8):
                          leave=False))
 
 
+# ---- videos -------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Video:
+    """Where the frames of one video lie: a file for each, or one animated file for all."""
+    name: str
+    frames: tuple
+    animated: bool
+
+    def __len__(self):
+        return len(self.frames)
+
+
+def find_videos(files):
+    """The videos of a Folder or Zip, in order.
+
+    A folder whose first file moves holds animated files (GIF, WebP, APNG), any other that holds
+    pictures is one video. A file that cannot be opened has no frames.
+    """
+    folders, videos = {}, []
+    for name in files.names:
+        folders.setdefault(os.path.dirname(name), []).append(name)
+    for folder, names in folders.items():
+        if max(count_frames(files, n) for n in names[:3]) < 2:
+            videos.append(Video(folder, tuple(names), False))
+        else:
+            videos += [Video(n, (n,) * count_frames(files, n), True) for n in names]
+    return videos
+
+
+def count_frames(files, name):
+    try:
+        with files.open(name) as image:
+            return getattr(image, 'n_frames', 1)
+    except Exception:  # a decoder may raise anything on a broken file
+        return 0
+
+
+def read_frames(files, video, numbers, resolution=0):
+    """uint8 (T,H,W,3): the frames of these numbers, with a resolution the centre squares, reduced.
+
+    OSError if one cannot be read, or if they differ in size.
+    """
+    try:
+        if video.animated:
+            with files.open(video.name) as image:
+                frames = [seek(image, k) for k in numbers]
+        else:
+            frames = []
+            for k in numbers:
+                with files.open(video.frames[k]) as image:
+                    frames.append(to_rgb(image))
+        if resolution:
+            frames = [resize(square(f), resolution) for f in frames]
+        return np.stack([np.asarray(f) for f in frames])
+    except Exception as error:  # a decoder may raise anything on a broken file
+        raise OSError(f'{video.name}: cannot be read ({reason(error)})') from None
+
+
+def seek(image, k):
+    """Frame k of an animated picture."""
+    image.seek(k)
+    return to_rgb(image.copy())
+
+
 # ---- splits -------------------------------------------------------------------------------------
 
 def hash01(*key):

@@ -24,13 +24,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from scipy import sparse
@@ -108,6 +109,11 @@ class FeatureStats:
         outer = self.outer - torch.outer(self.sum, self.sum) / self.n
         return (outer / (self.n - self.ddof)).cpu()
 
+    def cpu(self):
+        """Bring the sums to the CPU. Returns self."""
+        vars(self).update({k: v.cpu() for k, v in vars(self).items() if torch.is_tensor(v)})
+        return self
+
     def state_dict(self):
         """Everything but ddof, which is chosen at the end."""
         return {k: v for k, v in vars(self).items() if k != 'ddof'}
@@ -153,17 +159,31 @@ def stats_distance(a, b):
     return frechet_distance(a.mean, a.cov, b.mean, b.cov)
 
 
+class Centred:
+    """Feature rows (N, D), a slice at a time about a centre and in its precision."""
+
+    def __init__(self, rows, centre):
+        self.rows, self.centre = rows, centre
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, part):
+        return self.rows[part].to(self.centre) - self.centre
+
+
 def prepare(*sets):
     """Feature sets (N, D) ready for distances: one precision, one device, about one centre.
 
-    |a|^2 + |b|^2 - 2ab cancels, hence the centre, and float64 where that is cheap.
+    |a|^2 + |b|^2 - 2ab cancels, hence the centre, and float64 where that is cheap. No set is
+    copied as a whole.
     """
     sets = [torch.as_tensor(s) for s in sets]
     require(all(s.ndim == 2 and s.shape[1] == sets[0].shape[1] and len(s) for s in sets),
             f'feature sets {[tuple(s.shape) for s in sets]}: expected (N, D) with one D')
-    kind = torch.float64 if max(map(len, sets)) <= 5000 else torch.float32
-    centre = sets[0].to(kind).mean(0)
-    return [s.to(centre) - centre for s in sets]
+    centre = sets[0].mean(0, dtype=torch.float64)
+    small = max(map(len, sets)) <= 5000
+    return [Centred(s, centre if small else centre.float()) for s in sets]
 
 
 def squared_distances(a, b):
@@ -176,7 +196,7 @@ def k_nearest(queries, bank, k, chunk, same=False):
     """Squared distances and indices, both (N, k), ascending; `same`: a row is not its neighbour."""
     require(1 <= k <= len(bank) - same, f'k = {k}: the set has {len(bank)} members')
     found = []
-    for i in range(0, len(queries), chunk):
+    for i in tqdm(range(0, len(queries), chunk), 'neighbours', unit='chunk', delay=2):
         q = queries[i:i + chunk]
         d2, index = q.new_full((len(q), k), torch.inf), q.new_zeros(len(q), k, dtype=torch.long)
         for j in range(0, len(bank), chunk):
@@ -207,8 +227,8 @@ def precision_recall(real, fake, k=3, chunk=2048):
     """
     real, fake = prepare(real, fake)
     real_radii, fake_radii = (k_nearest(s, s, k, chunk, same=True)[0][:, -1] for s in (real, fake))
-    fake_inside = torch.zeros(len(fake), dtype=torch.bool, device=real.device)
-    real_inside = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    fake_inside, real_inside = (torch.zeros(len(s), dtype=torch.bool, device=s.centre.device)
+                                for s in (fake, real))
     for i in range(0, len(real), chunk):
         rows = slice(i, i + chunk)
         for j in range(0, len(fake), chunk):
@@ -237,6 +257,36 @@ def psnr(x, y):
     values = psnr_each(x, y) if x.ndim > 3 else psnr_each(x[None], y[None])
     finite = values[values.isfinite()]
     return finite.mean().item() if len(finite) else torch.inf
+
+
+def ssim_each(x, y):
+    """Structural similarity of each pair of pictures (B,C,H,W) in [0, 1] -> (B,).
+
+    Gaussian windows of 11 x 11, deviation 1.5, that lie within the picture; K = 0.01, 0.03; mean
+    over windows and channels (Wang et al. 2004). ValueError for a side below 11.
+    """
+    x, y = (torch.as_tensor(v).double() for v in (x, y))
+    require(x.shape == y.shape, f'pictures of different sizes: {tuple(x.shape)}, {tuple(y.shape)}')
+    require(min(x.shape[2:]) >= 11, f'pictures {tuple(x.shape)}: SSIM needs sides of at least 11')
+    line = torch.exp(-torch.arange(-5, 6).to(x).square() / (2 * 1.5 ** 2))
+    line = line / line.sum()
+
+    def window(v):
+        rows = F.conv2d(v.flatten(0, 1)[:, None], line[None, None, :, None])
+        return F.conv2d(rows, line[None, None, None])
+    mean_x, mean_y = window(x), window(y)
+    var_x, var_y = window(x * x) - mean_x ** 2, window(y * y) - mean_y ** 2
+    cov = window(x * y) - mean_x * mean_y
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    score = ((2 * mean_x * mean_y + c1) * (2 * cov + c2)
+             / ((mean_x ** 2 + mean_y ** 2 + c1) * (var_x + var_y + c2)))
+    return score.flatten(1).mean(1).unflatten(0, x.shape[:2]).mean(1)
+
+
+def ssim(x, y):
+    """Mean of ssim_each over pictures (B,C,H,W), or of one picture (C,H,W)."""
+    x, y = (torch.as_tensor(v) for v in (x, y))
+    return (ssim_each(x, y) if x.ndim > 3 else ssim_each(x[None], y[None])).mean().item()
 
 
 def iou(a, b):
@@ -638,6 +688,138 @@ def vgg_state(state):
     return out
 
 
+# ---- I3D ---------------------------------------------------------------------------------------
+
+def same(x, kernel, stride):
+    """Zeros around (B,C,T,H,W) as TensorFlow's SAME: as even as can be, the odd one at the end."""
+    edges = []
+    for n, k, s in zip(x.shape[:1:-1], kernel[::-1], stride[::-1]):  # F.pad begins with the width
+        missing = max((-(-n // s) - 1) * s + k - n, 0)
+        edges += [missing // 2, missing - missing // 2]
+    return F.pad(x, edges)
+
+
+class Unit3D(nn.Module):
+    """Convolution over (T,H,W) with SAME padding, batch norm folded into its weights, ReLU."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1):
+        super().__init__()
+        self.kernel, self.stride = (kernel,) * 3, (stride,) * 3
+        self.conv3d = nn.Conv3d(c_in, c_out, kernel, bias=False)
+        self.bn = nn.BatchNorm3d(c_out, eps=1e-3)
+
+    def forward(self, x):
+        bn = self.bn
+        gain = bn.weight * (bn.running_var + bn.eps).rsqrt()
+        weight = self.conv3d.weight * gain[:, None, None, None, None]
+        bias = bn.bias - bn.running_mean * gain
+        return F.relu_(F.conv3d(same(x, self.kernel, self.stride), weight, bias, self.stride))
+
+
+def max_pool_same(x, kernel, stride):
+    """Largest value, SAME padding; its zeros change nothing, for x comes out of a ReLU."""
+    return F.max_pool3d(same(x, kernel, stride), kernel, stride)
+
+
+# Channels of b0; b1a, b1b; b2a, b2b; b3b of each block, and (kernel, stride) of the pools between.
+I3D_LAYERS = {
+    'Conv3d_1a_7x7': (64, 7, 2), 'pool_2a': ((1, 3, 3), (1, 2, 2)),
+    'Conv3d_2b_1x1': (64, 1), 'Conv3d_2c_3x3': (192, 3), 'pool_3a': ((1, 3, 3), (1, 2, 2)),
+    'Mixed_3b': (64, 96, 128, 16, 32, 32), 'Mixed_3c': (128, 128, 192, 32, 96, 64),
+    'pool_4a': ((3, 3, 3), (2, 2, 2)),
+    'Mixed_4b': (192, 96, 208, 16, 48, 64), 'Mixed_4c': (160, 112, 224, 24, 64, 64),
+    'Mixed_4d': (128, 128, 256, 24, 64, 64), 'Mixed_4e': (112, 144, 288, 32, 64, 64),
+    'Mixed_4f': (256, 160, 320, 32, 128, 128), 'pool_5a': ((2, 2, 2), (2, 2, 2)),
+    'Mixed_5b': (256, 160, 320, 32, 128, 128), 'Mixed_5c': (384, 192, 384, 48, 128, 128)}
+
+
+class Mixed3D(nn.Module):
+    """Four parallel branches: 1, 1 then 3, 1 then 3, pool then 1."""
+
+    def __init__(self, c_in, b0, b1a, b1b, b2a, b2b, b3b):
+        super().__init__()
+        self.b0 = Unit3D(c_in, b0, 1)
+        self.b1a, self.b1b = Unit3D(c_in, b1a, 1), Unit3D(b1a, b1b, 3)
+        self.b2a, self.b2b = Unit3D(c_in, b2a, 1), Unit3D(b2a, b2b, 3)
+        self.b3b = Unit3D(c_in, b3b, 1)
+        self.c_out = b0 + b1b + b2b + b3b
+
+    def forward(self, x):
+        pooled = max_pool_same(x, (3, 3, 3), (1, 1, 1))
+        return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)),
+                          self.b3b(pooled)], 1)
+
+
+class I3D(nn.Module):
+    """Inflated Inception-v1 of Kinetics-400 as FVD knows it (Carreira and Zisserman 2017).
+
+    Clips (B,3,T,H,W), uint8 or float in 0..255, T >= 9 -> 400 logits before the softmax, (B,400).
+    `resize`: 'square' stretches a frame to 224 x 224, 'crop' brings its short side there and takes
+    the centre; bilinear at half-pixel centres, no antialiasing. `set_eps` sets that of the batch
+    norms: 1e-3 as TensorFlow's, 1e-5 in the copy that DDMI's authors used. State-dict names are
+    those of that copy.
+    """
+    size, dim = 224, 400
+
+    def __init__(self, resize='square'):
+        super().__init__()
+        self.resize, channels = resize, 3
+        for name, layer in I3D_LAYERS.items():
+            if name.startswith('Conv3d'):
+                self.add_module(name, Unit3D(channels, *layer))
+                channels = layer[0]
+            elif name.startswith('Mixed'):
+                block = Mixed3D(channels, *layer)
+                self.add_module(name, block)
+                channels = block.c_out
+        self.logits = nn.ModuleDict(dict(conv3d=nn.Conv3d(channels, self.dim, 1)))
+
+    def set_eps(self, eps):
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm3d):
+                module.eps = eps
+
+    def frames(self, x):
+        """(B,3,T,H,W) -> the same at 224 x 224."""
+        height, width = x.shape[3:]
+        to = (self.size, self.size)
+        if self.resize == 'crop':
+            scale = self.size / min(height, width)
+            to = tuple(max(round(n * scale), self.size) for n in (height, width))
+        if (height, width) != to:
+            x = F.interpolate(x.transpose(1, 2).flatten(0, 1), to, mode='bilinear',
+                              align_corners=False).unflatten(0, (len(x), -1)).transpose(1, 2)
+        top, left = ((n - self.size) // 2 for n in to)
+        return x[..., top:top + self.size, left:left + self.size]
+
+    @torch.no_grad()
+    def forward(self, x):
+        require(x.ndim == 5 and x.shape[1] == 3 and x.shape[2] >= 9,
+                f'clips {tuple(x.shape)}: expected (B, 3, T, H, W) with at least 9 frames')
+        x = self.frames(x.float()) / 127.5 - 1
+        for name, layer in I3D_LAYERS.items():
+            x = max_pool_same(x, *layer) if 'pool' in name else getattr(self, name)(x)
+        x = F.avg_pool3d(x, (2, 7, 7), 1)
+        return self.logits['conv3d'](x)[..., 0, 0].mean(2)
+
+
+def i3d_state(state):
+    """Weights of StyleGAN-V's archive, or of its kin, under the names of I3D."""
+    if 'conv3d_1a_7x7.conv3d.weight' not in state:
+        return state
+    inside = {'branch_0': 'b0', 'branch_1.0': 'b1a', 'branch_1.1': 'b1b', 'branch_2.0': 'b2a',
+              'branch_2.1': 'b2b', 'branch_3.1': 'b3b', 'batch3d': 'bn'}
+    out = {}
+    for key, value in state.items():
+        key = key.replace('conv3d_0c_1x1', 'logits')
+        for theirs, ours in inside.items():
+            key = key.replace(f'.{theirs}.', f'.{ours}.')
+        out[key[0].upper() + key[1:] if key.startswith(('conv3d_', 'mixed_')) else key] = value
+    return out
+
+
+# ---- the voxel classifier and CLIP -------------------------------------------------------------
+
 class VoxelEncoder(nn.Module):
     """Occupancy (B,1,32,32,32) -> (B,512); Clip-Forge's names."""
 
@@ -790,6 +972,10 @@ NETWORKS = dict(
                   'b437eb095feaeb0b83eb3fa11200ebca4548ee39a07fb944a417ddc516cc07c3'),
         Published('vgg16-397923af.pth', 'torchvision, retrained: other numbers than NVIDIA\'s',
                   '397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0'))),
+    i3d=Network(lambda state: I3D(), i3d_state, (
+        Published('i3d_torchscript.pt', 'StyleGAN-V',
+                  'bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2'),
+        Published('i3d_pretrained_400.pt', 'VideoGPT, TATS, PVDM', ''))),
     clip=Network(CLIP, clip_state, (
         Published('ViT-B-32.pt', 'OpenAI',
                   '40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af'),
@@ -845,6 +1031,8 @@ def load_network(kind, path='weights'):
     """
     require(kind in NETWORKS, f'network {kind!r}: one of {", ".join(NETWORKS)}')
     spec, path = NETWORKS[kind], find_weights(kind, path)
+    require(path.stem not in ('rgb_imagenet', 'rgb_charades'), f'{path}: I3D with other weights '
+            f'than those of FVD; {wanted(kind)}')
     state = read_tensors(path, wanted(kind))
     try:
         state = spec.translate(state)
@@ -877,43 +1065,75 @@ def identify(path, files):
 
 # ---- features of pictures ----------------------------------------------------------------------
 
-def feature_batches(net, batches, total=None, desc='features'):
-    """Features (B, D), on the network's device, of each batch of pictures (B,3,H,W) in 0..255."""
-    device = next(net.parameters()).device
-    with full_precision(), tqdm(total=total, desc=desc, unit='picture', dynamic_ncols=True,
-                                disable=total is None) as bar:
-        for batch in batches:
-            yield net(batch.to(device))
-            bar.update(len(batch))
-
-
-def image_features(net, batches, total=None):
-    """All features, (N, D) float32."""
-    features = list(feature_batches(net, batches, total))
-    require(len(features) > 0, 'no pictures to measure')
-    return torch.cat(features)
-
-
-def image_stats(net, batches, total=None):
-    """FeatureStats of all pictures, in the memory of one batch."""
-    stats = FeatureStats(net.dim)
-    for features in feature_batches(net, batches, total):
-        stats.update(features)
-    return stats
-
-
 @dataclass
 class Pictures:
-    """A set of pictures: `batches(size)` makes a fresh pass over it, (B,3,H,W) in 0..255."""
-    size: int
-    batches: Callable
-    about: dict  # what the manifest says of it; a pass may add to it
+    """A set of pictures (B,3,H,W), or of clips (B,3,T,H,W), in 0..255, read part by part."""
+    items: Sequence  # names or numbers
+    read: Callable  # a part of the items -> batches, each of one size
+    about: dict  # what the manifest says of it; reading may add to it
     key: dict = field(default_factory=dict)  # what its content depends on, for the cache
+    finish: Callable = lambda: None  # after a pass: raises if too much could not be read
+
+    @property
+    def size(self):
+        return len(self.items)
+
+    def batches(self, size):
+        """A fresh pass, at most `size` at a time."""
+        for part in pieces(self.items, size):
+            yield from self.read(part)
+        self.finish()
 
 
 def pieces(items, size):
     """A list or range in pieces of `size`."""
     return (items[i:i + size] for i in range(0, len(items), size))
+
+
+def gather(value):
+    """The list of every process's `value`, in order of rank; of one process, [value]."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def feature_parts(net, pictures, size):
+    """Features (B,D) of this process's share of the parts of `size` pictures.
+
+    Part k belongs to process k mod their number; what follows a pass is done together.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(net.parameters()).device
+    parts = list(pieces(pictures.items, size))[rank::world]
+    with full_precision(), tqdm(total=sum(map(len, parts)), desc='features', unit='item',
+                                dynamic_ncols=True, disable=rank > 0) as bar:
+        for part in parts:
+            found = [net(batch.to(device)) for batch in pictures.read(part)]
+            yield torch.cat(found) if found else torch.empty(0, net.dim, device=device)
+            bar.update(len(part))
+    pictures.finish()
+
+
+def image_features(net, pictures, size):
+    """All features, (N, D) float32 on the CPU in the order of the items, on every process."""
+    shares = gather([part.cpu() for part in feature_parts(net, pictures, size)])
+    parts = [part for row in zip_longest(*shares) for part in row if part is not None]
+    features = torch.cat(parts) if parts else torch.empty(0, net.dim)
+    require(len(features), 'no pictures to measure')
+    return features
+
+
+def image_stats(net, pictures, size):
+    """FeatureStats of all pictures, in the memory of one batch, on every process."""
+    stats = FeatureStats(net.dim)
+    for features in feature_parts(net, pictures, size):
+        stats.update(features)
+    first, *others = gather(stats.cpu())
+    for other in others:
+        first.merge(other)
+    return first
 
 
 def read_picture(files, name, resolution=0):
@@ -933,28 +1153,35 @@ def read_picture(files, name, resolution=0):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def folder_batches(files, names, resolution, size):
-    """Batches of at most `size` pictures of one height and width; unreadable ones are skipped.
+class Readable:
+    """Reads things of a folder in threads and skips those that cannot be read.
 
-    ValueError when these are at least three and more than 1 %, or all.
+    `finish` raises ValueError when these are at least three and more than 1 %, or all.
     """
-    bad = []
 
-    def attempt(name):
+    def __init__(self, root, total, read, what='pictures'):
+        self.root, self.total, self.one, self.what, self.bad = root, total, read, what, set()
+
+    def attempt(self, name):
         try:
-            return read_picture(files, name, resolution)
+            return self.one(name)
         except OSError:
-            bad.append(name)
+            self.bad.add(str(name))
 
-    with ThreadPoolExecutor(4) as pool:
-        for part in pieces(names, size):
-            read = [p for p in pool.map(attempt, part) if p is not None]
-            for _, same in groupby(read, lambda p: p.shape):
-                yield torch.stack(list(same))
-    if bad:
-        print(f'skipped {len(bad)} unreadable pictures: {", ".join(bad[:3])}', file=sys.stderr)
-    require(len(bad) < len(names) and (len(bad) < 3 or len(bad) <= len(names) / 100),
-            f'{files.root}: {len(bad)} of {len(names)} pictures cannot be read')
+    def __call__(self, names):
+        """Batches of neighbours of one shape."""
+        with ThreadPoolExecutor(4) as pool:
+            read = [x for x in pool.map(self.attempt, names) if x is not None]
+        for _, same in groupby(read, lambda x: x.shape):
+            yield torch.stack(list(same))
+
+    def finish(self):
+        bad = sorted(set().union(*gather(self.bad)))
+        if bad:
+            print(f'skipped {len(bad)} unreadable {self.what}: {", ".join(bad[:3])}',
+                  file=sys.stderr)
+        require(len(bad) < self.total and (len(bad) < 3 or len(bad) <= self.total / 100),
+                f'{self.root}: {len(bad)} of {self.total} {self.what} cannot be read')
 
 
 def folder_pictures(folder, resolution=0, limit=None):
@@ -962,11 +1189,12 @@ def folder_pictures(folder, resolution=0, limit=None):
     files = data.find_files(folder)
     names, root = files.names[:limit], Path(files.root)
     stats = [p.stat() for p in ([root / n for n in names] if root.is_dir() else [root])]
-    return Pictures(len(names), partial(folder_batches, files, names, resolution),
-                    dict(source=str(folder), resolution=resolution or 'as stored',
-                         resized='Pillow bicubic, antialiased' if resolution else 'no'),
-                    dict(names=names, facts=[(f.st_size, f.st_mtime_ns) for f in stats],
-                         resolution=resolution))
+    reader = Readable(files.root, len(names), lambda name: read_picture(files, name, resolution))
+    return Pictures(names, reader, dict(
+        source=str(folder), resolution=resolution or 'as stored',
+        resized='Pillow bicubic, antialiased' if resolution else 'no'),
+        dict(names=names, facts=[(f.st_size, f.st_mtime_ns) for f in stats],
+             resolution=resolution), reader.finish)
 
 
 # ---- runs: everything that asks a trained model or its data set --------------------------------
@@ -1031,25 +1259,24 @@ def run_reals(opened, split, limit):
     index = true_at(dataset, opened, limit)
     n = len(index)
 
-    def batches(size):
-        return (quantise(stacked(dataset, part, opened.R)) for part in pieces(index, size))
+    def read(part):
+        yield quantise(stacked(dataset, part, opened.R))
 
     probe = quantise(stacked(dataset, [index[k] for k in sorted({0, n // 2, n - 1})], opened.R))
     names = hashlib.sha256('\n'.join(str(dataset.names[i]) for i in index).encode()).hexdigest()
     pixels = hashlib.sha256(probe.numpy().tobytes()).hexdigest()
-    return Pictures(n, batches, dict(source=opened.path, split=split, resolution=opened.R),
+    return Pictures(index, read, dict(source=opened.path, split=split, resolution=opened.R),
                     dict(names=names, pixels=pixels, n=n, resolution=opened.R))
 
 
-def sampled_latents(opened, args, size):
-    """(z (B,C,L), network calls) batch by batch; sample k has seed --seed + k."""
+def sampled_latents(opened, args, numbers):
+    """Latents (B,C,L) of the samples with these numbers, seeds --seed + k, and network calls."""
     import ldm
-    for part in pieces(range(args.num), size):
-        seeds = [args.seed + k for k in part]
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            z, nfe = ldm.generate(opened.vae, opened.ldm, seeds, sampler=args.sampler, batch=size,
-                                  return_nfe=True, **solver_settings(args))
-        yield z, float(np.mean(nfe))
+    seeds = [args.seed + k for k in numbers]
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+        z, nfe = ldm.generate(opened.vae, opened.ldm, seeds, sampler=args.sampler, batch=len(seeds),
+                              return_nfe=True, **solver_settings(args))
+    return z, float(np.mean(nfe))
 
 
 def solver_settings(args):
@@ -1067,26 +1294,25 @@ def render(opened, z, args):
     return opened.vae.render(xi, (opened.R, opened.R))
 
 
-@torch.no_grad()
-def sampled_batches(opened, args, about, size):
-    """Pictures of sampled latents; `about` learns the NFE."""
-    calls = []
-    for z, nfe in sampled_latents(opened, args, size):
-        x = render(opened, z, args)
-        calls.append(nfe)
-        about['nfe'] = float(np.mean(calls))
-        yield quantise(x, args.float)
-
-
 def run_samples(opened, args):
-    """--num pictures sampled from the run, as Pictures."""
+    """--num pictures sampled from the run, as Pictures; a pass notes the mean NFE of a batch."""
     of_pictures(opened)
     about = dict(source=opened.path, step=opened.info['step'], seed=args.seed, resolution=opened.R,
                  quantised=not args.float, bicubic=args.bicubic, sampler=args.sampler,
                  precision='bfloat16' if args.amp else 'float32', **solver_settings(args))
     if args.sampler == 'rk45':
         about['shared_steps'] = args.batch  # its step sizes are those of a whole batch
-    return Pictures(args.num, partial(sampled_batches, opened, args, about), about)
+    calls = []
+
+    @torch.no_grad()
+    def read(part):
+        z, nfe = sampled_latents(opened, args, part)
+        calls.append(nfe)
+        yield quantise(render(opened, z, args), args.float)
+
+    def finish():
+        about['nfe'] = float(np.mean(sum(gather(calls), [])))
+    return Pictures(range(args.num), read, about, finish=finish)
 
 
 @torch.no_grad()
@@ -1106,10 +1332,9 @@ def run_reconstructions(opened, args, n):
     dataset = open_data(opened, args.split)
     index = true_at(dataset, opened, n)
 
-    def batches(size):
-        return (quantise(reconstruct(opened, dataset, part, args), args.float)
-                for part in pieces(index, size))
-    return Pictures(n, batches, dict(
+    def read(part):
+        yield quantise(reconstruct(opened, dataset, part, args), args.float)
+    return Pictures(index, read, dict(
         source=opened.path, step=opened.info['step'], posterior=args.posterior, seed=args.seed,
         r=opened.r, resolution=opened.R, bicubic=args.bicubic, quantised=not args.float))
 
@@ -1121,14 +1346,15 @@ CACHE_VERSION = 1  # raise it when features of the same pictures change
 
 def real_stats(net, pictures, args):
     """FeatureStats of a real set, from cache/ if the same pictures and weights were met before."""
-    key = dict(version=CACHE_VERSION, sha256=net.source['sha256'], resize=net.resize,
-               **pictures.key)
+    key = dict(version=CACHE_VERSION, **net.source, resize=net.resize, **pictures.key)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = Path('cache') / f'{net.source["kind"]}-{digest}.pt'
     stats = None if args.no_cache else read_stats(path, net.dim)
+    if None in gather(stats and stats.n):  # one process may have been too early to find it
+        stats = None
     if stats is None:
-        stats = image_stats(net, pictures.batches(args.batch), pictures.size)
-        if not args.no_cache:
+        stats = image_stats(net, pictures, args.batch)
+        if not args.no_cache and first_process():
             path.parent.mkdir(exist_ok=True)
             save_checkpoint(path, stats.state_dict())
     return stats
@@ -1146,8 +1372,15 @@ def read_stats(path, dim):
 
 # ---- command line ------------------------------------------------------------------------------
 
+def first_process():
+    """Whether this process is the one to print and to write."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def report(args, line, manifest):
     """One line to read and one of JSON; the latter is also appended to --out."""
+    if not first_process():
+        return
     text = json.dumps(dict(command=args.command, **manifest))
     print(line)
     print(text)
@@ -1180,13 +1413,13 @@ def real_and_fake(args):
     return real, run_samples(b, args) if b else folder_pictures(args.b, args.res, args.num)
 
 
-def fid_between(net, real, fake, args):
-    """FID of two sets of Pictures and the part of the manifest that says how."""
+def frechet_between(net, real, fake, args, name='fid'):
+    """Frechet distance of two sets of Pictures and the part of the manifest that says how."""
     a = real_stats(net, real, args)
-    b = image_stats(net, fake.batches(args.batch), fake.size)
+    b = image_stats(net, fake, args.batch)
     a.ddof = b.ddof = args.ddof
     value = stats_distance(a, b)
-    return value, dict(fid=value, n_real=a.n, n_fake=b.n, ddof=args.ddof, resize=net.resize,
+    return value, dict(**{name: value}, n_real=a.n, n_fake=b.n, ddof=args.ddof, resize=net.resize,
                        **net.source, real=real.about, fake=fake.about)
 
 
@@ -1201,7 +1434,7 @@ def fid_line(name, m):
 def fid_command(args):
     """Frechet Inception distance of two sets, or of a run's samples to its data."""
     net = open_network('inception', args)
-    _, manifest = fid_between(net, *real_and_fake(args), args)
+    _, manifest = frechet_between(net, *real_and_fake(args), args)
     report(args, fid_line('FID', manifest), manifest)
 
 
@@ -1210,7 +1443,7 @@ def rfid_command(args):
     net, opened = open_network('inception', args), open_run(args.a, args, stage=1)
     real = run_reals(opened, args.split, args.num)
     fake = run_reconstructions(opened, args, real.size)
-    _, manifest = fid_between(net, real, fake, args)
+    _, manifest = frechet_between(net, real, fake, args)
     report(args, fid_line('rFID', manifest), manifest)
 
 
@@ -1218,7 +1451,7 @@ def pr_command(args):
     """Improved precision and recall of two sets, or of a run's samples to its data."""
     net = open_network(args.features, args)
     real, fake = real_and_fake(args)
-    x, y = (image_features(net, s.batches(args.batch), s.size) for s in (real, fake))
+    x, y = (image_features(net, s, args.batch).to(args.device) for s in (real, fake))
     with full_precision():
         precision, recall = precision_recall(x, y, args.k)
     report(args, f'precision {precision:.4f}   recall {recall:.4f}   k {args.k}, {len(y)} fakes, '
@@ -1228,8 +1461,14 @@ def pr_command(args):
                 **net.source, real=real.about, fake=fake.about))
 
 
+def likeness(x, y):
+    """PSNR and SSIM of each pair of pictures in [0, 1]: (2,B), the latter NaN for small ones."""
+    similar = ssim_each(x, y) if min(x.shape[2:]) >= 11 else torch.full((len(x),), math.nan)
+    return torch.stack([psnr_each(x, y), similar.double()])
+
+
 def run_psnr(args):
-    """PSNR of each picture of a run's split against its reconstruction, and the protocol."""
+    """`likeness` of a run's split to its reconstructions, and the protocol."""
     opened = open_run(args.a, args, stage=1)
     dataset, train = open_data(of_pictures(opened), args.split), open_data(opened, 'train')
     seen = min(len(train), 1000)
@@ -1238,17 +1477,17 @@ def run_psnr(args):
                                                                         white_picture=[])
     for part in tqdm(list(pieces(index, args.batch)), desc='reconstructing', unit='batch'):
         x = stacked(dataset, part, opened.R) / 2 + 0.5
-        values.append(psnr_each(reconstruct(opened, dataset, part, args).cpu() / 2 + 0.5, x))
+        values.append(likeness(reconstruct(opened, dataset, part, args).cpu() / 2 + 0.5, x))
         plain['mean_picture'].append(psnr_each(mean.expand_as(x) / 2 + 0.5, x))
         plain['white_picture'].append(psnr_each(torch.ones_like(x), x))
-    return torch.cat(values), dict(
+    return torch.cat(values, dim=1), dict(
         source=opened.path, step=opened.info['step'], split=args.split, r=opened.r, seed=args.seed,
         resolution=opened.R, bicubic=args.bicubic, posterior=args.posterior, quantised=False,
         **{k: torch.cat(v)[torch.cat(v).isfinite()].mean().item() for k, v in plain.items()})
 
 
 def folder_psnr(args):
-    """PSNR of pictures paired by sorted name, and the protocol."""
+    """`likeness` of pictures paired by sorted name, and the protocol."""
     sets, values = [data.find_files(f) for f in (args.a, args.b)], []
     names = [f.names[:args.num] for f in sets]
     require(len(names[0]) == len(names[1]),
@@ -1256,24 +1495,205 @@ def folder_psnr(args):
     for pair in tqdm(list(zip(*names)), desc='reading', unit='pair'):
         x, y = (read_picture(f, n, args.res)[None] / 255 for f, n in zip(sets, pair))
         require(x.shape == y.shape, f'{pair[0]} and {pair[1]} have different sizes; try --res')
-        values.append(psnr_each(x, y))
-    return torch.cat(values), dict(source=[args.a, args.b], quantised=True, pairs='by sorted name',
-                                   resolution=args.res or 'as stored')
+        values.append(likeness(x, y))
+    return torch.cat(values, dim=1), dict(source=[args.a, args.b], quantised=True,
+                                          pairs='by sorted name',
+                                          resolution=args.res or 'as stored')
 
 
 def psnr_command(args):
-    """PSNR of a run's reconstructions of its held-out pictures, or of two folders."""
+    """PSNR and SSIM of a run's reconstructions of its held-out pictures, or of two folders."""
     require(args.b is not None or is_run(args.a), f'{args.a}: not a run; give a second folder')
-    values, protocol = folder_psnr(args) if args.b is not None else run_psnr(args)
+    (values, similar), protocol = folder_psnr(args) if args.b is not None else run_psnr(args)
     finite = values[values.isfinite()]
     mean = finite.mean().item() if len(finite) else None  # JSON has no infinity
+    alike = None if similar.isnan().any() else similar.mean().item()
     same = len(values) - len(finite)
-    line = f'PSNR {"infinite" if mean is None else f"{mean:.3f} dB"}   {len(values)} pictures'
+    line = f'PSNR {"infinite" if mean is None else f"{mean:.3f} dB"}'
+    line += '' if alike is None else f'   SSIM {alike:.4f}'
+    line += f'   {len(values)} pictures'
     if 'mean_picture' in protocol:
         line += (f' at {protocol["resolution"]}; the mean training picture gives '
                  f'{protocol["mean_picture"]:.3f}, white {protocol["white_picture"]:.3f}')
     report(args, line + f', {same} identical pairs left out of the mean' * (same > 0),
-           dict(psnr=mean, n=len(values), identical=same, data_range=1, **protocol))
+           dict(psnr=mean, ssim=alike, n=len(values), identical=same, data_range=1, **protocol))
+
+
+# ---- videos ------------------------------------------------------------------------------------
+
+FVD_PRESETS = dict(  # how frames come to 224 x 224, and what a covariance is divided by
+    styleganv=dict(resize='square', ddof=0),
+    ddmi=dict(resize='crop', ddof=1))
+
+
+def draw_clips(lengths, frames, interval, num, key):
+    """Up to `num` pairs (video, first frame): one of every video, then a second one, and so on.
+
+    Starts are random without repetition; too short videos are left out. More videos than `num`
+    are thinned out evenly.
+    """
+    starts = {v: seeded('clip', *key, v).permutation(n - (frames - 1) * interval)
+              for v, n in enumerate(lengths) if n > (frames - 1) * interval}
+    clips = []
+    for turn in range(max(map(len, starts.values()), default=0)):
+        ready = [(v, int(s[turn])) for v, s in starts.items() if turn < len(s)]
+        clips += [ready[k] for k in spread(len(ready), num - len(clips))]
+    return clips
+
+
+def folder_clips(folder, args, side):
+    """--num clips of the videos in a folder or zip, as Pictures; `side` keys the random starts."""
+    files = data.find_files(folder)
+    videos = data.find_videos(files)
+    clips = draw_clips([len(v) for v in videos], args.frames, args.interval, args.num,
+                       (args.seed, side))
+    used = {v for v, _ in clips}
+    require(clips, f'{folder}: {len(videos)} videos, none of {args.frames} frames')
+
+    def read(clip):
+        numbers = range(clip[1], clip[1] + args.frames * args.interval, args.interval)
+        return torch.from_numpy(data.read_frames(files, videos[clip[0]], numbers, args.res)
+                                ).permute(3, 0, 1, 2)
+    reader = Readable(files.root, len(clips), read, 'clips')
+    names = [(videos[v].name, start) for v, start in clips]
+    root = Path(files.root)
+    changed = [(root / videos[v].frames[0] if root.is_dir() else root).stat().st_mtime_ns
+               for v in sorted(used)]
+    about = dict(source=str(folder), videos=len(videos), too_short=len(videos) - len(used),
+                 clips_per_video=len(clips) / len(used), resolution=args.res or 'as stored')
+    return Pictures(clips, reader, about, dict(
+        names=names, facts=changed, resolution=args.res, frames=args.frames,
+        interval=args.interval), reader.finish)
+
+
+def fvd_command(args):
+    """Frechet video distance of two folders of videos; rfvd: of videos and their reconstructions.
+
+    rfvd takes the same clips of both, by sorted name.
+    """
+    net = load_network('i3d', args.weights).to(args.device)
+    preset, paired = FVD_PRESETS[args.preset], args.command == 'rfvd'
+    net.resize = preset['resize']
+    net.set_eps(args.eps)
+    net.source['eps'] = args.eps
+    args.ddof = preset['ddof'] if args.ddof is None else args.ddof
+    real, fake = (folder_clips(folder, args, 0 if paired else side)
+                  for side, folder in enumerate((args.a, args.b)))
+    require(not paired or real.items == fake.items, f'{args.a} and {args.b}: not the same number '
+            'of videos of the same lengths, so no pairs')
+    value, manifest = frechet_between(net, real, fake, args, args.command)
+    few = ', fewer clips than features: compare only with equal N' if min(
+        manifest['n_real'], manifest['n_fake']) < net.dim else ''
+    report(args, f'{args.command.upper()} {value:.4f}   {manifest["n_fake"]} fakes, '
+                 f'{manifest["n_real"]} reals, {args.frames} frames, {args.preset}, '
+                 f'{manifest["weights"]}{few}',
+           dict(**manifest, preset=args.preset, frames=args.frames, interval=args.interval,
+                seed=args.seed, quantised='as stored', features='400 logits'))
+
+
+# ---- pictures of what was measured -------------------------------------------------------------
+
+def pick(pictures, wanted, size):
+    """{number: picture} of those with these numbers in a pass."""
+    found, n = {}, 0
+    for batch in pictures.batches(size):
+        found |= {n + k: x for k, x in enumerate(batch) if n + k in wanted}
+        n += len(batch)
+    return found
+
+
+def nn_command(args):
+    """Nearest training pictures of samples, as a picture: a sample, then its --k (Fig. 13)."""
+    net = open_network(args.features, args)
+    real, fake = real_and_fake(args)
+    bank, queries = (image_features(net, s, args.batch).to(args.device) for s in (real, fake))
+    with full_precision():
+        distances, index = (v.cpu() for v in nearest_neighbours(queries, bank, args.k))
+    shown = pick(real, set(index.flatten().tolist()), args.batch)
+    samples = pick(fake, range(len(queries)), args.batch)
+    side = args.res or max(samples[0].shape[1:])
+    tiles = [tile(x, side) for k, row in enumerate(index.tolist())
+             for x in [samples[k], *(shown[i] for i in row)]]
+    if first_process():
+        data.save_grid(args.picture, torch.stack(tiles), columns=args.k + 1)
+    mean = distances.mean(1).tolist()
+    report(args, f'{len(queries)} samples, their {args.k} nearest of {len(bank)}: mean distance '
+                 f'{distances.mean():.4f}, nearest {distances[:, 0].mean():.4f}; {args.picture}',
+           dict(distances=distances.tolist(), neighbours=index.tolist(), mean=mean, k=args.k,
+                features=args.features, distance='Euclidean', n_real=len(bank),
+                n_fake=len(queries), resize=net.resize, **net.source, picture=args.picture,
+                real=real.about, fake=fake.about))
+
+
+def tile(x, side):
+    """A picture (3,H,W) in 0..255, its centre square brought to `side`: uint8."""
+    n = min(x.shape[1:])
+    top, left = ((m - n) // 2 for m in x.shape[1:])
+    x = x[:, top:top + n, left:left + n].float()
+    x = x if n == side else bicubic(x[None], side)[0]
+    return x.round().clamp(0, 255).byte().cpu()
+
+
+def spectrum(grey):
+    """|F| of pictures (B,H,W) without their means, the lowest frequency in the middle."""
+    grey = grey - grey.mean((1, 2), keepdim=True)
+    return torch.fft.fftshift(torch.fft.fft2(grey.double()), dim=(1, 2)).abs()
+
+
+def radial_energy(magnitude, bins=16):
+    """How the energy |F|^2 of spectra (B,H,W) lies over frequency, 1 being Nyquist's.
+
+    centroid (B,): mean frequency; thirds (B,3): shares below 1/3, below 2/3 and above, corners
+    included; power (B,bins): mean |F|^2 of rings up to 1, the frequency 0 left out.
+    """
+    axes = [torch.fft.fftshift(torch.fft.fftfreq(n, dtype=torch.float64)) * 2
+            for n in magnitude.shape[1:]]
+    radius = (axes[0][:, None] ** 2 + axes[1] ** 2).sqrt().flatten()
+    energy = magnitude.square().flatten(1)
+    total = energy.sum(1, keepdim=True).clamp(min=1e-300)
+    third = (radius * 3).long().clamp(max=2)
+    ring = (radius * bins).long().clamp(max=bins)  # the last is beyond 1
+    sums = torch.zeros(len(energy), bins + 1).double().index_add_(1, ring, energy)
+    return dict(centroid=(energy * radius).sum(1) / total[:, 0],
+                thirds=torch.zeros(len(energy), 3).double().index_add_(1, third, energy / total),
+                power=(sums / ring[radius > 0].bincount(minlength=bins + 1).clamp(min=1))[:, :bins])
+
+
+def equalise(x, bins=256):
+    """Histogram equalisation of one picture (H,W) -> [0, 1]; for looking at spectra."""
+    x = x.numpy()
+    count, edges = np.histogram(x, bins)
+    share = np.cumsum(count) / x.size
+    return torch.from_numpy(np.interp(x, (edges[1:] + edges[:-1]) / 2, share))
+
+
+def only_level(xi, kept):
+    """Basis fields of which all levels but one are zero (all are left if `kept` is None)."""
+    return [{n: f if kept in (None, i) else torch.zeros_like(f) for n, f in level.items()}
+            for i, level in enumerate(xi)]
+
+
+@torch.no_grad()
+def spectrum_command(args):
+    """What each basis field adds: samples with all fields but one zeroed, and spectra (Fig. 7)."""
+    opened = of_pictures(open_run(args.a, args))
+    z, _ = sampled_latents(opened, args, range(args.num))
+    xi = opened.vae.decode(z)
+    kinds = {'all': None} | {f'xi{i + 1}': i for i in range(len(xi))}
+    rows, values = [], {}
+    for name, kept in kinds.items():
+        x = opened.vae.render(only_level(xi, kept), (opened.R, opened.R)).clamp(-1, 1).cpu()
+        magnitude = spectrum(x.mean(1))
+        seen = torch.stack([equalise(m) for m in magnitude.log1p()]).float() * 2 - 1
+        rows.append(torch.stack([x, seen[:, None].expand_as(x)], dim=1))
+        values[name] = {k: v.mean(0).tolist() for k, v in radial_energy(magnitude).items()}
+    data.save_grid(args.picture, torch.stack(rows, dim=2).flatten(0, 2), columns=len(kinds))
+    named = '  '.join(f'{k} {v["centroid"]:.3f}' for k, v in values.items())
+    report(args, f'spectral centroid over Nyquist: {named}   {args.num} samples at {opened.R}; '
+                 f'{args.picture}',
+           dict(fields=values, n=args.num, resolution=opened.R, seed=args.seed, grey='channel mean',
+                source=opened.path, step=opened.info['step'], picture=args.picture,
+                sampler=args.sampler, **solver_settings(args)))
 
 
 # ---- shapes of runs ----------------------------------------------------------------------------
@@ -1367,7 +1787,8 @@ def extracted_clouds(opened, dataset, index, args, kind, about):
     clouds, empty = [], 0
     fields = (encoded(opened, dataset, i, args) for i in index)
     if kind == 'samples':
-        latents = torch.cat([z for z, _ in sampled_latents(opened, args, args.batch)])
+        latents = torch.cat([sampled_latents(opened, args, part)[0]
+                             for part in pieces(range(args.num), args.batch)])
         fields = (opened.vae.decode(z[None]) for z in latents)
         about.update(seed=args.seed, sampler=args.sampler, condition=None,
                      precision='bfloat16' if args.amp else 'float32', **solver_settings(args))
@@ -1560,10 +1981,10 @@ def nfe_command(args):
         vars(args).update(sampler=name, **settings)
         fake = run_samples(opened, args)
         if args.fid:
-            _, manifest = fid_between(net, real, fake, args)
+            _, manifest = frechet_between(net, real, fake, args)
         else:
-            fake.about['nfe'] = float(np.mean([n for _, n in sampled_latents(opened, args,
-                                                                             args.batch)]))
+            fake.about['nfe'] = float(np.mean([sampled_latents(opened, args, part)[1]
+                                               for part in pieces(fake.items, args.batch)]))
             manifest = dict(n_fake=args.num, fake=fake.about)
         setting = '  '.join(f'{k} {v:g}' for k, v in settings.items())
         line = f'{name:8} {setting:26} NFE {fake.about["nfe"]:7.1f}'
@@ -1579,6 +2000,12 @@ FLAGS = dict(
     num_real=dict(default=50_000, type=int, help='reals at most: of a run evenly spread, of a '
                   'folder the first in order'),
     ddof=dict(default=1, type=int, choices=(0, 1), help='covariance over n - ddof; NVIDIA has 0'),
+    preset=dict(default='styleganv', choices=tuple(FVD_PRESETS), help='styleganv: frames stretched '
+                'to 224 x 224, ddof 0; ddmi, the authors\': short side to 224 and cropped, ddof 1'),
+    eps=dict(default=1e-3, type=float, help='of the batch norms of I3D; the authors\' copy: 1e-5'),
+    frames=dict(default=16, type=int, help='frames of a clip'),
+    interval=dict(default=1, type=int, help='every so manieth frame'),
+    picture=dict(default='', help='PNG to write'),
     k=dict(default=3, type=int, help='neighbour that a ball reaches to'),
     split=dict(default='train', choices=('train', 'test'), help='which part of a run\'s data'),
     sampler=dict(default='dpmpp', help='ddpm, ddim, dpmpp or rk45, for runs'),
@@ -1612,6 +2039,8 @@ FLAGS = dict(
 
 SETS = ('weights', 'resize', 'res', 'num', 'num_real', 'split', 'sampler', 'steps', 'rtol', 'atol',
         'seed', 'amp', 'float', 'bicubic', 'batch')
+FVD = ('weights', 'preset', 'eps', 'frames', 'interval', 'ddof', 'res', 'num', 'seed', 'no_cache',
+       'batch')
 SOLVER = ('sampler', 'steps', 'rtol', 'atol', 'seed', 'amp')
 COMMANDS = dict(  # name: (function, flags, positional arguments, defaults of its own)
     iou=(iou_command, ('num', 'split'), 'A', dict(split='test')),
@@ -1623,6 +2052,12 @@ COMMANDS = dict(  # name: (function, flags, positional arguments, defaults of it
                 dict(split='test', classifier='weights/classifier.pt', steps=1000)),
     fid=(fid_command, (*SETS, 'fakes', 'ddof', 'no_cache'), 'A [B]', {}),
     pr=(pr_command, (*SETS, 'fakes', 'features', 'k'), 'A [B]', {}),
+    fvd=(fvd_command, FVD, 'A B', dict(ddof=None, num=2048, batch=8)),
+    rfvd=(fvd_command, FVD, 'A B', dict(ddof=None, num=2048, batch=8)),
+    nn=(nn_command, (*SETS, 'features', 'k', 'picture'), 'A [B]',
+        dict(num=8, k=7, picture='out/nn.png', fakes='samples')),
+    spectrum=(spectrum_command, ('res', 'num', 'picture', *SOLVER), 'A',
+              dict(num=4, picture='out/spectrum.png')),
     psnr=(psnr_command, ('res', 'num', 'split', 'posterior', 'seed', 'bicubic', 'batch'), 'A [B]',
           dict(split='test')),
     rfid=(rfid_command, ('weights', 'resize', 'res', 'num', 'split', 'posterior', 'seed', 'float',
@@ -1641,9 +2076,10 @@ def build_parser():
         about = function.__doc__.splitlines()[0]
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument('a', metavar='A', help='run, or folder of (real) pictures')
-        if positional == 'A [B]':
-            command.add_argument('b', metavar='B', nargs='?', help='folder or run to compare it '
-                                                                   'with; none: A is a run')
+        if 'B' in positional:
+            more = dict(nargs='?') if '[' in positional else {}
+            command.add_argument('b', metavar='B', help='folder or run to compare it with'
+                                 + '; none: A is a run' * bool(more), **more)
         for flag in (*flags, 'device', 'out'):
             command.add_argument(f'--{flag}', **FLAGS[flag])
         command.set_defaults(**defaults)
@@ -1653,7 +2089,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     least_values = dict(batch=1, num=1, num_real=1, res=0, k=1, steps=1, points=1, each=2,
-                        threshold=0)
+                        threshold=0, frames=9, interval=1, eps=0)
     for name, least in least_values.items():
         value = getattr(args, name, least)
         require(value >= least, f'--{name} {value}: must be at least {least}')

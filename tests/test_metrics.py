@@ -5,8 +5,10 @@ No published weights are needed: networks are filled with random ones, in every 
 import dataclasses
 import functools
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -165,7 +167,7 @@ def test_nearest_neighbours_in_any_chunks():
 
 # ---- PSNR --------------------------------------------------------------------------------------
 
-@pytest.mark.mutation('metrics.py', '.flatten(1).mean(1)', '.mean()[None]')
+@pytest.mark.mutation('metrics.py', '.square().flatten(1).mean(1)', '.square().mean()[None]')
 def test_psnr():
     x = torch.rand(4, 3, 8, 8) * 0.5
     close(metrics.psnr(x, x + 0.1), 20, 1e-5)
@@ -179,6 +181,39 @@ def test_psnr():
         metrics.psnr(x, x[:, :, :4])
     with pytest.raises(ValueError, match='floats'):
         metrics.psnr(x.byte(), x.byte())
+
+
+def slow_ssim(x, y):
+    """Of one channel, window by window, straight from the paper."""
+    line = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5 ** 2))
+    w = np.outer(line, line) / line.sum() ** 2
+    values = []
+    for i in range(x.shape[0] - 10):
+        for j in range(x.shape[1] - 10):
+            a, b = x[i:i + 11, j:j + 11], y[i:i + 11, j:j + 11]
+            ma, mb = (w * a).sum(), (w * b).sum()
+            va, vb, vab = ((w * p * q).sum() for p, q in ((a - ma, a - ma), (b - mb, b - mb),
+                                                          (a - ma, b - mb)))
+            values.append((2 * ma * mb + 1e-4) * (2 * vab + 9e-4)
+                          / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4)))
+    return np.mean(values)
+
+
+@pytest.mark.mutation('metrics.py', '2 * 1.5 ** 2))', '1.5 ** 2))')
+@pytest.mark.mutation('metrics.py', '0.01 ** 2, 0.03 ** 2', '0.03 ** 2, 0.01 ** 2')
+@pytest.mark.mutation('metrics.py', '2 * cov + c2', 'cov + c2')
+def test_ssim_is_that_of_the_paper():
+    x = torch.rand(2, 3, 13, 18).double()
+    y = (x + 0.2 * torch.rand(2, 3, 13, 18)).clamp(0, 1)
+    golden = [np.mean([slow_ssim(a.numpy(), b.numpy()) for a, b in zip(p, q)])
+              for p, q in zip(x, y)]
+    close(metrics.ssim_each(x, y), golden, 1e-12)
+    close(metrics.ssim(x, y), np.mean(golden), 1e-12)
+    close(metrics.ssim(x[0], x[0]), 1, 1e-12)
+    flat, brighter = torch.full((1, 16, 16), 0.25), torch.full((1, 16, 16), 0.5)
+    close(metrics.ssim(flat, brighter), (2 * .25 * .5 + 1e-4) / (.25 ** 2 + .5 ** 2 + 1e-4), 1e-9)
+    with pytest.raises(ValueError, match='at least 11'):
+        metrics.ssim(x[..., :10], y[..., :10])
 
 
 # ---- resizing ----------------------------------------------------------------------------------
@@ -335,7 +370,7 @@ def test_inception_counts():
 
 @pytest.mark.mutation('metrics.py', "'7c': (BLOCK_E, 'largest')", "'7c': (BLOCK_E, 'average')")
 @pytest.mark.mutation('metrics.py', 'count_include_pad=False', 'count_include_pad=True')
-@pytest.mark.mutation('metrics.py', 'eps=1e-3', 'eps=1e-5')
+@pytest.mark.mutation('metrics.py', 'nn.BatchNorm2d(c_out, eps=1e-3', 'nn.BatchNorm2d(c_out, eps=1e-5')
 @pytest.mark.mutation('metrics.py', '(x - 128) / 128', 'x / 127.5 - 1')
 def test_inception_is_the_2015_graph():
     x = pictures(2, 107)
@@ -356,15 +391,18 @@ def test_inception_resizes_as_tensorflow_1():
         net(x[0])
 
 
-@pytest.mark.mutation('metrics.py', 'return torch.cat(features)', 'return torch.cat(features[1:])')
+@pytest.mark.mutation('metrics.py', 'features = torch.cat(parts)', 'features = torch.cat(parts[1:])')
+@pytest.mark.mutation('metrics.py', 'torch.cat(found) if found', 'found[0] if found')
 def test_features_do_not_depend_on_the_batches():
     net, x = nn.Conv2d(3, 7, 8), pictures(9, 8).float()
     net.dim = 7
     flat = nn.Sequential(net, nn.Flatten()).requires_grad_(False)
     flat.dim = 7
+    halves = metrics.Pictures(range(9), lambda part: x[part.start:part.stop].split(2), {})
     for size in (1, 4, 9):
-        close(metrics.image_features(flat, x.split(size)), flat(x), 1e-3)
-        close(metrics.image_stats(flat, x.split(size)).cov, np.cov(flat(x).T), 1e-1)
+        close(metrics.image_features(flat, halves, size), flat(x), 1e-3)
+        close(metrics.image_stats(flat, halves, size).cov, np.cov(flat(x).T), 1e-1)
+        close(torch.cat(list(halves.batches(size))), x, 0)
 
 
 # ---- weight files ------------------------------------------------------------------------------
@@ -540,6 +578,178 @@ def test_vgg_from_nvidia_archive(tmp_path, slim, write_archive, head):
     assert all(torch.equal(v, state[k]) for k, v in loaded.items())
 
 
+I3D_BRANCHES = {'3b': '64;96,128;16,32;32', '3c': '128;128,192;32,96;64',
+                '4b': '192;96,208;16,48;64', '4c': '160;112,224;24,64;64',
+                '4d': '128;128,256;24,64;64', '4e': '112;144,288;32,64;64',
+                '4f': '256;160,320;32,128;128', '5b': '256;160,320;32,128;128',
+                '5c': '384;192,384;48,128;128'}
+
+
+class SlowI3D:
+    """The network by its description; draws weights as it first runs."""
+
+    def __init__(self, eps=1e-3):
+        self.state, self.random, self.eps = {}, torch.Generator().manual_seed(0), eps
+
+    def conv(self, x, name, c_out, k, stride=1):
+        s = self.state
+        if name + '.conv3d.weight' not in s:
+            s[name + '.conv3d.weight'] = torch.randn(
+                c_out, x.shape[1], k, k, k, generator=self.random) * (2 / x.shape[1] / k ** 3) ** .5
+            for leaf, low, high in (('weight', .8, 1.2), ('bias', -.05, .05),
+                                    ('running_mean', -.05, .05), ('running_var', .02, .06)):
+                s[f'{name}.bn.{leaf}'] = torch.rand(c_out, generator=self.random) * (high - low) + low
+            s[f'{name}.bn.num_batches_tracked'] = torch.tensor(0)
+        x = self.pad(x, (k,) * 3, (stride,) * 3)
+        x = F.conv3d(x, s[name + '.conv3d.weight'], stride=stride)
+        w, b, m, v = (s[f'{name}.bn.{leaf}'][:, None, None, None]
+                      for leaf in ('weight', 'bias', 'running_mean', 'running_var'))
+        return (w * (x - m) / (v + self.eps).sqrt() + b).relu() * 0.2
+
+    def pad(self, x, kernel, stride):
+        for axis, (k, s) in enumerate(zip(kernel, stride), 2):
+            n = x.shape[axis]
+            need = max(k - s, 0) if n % s == 0 else max(k - n % s, 0)  # TensorFlow's own wording
+            shape = list(x.shape)
+            shape[axis] = need // 2
+            before = x.new_zeros(shape)
+            shape[axis] = need - need // 2
+            x = torch.cat([before, x, x.new_zeros(shape)], axis)
+        return x
+
+    def pool(self, x, kernel, stride):
+        return F.max_pool3d(self.pad(x, kernel, stride), kernel, stride)
+
+    def mixed(self, x, n):
+        widths = [[int(w) for w in part.split(',')] for part in I3D_BRANCHES[n].split(';')]
+        n, (one, two, three, four) = f'Mixed_{n}.', widths
+        return torch.cat([
+            self.conv(x, n + 'b0', one[0], 1),
+            self.conv(self.conv(x, n + 'b1a', two[0], 1), n + 'b1b', two[1], 3),
+            self.conv(self.conv(x, n + 'b2a', three[0], 1), n + 'b2b', three[1], 3),
+            self.conv(self.pool(x, (3, 3, 3), (1, 1, 1)), n + 'b3b', four[0], 1)], 1)
+
+    def logits(self, x):
+        """Clips (B,3,T,224,224) in [-1, 1] -> (B,400)."""
+        x = self.pool(self.conv(x, 'Conv3d_1a_7x7', 64, 7, 2), (1, 3, 3), (1, 2, 2))
+        x = self.conv(self.conv(x, 'Conv3d_2b_1x1', 64, 1), 'Conv3d_2c_3x3', 192, 3)
+        x = self.pool(x, (1, 3, 3), (1, 2, 2))
+        x = self.pool(self.mixed(self.mixed(x, '3b'), '3c'), (3, 3, 3), (2, 2, 2))
+        for n in ('4b', '4c', '4d', '4e', '4f'):
+            x = self.mixed(x, n)
+        x = self.mixed(self.mixed(self.pool(x, (2, 2, 2), (2, 2, 2)), '5b'), '5c')
+        s = self.state
+        if 'logits.conv3d.weight' not in s:
+            s['logits.conv3d.weight'] = torch.randn(400, 1024, 1, 1, 1, generator=self.random)
+            s['logits.conv3d.bias'] = torch.randn(400, generator=self.random)
+        windows = torch.stack([x[:, :, t:t + 2].mean((2, 3, 4)) for t in range(x.shape[2] - 1)])
+        scores = windows @ s['logits.conv3d.weight'].flatten(1).T + s['logits.conv3d.bias']
+        return scores.mean(0)
+
+
+@functools.cache
+def slow_i3d():
+    """The slow network with its weights drawn; the factor 0.2 is folded into the norms' own."""
+    slow = SlowI3D()
+    slow.logits(torch.zeros(1, 3, 9, 224, 224))
+    return slow
+
+
+def i3d_weights():
+    """Its weights for a network without that factor."""
+    return {k: v * 0.2 if k.endswith(('bn.weight', 'bn.bias')) else v
+            for k, v in slow_i3d().state.items()}
+
+
+def clips(frames, height, width, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 4, 5, 5, generator=random) * 255
+    return F.interpolate(coarse, (frames, height, width), mode='trilinear').byte()
+
+
+@pytest.mark.mutation('metrics.py', 'self.bn = nn.BatchNorm3d(c_out, eps=1e-3)',
+                      'self.bn = nn.BatchNorm3d(c_out, eps=1e-2)')
+@pytest.mark.mutation('metrics.py', 'edges += [missing // 2, missing - missing // 2]',
+                      'edges += [missing - missing // 2, missing // 2]')
+@pytest.mark.mutation('metrics.py', 'x.float()) / 127.5 - 1', 'x.float()) / 128 - 1')
+@pytest.mark.mutation('metrics.py', '[..., 0, 0].mean(2)', '[..., 0, 0, 0]')
+def test_i3d_is_the_inflated_inception():
+    x, slow = clips(25, 224, 224), slow_i3d()  # two cells of time at the end
+    assert len(slow.state) == 344
+    with torch.device('meta'):
+        net = metrics.I3D()
+    assert sum(p.numel() for p in net.parameters()) == 12_697_264
+    net.load_state_dict(i3d_weights(), assign=True)
+    net.eval()
+    golden = slow.logits(x / 127.5 - 1)
+    assert golden.shape == (1, 400) and golden.std() > 0.1
+    close(net(x), golden, 2e-4 * golden.abs().max().item())
+
+
+@pytest.mark.mutation('metrics.py', 'module.eps = eps', 'module.eps = 1e-3')
+def test_i3d_with_the_other_epsilon_and_sizes():
+    with torch.device('meta'):
+        net = metrics.I3D()
+    net.load_state_dict(i3d_weights(), assign=True)
+    x, other = clips(9, 224, 224), SlowI3D(eps=1e-5)
+    other.state = slow_i3d().state
+    golden = other.logits(x / 127.5 - 1)
+    net.set_eps(1e-5)
+    close(net(x), golden, 2e-4 * golden.abs().max().item())
+    with pytest.raises(ValueError, match='at least 9 frames'):
+        net(x[:, :, :8])
+
+
+@pytest.mark.mutation('metrics.py', "if self.resize == 'crop'", "if self.resize == 'none'")
+@pytest.mark.mutation('metrics.py', '((n - self.size) // 2 for n in to)', '(0 for n in to)')
+def test_frames_come_to_224():
+    net, x = metrics.I3D.__new__(metrics.I3D), clips(9, 100, 150).float()
+    nn.Module.__init__(net)
+    net.resize = 'square'
+    frames = [F.interpolate(x[:, :, t], (224, 224), mode='bilinear', align_corners=False)
+              for t in range(9)]
+    close(net.frames(x), torch.stack(frames, 2), 1e-4)
+    net.resize = 'crop'
+    wide = [F.interpolate(x[:, :, t], (224, 336), mode='bilinear', align_corners=False)
+            [..., 56:280] for t in range(9)]
+    close(net.frames(x), torch.stack(wide, 2), 1e-4)
+    same = clips(9, 224, 224).float()
+    assert torch.equal(net.frames(same), same)
+
+
+STYLEGANV = {'b0': 'branch_0', 'b1a': 'branch_1.0', 'b1b': 'branch_1.1', 'b2a': 'branch_2.0',
+             'b2b': 'branch_2.1', 'b3b': 'branch_3.1'}
+
+
+@pytest.mark.mutation('metrics.py', "'branch_1.0': 'b1a'", "'branch_1.0': 'b2a'")
+@pytest.mark.mutation('metrics.py', 'require(path.stem not in', 'require(path.stem in')
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
+@pytest.mark.filterwarnings('ignore:.*sha256.*')
+def test_i3d_from_styleganv_archive_and_plain_file(tmp_path, write_archive):
+    archive = {}
+    for name, value in i3d_weights().items():
+        *layer, leaf = name.split('.')
+        if layer[0] == 'logits':
+            layer = ['conv3d_0c_1x1', 'conv3d']
+        elif layer[0].startswith('Mixed'):
+            layer = [layer[0].lower(), STYLEGANV[layer[1]], layer[2]]
+        else:
+            layer = [layer[0].lower(), layer[1]]
+        archive['.'.join([*('batch3d' if p == 'bn' else p for p in layer), leaf])] = value
+    assert 'mixed_4c.branch_2.1.batch3d.running_mean' in archive and len(archive) == 344
+    write_archive(tmp_path / 'i3d_torchscript.pt', archive)
+    torch.save(i3d_weights(), tmp_path / 'i3d_pretrained_400.pt')
+    try:
+        for file in ('i3d_torchscript.pt', 'i3d_pretrained_400.pt'):
+            loaded = metrics.load_network('i3d', tmp_path / file).state_dict()
+            assert all(torch.equal(v, loaded[k]) for k, v in i3d_weights().items())
+    except ValueError as error:
+        pytest.fail(str(error))
+    torch.save(i3d_weights(), tmp_path / 'rgb_imagenet.pt')
+    with pytest.raises(ValueError, match='other weights'):
+        metrics.load_network('i3d', tmp_path / 'rgb_imagenet.pt')
+
+
 @pytest.mark.mutation('metrics.py', "('has unknown', foreign)", "('has unknown', [])")
 def test_files_that_hold_no_such_weights(tmp_path):
     def refused(kind, path, match, error=ValueError):
@@ -623,8 +833,8 @@ def test_fid_of_folders(capsys, folders, random_file):
 def test_statistics_of_reals_are_kept(folders, monkeypatch):
     passes = []
 
-    def stats(net, batches, total):
-        passes.append(total)
+    def stats(net, pictures, size):
+        passes.append(pictures.size)
         return stats_of(np.arange(8.).reshape(4, 2))
     monkeypatch.setattr(metrics, 'image_stats', stats)
 
@@ -662,8 +872,8 @@ def test_psnr_of_folders(capsys, folders):
     assert manifest['psnr'] is None and manifest['identical'] == 6 and 'infinite' in line
 
 
-@pytest.mark.mutation('metrics.py', 'for _, same in groupby(read, lambda p: p.shape)',
-                      'for _, same in groupby(read, lambda p: p.shape[:1])')
+@pytest.mark.mutation('metrics.py', 'for _, same in groupby(read, lambda x: x.shape)',
+                      'for _, same in groupby(read, lambda x: x.shape[:1])')
 def test_folder_with_bad_and_unequal_pictures(folders, tmp_path):
     (tmp_path / 'A/broken.png').write_bytes(b'none')
     data.save_png(tmp_path / 'A/wide.png', torch.zeros(3, 20, 40))
@@ -744,8 +954,8 @@ def colour_network(monkeypatch):
     return net
 
 
-@pytest.mark.mutation('metrics.py', 'seeds = [args.seed + k for k in part]',
-                      'seeds = [k for k in part]')
+@pytest.mark.mutation('metrics.py', 'seeds = [args.seed + k for k in numbers]',
+                      'seeds = [k for k in numbers]')
 def test_fid_of_a_run(capsys, toy_run, colour_network):
     manifest, _ = result(capsys, 'fid', toy_run, '--num', 4, '--sampler', 'ddim', '--steps', 6,
                          '--res', 9, '--split', 'test', '--batch', 3, '--seed', 20)
@@ -822,6 +1032,207 @@ def test_a_broken_picture_of_a_folder_is_skipped(folders, capsys, monkeypatch):
         pytest.fail('a traceback')
     assert torch.equal(kept, folders[0][[0, 1, 3, 4, 5]])
     assert 'skipped 1 unreadable pictures: 2.png' in capsys.readouterr().err
+
+
+# ---- videos ------------------------------------------------------------------------------------
+
+@pytest.mark.mutation('metrics.py', 'n - (frames - 1) * interval)\n', 'n - frames * interval)\n')
+@pytest.mark.mutation('metrics.py', 'if turn < len(s)]', 'if turn < 1]')
+def test_clips_are_one_of_each_video_and_then_more():
+    lengths = [20, 16, 5, 18]
+    everything = {(0, s) for s in range(5)} | {(1, 0)} | {(3, s) for s in range(3)}
+    clips = metrics.draw_clips(lengths, 16, 1, 100, (0, 0))
+    assert set(clips) == everything and len(clips) == 9
+    assert sorted(v for v, _ in clips[:3]) == [0, 1, 3]
+    assert clips[:4] == metrics.draw_clips(lengths, 16, 1, 100, (0, 0))[:4]
+    assert [v for v, _ in metrics.draw_clips(lengths, 16, 1, 2, (0, 0))] == [0, 1]
+    assert {v for v, _ in metrics.draw_clips(lengths, 9, 2, 9, (0, 0))} == {0, 3}
+    starts = [metrics.draw_clips([100], 16, 1, 1, (0, side))[0][1] for side in range(20)]
+    assert len(set(starts)) > 10 and min(starts) < 25 and max(starts) > 60
+
+
+class FirstLogit(nn.Module):
+    """Instead of I3D: the colour of the first and the last frame."""
+    dim, source, resize = 6, dict(kind='i3d', weights='w', sha256='s', publisher='p'), None
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.eps, self.source = nn.Parameter(torch.zeros(1)), None, dict(self.source)
+
+    def set_eps(self, eps):
+        self.eps = eps
+
+    def forward(self, x):
+        return torch.cat([x[:, :, t].float().mean((2, 3)) for t in (0, -1)], 1)
+
+
+@pytest.fixture
+def videos(tmp_path, monkeypatch):
+    """R: folders of frames; F: animated files of the same 12 frames, each 7 levels brighter."""
+    monkeypatch.chdir(tmp_path)
+    for k in range(8):
+        grey = [torch.full((3, 20, 20), 5 * k + 3 * t + 16, dtype=torch.uint8) for t in range(12)]
+        for t, frame in enumerate(grey):
+            data.save_png(f'R/v{k}/{t}.png', frame)
+        frames = [Image.fromarray((f + 7).permute(1, 2, 0).numpy()) for f in grey]
+        (tmp_path / 'F').mkdir(exist_ok=True)
+        frames[0].save(f'F/v{k}.png', save_all=True, append_images=frames[1:])
+    net = FirstLogit()
+    monkeypatch.setattr(metrics, 'load_network', lambda kind, path: net)
+    return net
+
+
+@pytest.mark.mutation('data.py', 'image.seek(k)', 'image.seek(0)')
+@pytest.mark.mutation('metrics.py', '0 if paired else side', 'side')
+@pytest.mark.mutation('metrics.py', "args.ddof = preset['ddof'] if", "args.ddof = 1 if")
+def test_fvd_of_folders(capsys, videos):
+    try:
+        manifest, line = result(capsys, 'rfvd', 'R', 'F', '--frames', 10, '--no_cache')
+    except ValueError as error:
+        pytest.fail(str(error))
+    assert manifest['n_real'] == manifest['n_fake'] == 24 and line.startswith('RFVD ')
+    close(manifest['rfvd'], 6 * 49, 1e-6)  # the same clips, brighter by 7
+    assert (manifest['preset'], manifest['ddof'], manifest['eps']) == ('styleganv', 0, 1e-3)
+    assert manifest['real']['clips_per_video'] == 3 and videos.resize == 'square'
+    manifest, _ = result(capsys, 'fvd', 'R', 'F', '--frames', 12, '--preset', 'ddmi', '--eps', 1e-5)
+    assert (manifest['ddof'], videos.resize, videos.eps) == (1, 'crop', 1e-5)
+    close(manifest['fvd'], 6 * 49, 1e-6)
+    grey = 5 * np.arange(8.) + 16
+    rows = np.stack([grey] * 3 + [grey + 33] * 3, 1)
+    stats = metrics.read_stats(next(Path('cache').iterdir()), 6)
+    close(stats.mean, rows.mean(0), 1e-4)
+    close(stats.cov, np.cov(rows.T), 1e-3)
+    with pytest.raises(ValueError, match='none of 13 frames'):
+        metrics.main(['fvd', 'R', 'F', '--frames', '13'])
+
+
+def test_videos_lie_in_folders_and_in_files(videos, tmp_path):
+    files = data.find_files('R')
+    assert [(v.name, len(v)) for v in data.find_videos(files)] == [(f'v{k}', 12) for k in range(8)]
+    files = data.find_files('F')
+    found = data.find_videos(files)
+    assert [(v.name, len(v), v.animated) for v in found] == [(f'v{k}.png', 12, True)
+                                                             for k in range(8)]
+    frames = data.read_frames(files, found[2], [11, 0], 10)
+    assert frames.shape == (2, 10, 10, 3) and frames[:, 0, 0, 0].tolist() == [66, 33]
+    (tmp_path / 'F/v3.png').write_bytes(b'none')
+    assert [len(v) for v in data.find_videos(data.find_files('F'))] == [12] * 3 + [0] + [12] * 4
+
+
+# ---- pictures of what was measured -------------------------------------------------------------
+
+@pytest.mark.mutation('metrics.py', '[samples[k], *(shown', '[samples[0], *(shown')
+@pytest.mark.mutation('metrics.py', 'nearest_neighbours(queries, bank, args.k)',
+                      'nearest_neighbours(bank, queries, args.k)')
+def test_nearest_neighbours_are_drawn(capsys, folders, colour_network, tmp_path):
+    for k in range(9):
+        data.save_png(f'bank/{k}.png', torch.full((3, 16, 16), 20 * k, dtype=torch.uint8))
+    for k, grey in enumerate((41, 155)):
+        data.save_png(f'own/{k}.png', torch.full((3, 16, 16), grey, dtype=torch.uint8))
+    (tmp_path / 'bank/0.png').write_bytes(b'none')  # numbers of features are not those of names
+    try:
+        manifest, line = result(capsys, 'nn', 'bank', 'own', '--k', 3, '--features', 'inception')
+    except ValueError as error:
+        pytest.fail(str(error))
+    assert manifest['neighbours'] == [[1, 2, 0], [7, 6, 5]] and line.startswith('2 samples')
+    close(manifest['distances'][0], [3 ** .5, 19 * 3 ** .5, 21 * 3 ** .5], 1e-3)
+    drawn = np.array(Image.open('out/nn.png'))
+    assert drawn.shape == (2 * 18 + 2, 4 * 18 + 2, 3)
+    assert drawn[10::18, 10::18, 0][:2, :4].tolist() == [[41, 40, 60, 20], [155, 160, 140, 120]]
+
+
+@pytest.mark.mutation('metrics.py', 'grey - grey.mean((1, 2), keepdim=True)', 'grey')
+def test_spectrum_golden():
+    wave = torch.cos(torch.pi * torch.arange(64).double() / 4).expand(64, 64) + 3
+    magnitude = metrics.spectrum(wave[None])[0]
+    golden = torch.zeros(64, 64).double()
+    golden[32, 24] = golden[32, 40] = 2048
+    close(magnitude, golden, 1e-9)
+    x = torch.rand(2, 20, 30).double()
+    centred = x - x.mean((1, 2), keepdim=True)
+    close(metrics.spectrum(x).square().sum((1, 2)) / 600, centred.square().sum((1, 2)), 1e-9)
+
+
+@pytest.mark.mutation('metrics.py', 'dtype=torch.float64)) * 2', 'dtype=torch.float64))')
+@pytest.mark.mutation('metrics.py', '(radius * 3).long()', '(radius * 2).long()')
+def test_radial_energy_of_waves():
+    def energy(fx, fy, n=48):
+        y, x = torch.meshgrid(torch.arange(n).double(), torch.arange(n).double(), indexing='ij')
+        return metrics.radial_energy(metrics.spectrum(
+            torch.cos(torch.pi * (fx * x + fy * y))[None]))
+    for fx, fy, third in ((0.25, 0, 0), (0.25, 0.5, 1), (0, 0.75, 2), (1, 1, 2)):
+        found = energy(fx, fy)
+        close(found['centroid'], (fx ** 2 + fy ** 2) ** .5, 1e-9)
+        close(found['thirds'][0], np.eye(3)[third], 1e-9)
+    power = energy(0.25, 0)['power'][0]
+    assert power.argmax() == 4 and (power > 1e-9).sum() == 1
+    noise = metrics.radial_energy(metrics.spectrum(torch.randn(64, 64, 64)))
+    close(noise['power'].mean(0) / 64 ** 2, 1, 0.1)  # white
+
+
+@pytest.mark.mutation('metrics.py', '(edges[1:] + edges[:-1]) / 2, share', 'edges[1:], share')
+def test_equalised_values_are_uniform():
+    x = torch.randn(64, 64).double().exp()
+    y = metrics.equalise(x)
+    order = x.flatten().argsort()
+    assert (y.flatten()[order].diff() >= 0).all() and 0 <= y.min() and y.max() == 1
+    fine = metrics.equalise(x, bins=100_000).flatten()
+    close(fine.sort().values, torch.arange(1, 4097) / 4096, 2e-3)
+    count, edges = np.histogram(x.numpy(), 256)
+    middle = np.interp(x[3, 5], (edges[1:] + edges[:-1]) / 2, np.cumsum(count) / 4096)
+    close(y[3, 5], middle, 1e-12)
+
+
+@pytest.mark.mutation('metrics.py', 'f if kept in (None, i) else', 'f if kept in (None, 0) else')
+def test_one_basis_field_is_kept():
+    xi = [dict(xy=torch.rand(1, 2, n, n)) for n in (4, 8, 16)]
+    for kept in range(3):
+        for i, level in enumerate(metrics.only_level(xi, kept)):
+            assert torch.equal(level['xy'], xi[i]['xy'] * (i == kept))
+    assert all(torch.equal(a['xy'], b['xy']) for a, b in zip(metrics.only_level(xi, None), xi))
+
+
+@pytest.mark.mutation('metrics.py', 'x.mean(1))', 'x[:, 0])')
+def test_spectrum_of_a_run(capsys, toy_run, monkeypatch):
+    stripes = torch.tensor([1., -1]).repeat(10)[None, None, None].expand(1, 1, 20, 20)
+    slow = torch.cos(torch.pi * torch.arange(20) / 10)[:, None].expand(1, 1, 20, 20)
+    waves = [torch.cat([slow, stripes, stripes], 1) / 2, torch.cat([stripes] * 3, 1) / 4]
+    monkeypatch.setattr(Model, 'decode', lambda self, z: [dict(xy=w) for w in waves])
+    monkeypatch.setattr(Model, 'render', lambda self, xi, size: sum(
+        level['xy'].expand(1, 3, *size) for level in xi))
+    manifest, line = result(capsys, 'spectrum', toy_run, '--num', 1, '--res', 20)
+    first, second = manifest['fields']['xi1'], manifest['fields']['xi2']
+    close(second['centroid'], 1, 1e-6)
+    close(first['thirds'], [0.5 / 4.5, 0, 4 / 4.5], 1e-6)
+    assert line.startswith('spectral centroid') and 'xi2 1.000' in line
+    assert Image.open('out/spectrum.png').size == (3 * 22 + 2, 2 * 22 + 2)
+
+
+# ---- two processes -----------------------------------------------------------------------------
+
+@pytest.mark.mutation('metrics.py', 'size))[rank::world]', 'size))')
+@pytest.mark.mutation('metrics.py', 'first.merge(other)', 'pass')
+def test_two_processes_give_the_numbers_of_one(repo, folders, random_file, tmp_path):
+    (tmp_path / 'A/broken.png').write_bytes(b'none')
+
+    def measured(*launch):
+        out = []
+        for command in (['fid', '--no_cache'], ['pr', '--features', 'inception', '--k', '2']):
+            done = subprocess.run(
+                [sys.executable, *launch, str(repo / 'metrics.py'), *command, 'A', 'B', '--weights',
+                 str(random_file), '--resize', 'none', '--batch', '2'],
+                capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+            assert done.returncode == 0, done.stderr[-2000:]
+            lines = [json.loads(t) for t in done.stdout.splitlines() if t.startswith('{')]
+            assert len(lines) == 1, done.stdout
+            assert done.stderr.count('skipped 1 unreadable') == 1 or launch
+            out.append(lines[0])
+        return out
+    (fid, pr), (fid2, pr2) = measured(), measured('-m', 'torch.distributed.run',
+                                                  '--nproc_per_node=2')
+    assert fid['n_real'] == fid2['n_real'] == 6
+    close(fid2['fid'], fid['fid'], 1e-9 * fid['fid'])
+    assert pr == pr2
 
 
 def test_errors_are_one_line(repo, folders, tmp_path):
