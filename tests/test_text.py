@@ -289,6 +289,25 @@ def test_views_go_round_the_shape():
     assert all((c - 31.5) * e > 0.1 for c, e in zip(columns, expected))
 
 
+@pytest.mark.mutation('metrics.py', 'patch, patch, bias=False)', 'patch, patch)')
+def test_clip_has_the_published_counts():
+    """ViT-B/32: 302 tensors, 151,277,313 parameters; L/14 by the same shapes."""
+    def counts(width, vision, layers, patch):
+        def names(prefix, n):
+            return {f'{prefix}transformer.resblocks.{i}.ln_1.weight': None for i in range(n)}
+        with torch.device('meta'):
+            net = metrics.CLIP(names('', 12) | names('visual.', layers) | {
+                'token_embedding.weight': torch.empty(49408, width),
+                'positional_embedding': torch.empty(77, width),
+                'text_projection': torch.empty(width, width),
+                'visual.conv1.weight': torch.empty(vision, 3, patch, patch),
+                'visual.positional_embedding': torch.empty((224 // patch) ** 2 + 1, vision),
+                'visual.proj': torch.empty(vision, width)})
+        return len(net.state_dict()), sum(p.numel() for p in net.parameters())
+    assert counts(512, 768, 12, 32) == (302, 151_277_313)
+    assert counts(768, 1024, 24, 14)[1] == 427_616_513
+
+
 def test_other_files_are_no_clip(tmp_path, merges):
     with pytest.raises(ValueError, match='no weights there.*ViT-L-14'):
         encoders.text_reader(str(tmp_path))
