@@ -1118,11 +1118,17 @@ def feature_parts(net, pictures, size):
 
 def image_features(net, pictures, size):
     """All features, (N, D) float32 on the CPU in the order of the items, on every process."""
-    shares = gather([part.cpu() for part in feature_parts(net, pictures, size)])
-    parts = [part for row in zip_longest(*shares) for part in row if part is not None]
-    features = torch.cat(parts) if parts else torch.empty(0, net.dim)
-    require(len(features), 'no pictures to measure')
-    return features
+    rows, lengths = torch.empty(pictures.size, net.dim), []  # filled in place: no second copy
+    for part in feature_parts(net, pictures, size):
+        start = sum(lengths)
+        rows[start:start + len(part)] = part
+        lengths.append(len(part))
+    rows = rows[:sum(lengths)]
+    if dist.is_initialized():
+        shares = [share.split(sizes) for share, sizes in gather((rows.clone(), lengths))]
+        rows = torch.cat([part for row in zip_longest(*shares) for part in row if part is not None])
+    require(len(rows), 'no pictures to measure')
+    return rows
 
 
 def image_stats(net, pictures, size):

@@ -512,3 +512,17 @@ def test_large_blocks_stay_in_the_process(repo):
 def test_auto_leaves_the_choice_to_the_machine():
     assert [common.switch(c, auto) for c in ('on', 'off', 'auto') for auto in (True, False)] == [
         True, True, False, False, True, False]
+
+
+@pytest.mark.mutation('common.py', "tiles or dots and 'Gen", "tiles or dots or 'Gen")
+@pytest.mark.mutation('common.py', "'GenuineIntel' not in processor()", 'True')
+def test_bfloat16_where_it_is_faster(monkeypatch):
+    def choice(tiles, dots, vendor, device='cpu'):
+        monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: tiles, raising=False)
+        monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: dots, raising=False)
+        monkeypatch.setattr(common, 'processor', lambda: f'vendor_id : {vendor}')
+        return bool(common.multiplies_bfloat16(torch.device(device)))
+    intel, amd = 'GenuineIntel', 'AuthenticAMD'
+    assert choice(True, True, intel) and choice(False, True, amd)
+    assert not choice(False, True, intel) and not choice(False, False, amd)
+    assert choice(False, False, intel, 'cuda') and not choice(True, True, intel, 'mps')
