@@ -444,7 +444,8 @@ def read_tensors(path, wanted):
                 warnings.simplefilter('ignore')  # torch.jit is deprecated; tensors are all we take
                 state = torch.jit.load(str(path), map_location='cpu').state_dict()
         else:
-            state = torch.load(path, map_location='cpu', weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # flags, as some save them
+                state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # half a dozen types; all mean the same to a user
         raise ValueError(f'{path}: truncated or not a weight file ({type(error).__name__}); '
                          f'{wanted}') from None

@@ -1,16 +1,19 @@
 """The paper's metrics, the networks they read, and `python metrics.py COMMAND`.
 
     FID        |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)       (Heusel et al. 2017)
+    FVD        the same of the 400 logits of I3D on clips of 16 frames  (Unterthiner et al. 2018)
     precision  share of fakes within the k-NN ball of some real, d <= r
     recall     share of reals within the k-NN ball of some fake         (Kynkaanniemi et al. 2019)
     PSNR       mean over pictures of -10 log10 mse, pictures in [0, 1]
     MMD, COV   mean distance of references to the nearest sample, share of references that are
                nearest to some sample, by Chamfer distance              (Achlioptas et al. 2018)
     TMD        mean IoU among the samples of one text, lower = more diverse
+    CLIP-S     100 cos of a text and the best of five views of a shape  (Hessel et al. 2021)
     NFE        network calls of one sampling
 
 The networks are written from their descriptions and filled from files that others publish; without
-the file there is no number. Statistics are float64, features float32.
+the file there is no number. Statistics are float64, features float32. Under torchrun the features
+are shared out over the processes, and the numbers stay the same.
 Departures from the authors' evaluation: fakes are rounded to uint8 (`--float` leaves them),
 pictures are resized as TensorFlow 1 did (`--resize pytorch` is theirs), reals are neither flipped
 nor shuffled, and every result prints its whole protocol as one line of JSON.
@@ -146,6 +149,8 @@ def frechet_distance_features(x, y, ddof=1):
     """
     x, y = (torch.as_tensor(v).double().cpu() for v in (x, y))
     require(min(len(x), len(y)) > ddof, f'a covariance needs more than {ddof} pictures')
+    require(x.isfinite().all() and y.isfinite().all(), 'features are not finite: the pictures or '
+            'the weights hold NaN')
     mean_term = (x.mean(0) - y.mean(0)).square().sum()
     x, y = ((v - v.mean(0)) / (len(v) - ddof) ** 0.5 for v in (x, y))
     trace = torch.linalg.svdvals(x @ y.T).sum()
@@ -181,7 +186,7 @@ def prepare(*sets):
     sets = [torch.as_tensor(s) for s in sets]
     require(all(s.ndim == 2 and s.shape[1] == sets[0].shape[1] and len(s) for s in sets),
             f'feature sets {[tuple(s.shape) for s in sets]}: expected (N, D) with one D')
-    centre = sets[0].mean(0, dtype=torch.float64)
+    centre = sum(part.double().sum(0) for part in sets[0].split(4096)) / len(sets[0])
     small = max(map(len, sets)) <= 5000
     return [Centred(s, centre if small else centre.float()) for s in sets]
 
@@ -229,7 +234,7 @@ def precision_recall(real, fake, k=3, chunk=2048):
     real_radii, fake_radii = (k_nearest(s, s, k, chunk, same=True)[0][:, -1] for s in (real, fake))
     fake_inside, real_inside = (torch.zeros(len(s), dtype=torch.bool, device=s.centre.device)
                                 for s in (fake, real))
-    for i in range(0, len(real), chunk):
+    for i in tqdm(range(0, len(real), chunk), 'balls', unit='chunk', delay=2):
         rows = slice(i, i + chunk)
         for j in range(0, len(fake), chunk):
             columns = slice(j, j + chunk)
@@ -402,7 +407,8 @@ def tmd(voxels):
     For each caption the mean IoU over ordered pairs of its samples, two empty ones counting 1.
     """
     values = []
-    for grids in voxels.flatten(2).double():
+    for grids in voxels.flatten(2):
+        grids = grids.double()  # one caption's at a time
         common = grids @ grids.T
         size = grids.sum(1)
         union = size[:, None] + size - common
@@ -754,10 +760,10 @@ class I3D(nn.Module):
     """Inflated Inception-v1 of Kinetics-400 as FVD knows it (Carreira and Zisserman 2017).
 
     Clips (B,3,T,H,W), uint8 or float in 0..255, T >= 9 -> 400 logits before the softmax, (B,400).
-    `resize`: 'square' stretches a frame to 224 x 224, 'crop' brings its short side there and takes
-    the centre; bilinear at half-pixel centres, no antialiasing. `set_eps` sets that of the batch
-    norms: 1e-3 as TensorFlow's, 1e-5 in the copy that DDMI's authors used. State-dict names are
-    those of that copy.
+    `resize`: 'square' stretches a frame to 224 x 224, 'crop' brings its short side there, rounds
+    the long one up and takes the centre; bilinear at half-pixel centres, no antialiasing. `set_eps`
+    sets that of the batch norms: 1e-3 as TensorFlow's, 1e-5 in the copy that DDMI's authors used.
+    State-dict names are those of that copy.
     """
     size, dim = 224, 400
 
@@ -784,8 +790,7 @@ class I3D(nn.Module):
         height, width = x.shape[3:]
         to = (self.size, self.size)
         if self.resize == 'crop':
-            scale = self.size / min(height, width)
-            to = tuple(max(round(n * scale), self.size) for n in (height, width))
+            to = tuple(-(-n * self.size // min(height, width)) for n in (height, width))
         if (height, width) != to:
             x = F.interpolate(x.transpose(1, 2).flatten(0, 1), to, mode='bilinear',
                               align_corners=False).unflatten(0, (len(x), -1)).transpose(1, 2)
@@ -979,7 +984,8 @@ NETWORKS = dict(
     clip=Network(CLIP, clip_state, (
         Published('ViT-B-32.pt', 'OpenAI',
                   '40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af'),
-        Published('ViT-L-14.pt', 'OpenAI', ''),
+        Published('ViT-L-14.pt', 'OpenAI',
+                  'b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836'),
         Published('model.safetensors', 'Hugging Face, the same networks', ''),
         Published('pytorch_model.bin', 'Hugging Face, the same networks', ''))),
     classifier=Network(voxel_classifier, dict, (
@@ -1048,7 +1054,9 @@ def load_network(kind, path='weights'):
     if kind == 'clip':
         merges = [p for p in (path.parent / 'bpe_simple_vocab_16e6.txt.gz',
                               path.parent / 'merges.txt') if p.exists()]
-        net.tokenise = BPETokenizer(merges[0], len(net.positional_embedding)) if merges else None
+        if merges:
+            net.tokenise = BPETokenizer(merges[0], len(net.positional_embedding))
+            net.source.update(vocabulary=merges[0].name, vocabulary_sha256=file_digest(merges[0]))
     if kind in ('inception', 'vgg16'):  # convolutions on pictures
         net.to(memory_format=torch.channels_last)
     return net.eval().requires_grad_(False)
@@ -1165,14 +1173,15 @@ class Readable:
     `finish` raises ValueError when these are at least three and more than 1 %, or all.
     """
 
-    def __init__(self, root, total, read, what='pictures'):
+    def __init__(self, root, total, read, what='pictures', named=str):
         self.root, self.total, self.one, self.what, self.bad = root, total, read, what, set()
+        self.named = named
 
     def attempt(self, name):
         try:
             return self.one(name)
         except OSError:
-            self.bad.add(str(name))
+            self.bad.add(self.named(name))
 
     def __call__(self, names):
         """Batches of neighbours of one shape."""
@@ -1193,14 +1202,25 @@ class Readable:
 def folder_pictures(folder, resolution=0, limit=None):
     """The first `limit` pictures of a folder, at any depth, or of a zip, as Pictures."""
     files = data.find_files(folder)
-    names, root = files.names[:limit], Path(files.root)
-    stats = [p.stat() for p in ([root / n for n in names] if root.is_dir() else [root])]
+    names = files.names[:limit]
     reader = Readable(files.root, len(names), lambda name: read_picture(files, name, resolution))
-    return Pictures(names, reader, dict(
-        source=str(folder), resolution=resolution or 'as stored',
-        resized='Pillow bicubic, antialiased' if resolution else 'no'),
-        dict(names=names, facts=[(f.st_size, f.st_mtime_ns) for f in stats],
-             resolution=resolution), reader.finish)
+    return Pictures(names, reader, about_files(folder, resolution), dict(
+        names=names, facts=facts(files, names), resolution=resolution), reader.finish)
+
+
+def about_files(folder, resolution):
+    """What a manifest says of pictures in files."""
+    return dict(source=str(folder), resolution=resolution or 'as stored', split='as the files lie',
+                quantised='as stored',
+                resized='centre square, Pillow bicubic, antialiased' if resolution else 'no')
+
+
+def facts(files, names):
+    """Size and time of the files that hold these pictures, by which a change is noticed."""
+    root = Path(files.root)
+    paths = ([root / n for n in names] if isinstance(files, data.Folder) else
+             [root / 'data.mdb' if root.is_dir() else root])
+    return [(f.st_size, f.st_mtime_ns) for f in (p.stat() for p in paths)]
 
 
 # ---- runs: everything that asks a trained model or its data set --------------------------------
@@ -1240,6 +1260,7 @@ def open_data(opened, split):
 
 def quantise(x, as_float=False):
     """[-1, 1] -> 0..255: uint8 as floor(127.5 x + 128), or float as 127.5 x + 127.5, unrounded."""
+    require(x.isfinite().all(), 'the pictures hold NaN: the run has diverged')
     if as_float:
         return (x * 127.5 + 127.5).clamp(0, 255)
     return data.to_uint8(x)
@@ -1268,10 +1289,11 @@ def run_reals(opened, split, limit):
     def read(part):
         yield quantise(stacked(dataset, part, opened.R))
 
-    probe = quantise(stacked(dataset, [index[k] for k in sorted({0, n // 2, n - 1})], opened.R))
+    probe = quantise(stacked(dataset, [index[k] for k in spread(n, 16)], opened.R))
     names = hashlib.sha256('\n'.join(str(dataset.names[i]) for i in index).encode()).hexdigest()
     pixels = hashlib.sha256(probe.numpy().tobytes()).hexdigest()
-    return Pictures(index, read, dict(source=opened.path, split=split, resolution=opened.R),
+    return Pictures(index, read, dict(source=opened.path, split=split, resolution=opened.R,
+                                      quantised=True, resized='as in training'),
                     dict(names=names, pixels=pixels, n=n, resolution=opened.R))
 
 
@@ -1300,14 +1322,20 @@ def render(opened, z, args):
     return opened.vae.render(xi, (opened.R, opened.R))
 
 
-def run_samples(opened, args):
-    """--num pictures sampled from the run, as Pictures; a pass notes the mean NFE of a batch."""
-    of_pictures(opened)
-    about = dict(source=opened.path, step=opened.info['step'], seed=args.seed, resolution=opened.R,
-                 quantised=not args.float, bicubic=args.bicubic, sampler=args.sampler,
+def sampling(opened, args):
+    """What a manifest says of how a run is sampled."""
+    about = dict(source=opened.path, step=opened.info['step'], seed=args.seed, sampler=args.sampler,
                  precision='bfloat16' if args.amp else 'float32', **solver_settings(args))
     if args.sampler == 'rk45':
         about['shared_steps'] = args.batch  # its step sizes are those of a whole batch
+    return about
+
+
+def run_samples(opened, args):
+    """--num pictures sampled from the run, as Pictures; a pass notes the mean NFE of a batch."""
+    of_pictures(opened)
+    about = dict(sampling(opened, args), resolution=opened.R, quantised=not args.float,
+                 bicubic=args.bicubic)
     calls = []
 
     @torch.no_grad()
@@ -1391,6 +1419,7 @@ def report(args, line, manifest):
     print(line)
     print(text)
     if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with open(args.out, 'a') as file:
             file.write(text + '\n')
 
@@ -1414,7 +1443,8 @@ def real_and_fake(args):
     real = (run_reals(a, args.split, args.num_real) if a else
             folder_pictures(args.a, args.res, args.num_real))
     if args.fakes == 'train':
-        require(only, '--fakes train: give one run, whose training pictures stand for samples')
+        require(only and args.split == 'test', '--fakes train: give one run and --split test, '
+                'against which its training pictures stand for samples')
         return real, run_reals(a, 'train', args.num)
     return real, run_samples(b, args) if b else folder_pictures(args.b, args.res, args.num)
 
@@ -1509,8 +1539,9 @@ def folder_psnr(args):
 
 def psnr_command(args):
     """PSNR and SSIM of a run's reconstructions of its held-out pictures, or of two folders."""
-    require(args.b is not None or is_run(args.a), f'{args.a}: not a run; give a second folder')
+    require((args.b is None) == is_run(args.a), f'{args.a}: give one run, or two folders')
     (values, similar), protocol = folder_psnr(args) if args.b is not None else run_psnr(args)
+    require(not values.isnan().any(), f'{args.a}: its reconstructions hold NaN')
     finite = values[values.isfinite()]
     mean = finite.mean().item() if len(finite) else None  # JSON has no infinity
     alike = None if similar.isnan().any() else similar.mean().item()
@@ -1527,9 +1558,9 @@ def psnr_command(args):
 
 # ---- videos ------------------------------------------------------------------------------------
 
-FVD_PRESETS = dict(  # how frames come to 224 x 224, and what a covariance is divided by
-    styleganv=dict(resize='square', ddof=0),
-    ddmi=dict(resize='crop', ddof=1))
+FVD_PRESETS = dict(  # how frames come to 224 x 224; covariance over n - ddof; I3D's batch norms
+    styleganv=dict(resize='square', ddof=0, eps=1e-3),
+    ddmi=dict(resize='crop', ddof=1, eps=1e-5))
 
 
 def draw_clips(lengths, frames, interval, num, key):
@@ -1553,23 +1584,23 @@ def folder_clips(folder, args, side):
     videos = data.find_videos(files)
     clips = draw_clips([len(v) for v in videos], args.frames, args.interval, args.num,
                        (args.seed, side))
-    used = {v for v, _ in clips}
-    require(clips, f'{folder}: {len(videos)} videos, none of {args.frames} frames')
+    span = (args.frames - 1) * args.interval + 1
+    require(clips, f'{folder}: {len(videos)} videos, none of {span} frames')
+    used = sorted({v for v, _ in clips})
 
     def read(clip):
         numbers = range(clip[1], clip[1] + args.frames * args.interval, args.interval)
         return torch.from_numpy(data.read_frames(files, videos[clip[0]], numbers, args.res)
                                 ).permute(3, 0, 1, 2)
-    reader = Readable(files.root, len(clips), read, 'clips')
-    names = [(videos[v].name, start) for v, start in clips]
-    root = Path(files.root)
-    changed = [(root / videos[v].frames[0] if root.is_dir() else root).stat().st_mtime_ns
-               for v in sorted(used)]
-    about = dict(source=str(folder), videos=len(videos), too_short=len(videos) - len(used),
-                 clips_per_video=len(clips) / len(used), resolution=args.res or 'as stored')
+    reader = Readable(files.root, len(clips), read, 'clips', lambda clip: videos[clip[0]].name)
+    about = dict(about_files(folder, args.res), videos=len(videos), used=len(used),
+                 too_short=sum(len(v) < span for v in videos),
+                 clips_per_video=len(clips) / len(used),
+                 codec=Path(videos[used[0]].frames[0]).suffix)
+    frames = [n for v in used for n in dict.fromkeys(videos[v].frames)]
     return Pictures(clips, reader, about, dict(
-        names=names, facts=changed, resolution=args.res, frames=args.frames,
-        interval=args.interval), reader.finish)
+        names=[(videos[v].name, start) for v, start in clips], facts=facts(files, frames),
+        resolution=args.res, frames=args.frames, interval=args.interval), reader.finish)
 
 
 def fvd_command(args):
@@ -1577,12 +1608,14 @@ def fvd_command(args):
 
     rfvd takes the same clips of both, by sorted name.
     """
+    for folder in (args.a, args.b):
+        require(not is_run(folder), f'{folder}: a run; render its videos into a folder first')
     net = load_network('i3d', args.weights).to(args.device)
     preset, paired = FVD_PRESETS[args.preset], args.command == 'rfvd'
-    net.resize = preset['resize']
-    net.set_eps(args.eps)
-    net.source['eps'] = args.eps
-    args.ddof = preset['ddof'] if args.ddof is None else args.ddof
+    ddof, eps = (preset[k] if getattr(args, k) is None else getattr(args, k)
+                 for k in ('ddof', 'eps'))
+    net.set_eps(eps)
+    net.resize, net.source['eps'], args.ddof = preset['resize'], eps, ddof
     real, fake = (folder_clips(folder, args, 0 if paired else side)
                   for side, folder in enumerate((args.a, args.b)))
     require(not paired or real.items == fake.items, f'{args.a} and {args.b}: not the same number '
@@ -1594,7 +1627,7 @@ def fvd_command(args):
                  f'{manifest["n_real"]} reals, {args.frames} frames, {args.preset}, '
                  f'{manifest["weights"]}{few}',
            dict(**manifest, preset=args.preset, frames=args.frames, interval=args.interval,
-                seed=args.seed, quantised='as stored', features='400 logits'))
+                seed=args.seed, features='400 logits'))
 
 
 # ---- pictures of what was measured -------------------------------------------------------------
@@ -1679,6 +1712,9 @@ def only_level(xi, kept):
             for i, level in enumerate(xi)]
 
 
+LUMINANCE = [[[0.299]], [[0.587]], [[0.114]]]  # of R, G, B: ITU-R BT.601
+
+
 @torch.no_grad()
 def spectrum_command(args):
     """What each basis field adds: samples with all fields but one zeroed, and spectra (Fig. 7)."""
@@ -1689,17 +1725,17 @@ def spectrum_command(args):
     rows, values = [], {}
     for name, kept in kinds.items():
         x = opened.vae.render(only_level(xi, kept), (opened.R, opened.R)).clamp(-1, 1).cpu()
-        magnitude = spectrum(x.mean(1))
+        magnitude = spectrum((x * x.new_tensor(LUMINANCE)).sum(1))
         seen = torch.stack([equalise(m) for m in magnitude.log1p()]).float() * 2 - 1
         rows.append(torch.stack([x, seen[:, None].expand_as(x)], dim=1))
         values[name] = {k: v.mean(0).tolist() for k, v in radial_energy(magnitude).items()}
-    data.save_grid(args.picture, torch.stack(rows, dim=2).flatten(0, 2), columns=len(kinds))
+    if first_process():
+        data.save_grid(args.picture, torch.stack(rows, dim=2).flatten(0, 2), columns=len(kinds))
     named = '  '.join(f'{k} {v["centroid"]:.3f}' for k, v in values.items())
     report(args, f'spectral centroid over Nyquist: {named}   {args.num} samples at {opened.R}; '
                  f'{args.picture}',
-           dict(fields=values, n=args.num, resolution=opened.R, seed=args.seed, grey='channel mean',
-                source=opened.path, step=opened.info['step'], picture=args.picture,
-                sampler=args.sampler, **solver_settings(args)))
+           dict(fields=values, n=args.num, resolution=opened.R, grey='luminance, BT.601',
+                picture=args.picture, **sampling(opened, args)))
 
 
 # ---- shapes of runs ----------------------------------------------------------------------------
@@ -1793,11 +1829,12 @@ def extracted_clouds(opened, dataset, index, args, kind, about):
     clouds, empty = [], 0
     fields = (encoded(opened, dataset, i, args) for i in index)
     if kind == 'samples':
-        latents = torch.cat([sampled_latents(opened, args, part)[0]
-                             for part in pieces(range(args.num), args.batch)])
-        fields = (opened.vae.decode(z[None]) for z in latents)
-        about.update(seed=args.seed, sampler=args.sampler, condition=None,
-                     precision='bfloat16' if args.amp else 'float32', **solver_settings(args))
+        latents, calls = zip(*(sampled_latents(opened, args, part)
+                               for part in pieces(range(args.num), args.batch)))
+        fields = (opened.vae.decode(z[None]) for z in torch.cat(latents))
+        about.update(sampling(opened, args), condition=None, nfe=float(np.mean(calls)))
+    else:
+        about['posterior'] = 'mean'
     for k, xi in enumerate(tqdm(fields, 'extracting', args.num, unit='mesh')):
         (vertices, faces), = opened.vae.surfaces(xi, args.res or 128, args.threshold or None)
         empty += not len(faces)
@@ -1817,6 +1854,8 @@ def shapes_command(args):
     refs, real = cloud_source(a, args, 'reals')
     vars(args).update(num=len(refs))
     fakes, fake = cloud_source(b, args, kind)
+    n = min(len(refs), len(fakes))
+    refs, fakes = (clouds[spread(len(clouds), n)] for clouds in (refs, fakes))
     about = dict(n_ref=len(refs), n_fake=len(fakes), points=args.points, real=real, fake=fake)
     for radius, centre in ((1.0, 'box'), (0.5, 'mean')):
         clouds = [unit_sphere(c.to(args.device), radius, centre) for c in (refs, fakes)]
@@ -1842,10 +1881,14 @@ def unit_cube_grid(cells, ends=False):
 
 @torch.no_grad()
 def occupancy_grid(vae, xi, cells, ends=False):
-    """Boolean grids (B,cells,cells,cells), axes x, y, z, of what basis fields stand for."""
+    """Boolean grids (B,cells,cells,cells), axes x, y, z, of what basis fields stand for.
+
+    Inside is where the occupancy is above the config's threshold, as for surfaces.
+    """
     points = unit_cube_grid(cells, ends).to(next(vae.parameters()).device)
     values = torch.cat([vae.query(xi, part[None])[..., 0] for part in points.split(2 ** 15)], dim=1)
-    return (values > 0).unflatten(1, (cells,) * 3).cpu()
+    level = math.log(vae.config.threshold / (1 - vae.config.threshold))
+    return (values > level).unflatten(1, (cells,) * 3).cpu()
 
 
 def true_grid(dataset, i, cells=32):
@@ -1868,8 +1911,7 @@ SYNSETS = ('02691156 02828884 02933112 02958343 03001627 03211117 03636649 03691
 def open_classifier(args, groups):
     """The voxel classifier, the number of each of `groups` in it, whether it is Clip-Forge's."""
     net = load_network('classifier', args.classifier).to(args.device)
-    saved = torch.load(args.classifier, map_location='cpu', weights_only=True)
-    own = saved.get('classes') if isinstance(saved, dict) else None
+    own = own_classes(find_weights('classifier', args.classifier))
     classes = own or SYNSETS
     foreign = [g for g in groups if g not in classes]
     require(not foreign, f'{args.classifier}: does not know the class {foreign[:1]}; train one '
@@ -1877,6 +1919,15 @@ def open_classifier(args, groups):
     return net, [classes.index(g) for g in groups], own is None
 
 
+def own_classes(path):
+    """The classes that a classifier trained here was saved with, or None."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True).get('classes')
+    except Exception:  # another container, or more in it than tensors: not one of ours
+        return None
+
+
+@full_precision()
 def classifier_command(args):
     """Train the voxel classifier on the classes of a data set of shapes."""
     opened, held_out = open_shapes(args.a, args, stage=1)
@@ -1898,12 +1949,14 @@ def classifier_command(args):
         opt.step()
     net.eval()
     with torch.no_grad():
-        right = (classify(net, x_test) == y_test).double().mean().item()
-    save_checkpoint(args.classifier, dict(model=net.state_dict(), classes=train.groups))
-    report(args, f'accuracy {right:.4f} of {len(y_test)} {args.split} shapes, {len(y)} trained on; '
-                 f'{len(train.groups)} classes; written to {args.classifier}',
+        right = 100 * (classify(net, x_test) == y_test).double().mean().item()
+    if first_process():
+        save_checkpoint(args.classifier, dict(model=net.state_dict(), classes=train.groups))
+    report(args, f'accuracy {right:.1f} % of {len(y_test)} {args.split} shapes, {len(y)} trained '
+                 f'on; {len(train.groups)} classes; written to {args.classifier}',
            dict(accuracy=right, n=len(y_test), n_train=len(y), steps=args.steps, seed=args.seed,
-                classes=train.groups, source=opened.path, file=args.classifier))
+                split=args.split, grid=32, voxels='nearest stored point', classes=train.groups,
+                source=opened.path, file=args.classifier))
 
 
 VIEWS = dict(  # azimuths of the five pictures that CLIP-S takes the best of; elevation, distance
@@ -1919,6 +1972,7 @@ def drawn_views(surface, preset, size=256):
 
 
 @torch.no_grad()
+@full_precision()
 def text_command(args):
     """TMD, accuracy and CLIP-S of what a text-conditional run makes of held-out captions."""
     opened, dataset = open_shapes(args.a, args, stage=2)
@@ -1928,41 +1982,59 @@ def text_command(args):
     require(index, f'{args.a}: no caption among its {args.split} shapes')
     classifier = open_classifier(args, dataset.groups) if args.classifier else None
     clip = load_network('clip', args.weights).to(args.device) if args.clip else None
-    grids, right, scores = [], [], []
+    require(not clip or clip.tokenise, f'{args.weights}: CLIP-S needs bpe_simple_vocab_16e6.txt.gz '
+            'beside the weights')
+    overlaps, empty, right, scores, calls = [], 0, [], [], []
     for i in tqdm(index, desc='captions', unit='caption'):
         caption = dataset.captions[i][0]
-        xi = opened.vae.decode(said(opened, reader, caption, args))
-        grids.append(occupancy_grid(opened.vae, xi, args.res or 64))
+        z, nfe = said(opened, reader, caption, args)
+        calls.append(nfe)
+        xi = opened.vae.decode(z)
+        grids = occupancy_grid(opened.vae, xi, args.res or 64)
+        overlaps.append(tmd(grids[None]))
+        empty += int((~grids.flatten(1).any(1)).sum())
         if classifier:
             net, numbers, published = classifier
             found = classify(net, occupancy_grid(opened.vae, xi, 32, ends=published))
-            right.append((found == numbers[dataset.labels[i]]).double().mean().item())
+            right.append(100 * (found == numbers[dataset.labels[i]]).double().mean().item())
         if clip:
             to_cube = data.HALF_BOX / opened.vae.config.extent
             pictures = [drawn_views((v * to_cube, f), args.views)
                         for v, f in opened.vae.surfaces(xi, 64)]
             scores.append(max(clip_score(clip, p, caption) for p in pictures))
-    values = dict(tmd=tmd(torch.stack(grids)), accuracy=float(np.mean(right)) if right else None,
-                  clip_s=float(np.mean(scores)) if clip else None)
-    line = f'TMD {values["tmd"]:.4f}' + ''.join(
-        f'   {name} {values[k]:.4f}' for name, k in (('accuracy', 'accuracy'), ('CLIP-S', 'clip_s'))
-        if values[k] is not None)
-    report(args, f'{line}   {len(index)} captions, {args.each} samples each, w {args.guidance:g}',
-           dict(**values, captions=len(index), each=args.each, guidance=args.guidance,
-                grid=args.res or 64, seed=args.seed, sampler=args.sampler, split=args.split,
-                precision='bfloat16' if args.amp else 'float32', **solver_settings(args),
+    tell_text(args, opened, classifier, clip, dict(
+        tmd=float(np.mean(overlaps)), accuracy=float(np.mean(right)) if right else None,
+        clip_s=float(np.mean(scores)) if clip else None, captions=len(index), empty=empty,
+        nfe=float(np.mean(calls)), forwards=float(np.mean(calls)) * (1 + (args.guidance != 1))))
+
+
+def tell_text(args, opened, classifier, clip, values):
+    """The report of `text_command`."""
+    line = f'TMD {values["tmd"]:.4f}'
+    if classifier:
+        line += f'   accuracy {values["accuracy"]:.1f} %'
+    if clip:
+        line += f'   CLIP-S {values["clip_s"]:.2f}'
+    report(args, f'{line}   {values["captions"]} captions, {args.each} samples each, w '
+                 f'{args.guidance:g}, {values["empty"]} empty',
+           dict(**values, **sampling(opened, args), each=args.each, guidance=args.guidance,
+                grid=args.res or 64, threshold=opened.vae.config.threshold, split=args.split,
+                text=args.reader or opened.ldm.config.text, template='none',
                 views=args.views if clip else None, views_mesh=64 if clip else None,
-                clip=clip.source if clip else None, source=opened.path, step=opened.info['step'],
-                classifier=classifier[0].source if classifier else None))
+                views_size=256 if clip else None, clip=clip.source if clip else None,
+                classifier=classifier[0].source if classifier else None,
+                classifier_grid=('ends' if classifier[2] else 'centres') if classifier else None))
 
 
 def said(opened, reader, caption, args):
-    """Latents of --each samples of one caption."""
+    """Latents of --each samples of one caption, and their mean NFE."""
     import ldm
     seeds, cond = range(args.seed, args.seed + args.each), reader([caption])
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-        return ldm.generate(opened.vae, opened.ldm, seeds, cond.expand(args.each, *cond.shape[1:]),
-                            args.guidance, args.sampler, batch=args.each, **solver_settings(args))
+        z, nfe = ldm.generate(opened.vae, opened.ldm, seeds, cond.expand(
+            args.each, *cond.shape[1:]), args.guidance, args.sampler, batch=args.each,
+            return_nfe=True, **solver_settings(args))
+    return z, float(np.mean(nfe))
 
 
 def parse_samplers(text):
@@ -1970,6 +2042,7 @@ def parse_samplers(text):
     out = []
     for part in text.split(','):
         name, _, value = part.partition(':')
+        require(name in ('ddpm', 'ddim', 'dpmpp', 'rk45'), f'--samplers {part}: no such sampler')
         try:
             out.append((name, dict(rtol=float(value), atol=float(value)) if name == 'rk45'
                         else dict(steps=int(value))))
@@ -1985,15 +2058,15 @@ def nfe_command(args):
     real = run_reals(opened, args.split, args.num_real) if args.fid else None
     for name, settings in parse_samplers(args.samplers):
         vars(args).update(sampler=name, **settings)
-        fake = run_samples(opened, args)
         if args.fid:
-            _, manifest = frechet_between(net, real, fake, args)
+            _, manifest = frechet_between(net, real, run_samples(opened, args), args)
         else:
-            fake.about['nfe'] = float(np.mean([sampled_latents(opened, args, part)[1]
-                                               for part in pieces(fake.items, args.batch)]))
-            manifest = dict(n_fake=args.num, fake=fake.about)
+            calls = [sampled_latents(opened, args, part)[1]
+                     for part in pieces(range(args.num), args.batch)]
+            manifest = dict(n_fake=args.num, fake=dict(sampling(opened, args),
+                                                       nfe=float(np.mean(calls))))
         setting = '  '.join(f'{k} {v:g}' for k, v in settings.items())
-        line = f'{name:8} {setting:26} NFE {fake.about["nfe"]:7.1f}'
+        line = f'{name:8} {setting:26} NFE {manifest["fake"]["nfe"]:7.1f}'
         report(args, line + (f'   FID {manifest["fid"]:.4f}' if args.fid else ''), manifest)
 
 
@@ -2007,8 +2080,9 @@ FLAGS = dict(
                   'folder the first in order'),
     ddof=dict(default=1, type=int, choices=(0, 1), help='covariance over n - ddof; NVIDIA has 0'),
     preset=dict(default='styleganv', choices=tuple(FVD_PRESETS), help='styleganv: frames stretched '
-                'to 224 x 224, ddof 0; ddmi, the authors\': short side to 224 and cropped, ddof 1'),
-    eps=dict(default=1e-3, type=float, help='of the batch norms of I3D; the authors\' copy: 1e-5'),
+                'to 224 x 224, ddof 0, eps 1e-3; ddmi, the authors\': short side to 224 and '
+                'cropped, ddof 1, eps 1e-5'),
+    eps=dict(default=None, type=float, help='of the batch norms of I3D; none: the preset\'s'),
     frames=dict(default=16, type=int, help='frames of a clip'),
     interval=dict(default=1, type=int, help='every so manieth frame'),
     picture=dict(default='', help='PNG to write'),
@@ -2073,6 +2147,22 @@ COMMANDS = dict(  # name: (function, flags, positional arguments, defaults of it
          dict(num=32)))
 
 
+HELP = {  # where a flag means something else in one command
+    ('nn', 'k'): 'neighbours of each sample', ('nn', 'num'): 'samples to show',
+    ('classifier', 'steps'): 'optimiser steps, of 32 shapes',
+    ('classifier', 'classifier'): 'where to write the weights',
+    ('classifier', 'num'): 'shapes at most, of each side', ('iou', 'num'): 'shapes at most',
+    ('shapes', 'num'): 'shapes at most, of each set', ('text', 'num'): 'captions at most',
+    ('shapes', 'res'): 'cells along the box in which surfaces are found; 0: 128',
+    ('text', 'res'): 'cells along the unit cube for TMD; 0: 64',
+    ('fvd', 'num'): 'clips at most, of each folder', ('rfvd', 'num'): 'clips at most',
+    ('fvd', 'ddof'): 'covariance over n - ddof; none: the preset\'s',
+    ('rfvd', 'ddof'): 'covariance over n - ddof; none: the preset\'s',
+    ('fvd', 'res'): 'first bring frames to this side; 0: as stored',
+    ('rfvd', 'res'): 'first bring frames to this side; 0: as stored',
+    ('psnr', 'num'): 'pictures at most', ('rfid', 'num'): 'pictures at most'}
+
+
 def build_parser():
     """One subcommand for each metric, each with only the flags it reads."""
     parser = Parser(__doc__.splitlines()[0])
@@ -2081,13 +2171,15 @@ def build_parser():
     for name, (function, flags, positional, defaults) in COMMANDS.items():
         about = function.__doc__.splitlines()[0]
         command = commands.add_parser(name, help=about, description=about)
-        command.add_argument('a', metavar='A', help='run, or folder of (real) pictures')
+        command.add_argument('a', metavar='A', help='run, or folder of (real) pictures, meshes or '
+                                                    'videos')
         if 'B' in positional:
             more = dict(nargs='?') if '[' in positional else {}
             command.add_argument('b', metavar='B', help='folder or run to compare it with'
                                  + '; none: A is a run' * bool(more), **more)
         for flag in (*flags, 'device', 'out'):
-            command.add_argument(f'--{flag}', **FLAGS[flag])
+            command.add_argument(f'--{flag}', **dict(FLAGS[flag], help=HELP.get(
+                (name, flag), FLAGS[flag]['help'])))
         command.set_defaults(**defaults)
     return parser
 
@@ -2095,7 +2187,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     least_values = dict(batch=1, num=1, num_real=1, res=0, k=1, steps=1, points=1, each=2,
-                        threshold=0, frames=9, interval=1, eps=0)
+                        threshold=0, frames=9, interval=1)
     for name, least in least_values.items():
         value = getattr(args, name, least)
         require(value >= least, f'--{name} {value}: must be at least {least}')

@@ -29,10 +29,11 @@ SMALL = dict(num_res_blocks=1, ch=32, decoder_ch=32, z_channels=16, field_channe
 SHAPES = dict(resolution=64, ch=64, decoder_ch=32, plane_merge='sum', coord_input=True,
               scale_injection=False, loss='bce', n_ref=2048, kl_weight=0.01, threshold=0.2,
               point_hidden=256, point_blocks=7, accumulate=5, batch=480)
-SMALL_SHAPES = dict(SHAPES, resolution=32, ch=32, ch_mult=(1, 2), decoder_mult=(2, 2, 1),
-                    threshold=0.5, num_res_blocks=1, z_channels=16, field_channels=32, mlp_width=64,
-                    point_hidden=32, point_blocks=3, point_local=True, plane_merge='concat',
-                    accumulate=1, batch=16, lr=1e-3, warmup=100)
+SMALL_SHAPES = dict(SHAPES, resolution=32, ch=32, ch_mult=(1, 2), decoder_mult=(2, 1),
+                    fields=(1, 2), threshold=0.5, num_res_blocks=1, z_channels=16,
+                    field_channels=32, mlp_width=64, point_hidden=32, point_blocks=3,
+                    point_local=True, plane_merge='concat', near=0.5, queries=1536, accumulate=1,
+                    batch=8, warmup=100, eval_every=1000)
 PRESETS = {
     'toy_image': dict(SMALL, dataset='toy_image', resolution=32, ch=24, decoder_ch=24,
                       ch_mult=(1, 2, 3), decoder_mult=(3, 2, 1), kl_weight=0.01, steps=1850,
@@ -51,10 +52,10 @@ PRESETS = {
     'afhq_cat_code': dict(AUTHORS, dataset='afhq_cat', batch=160, steps=6_300),
     'afhq_dog_code': dict(AUTHORS, dataset='afhq_dog', batch=160, steps=6_300),
     'celebahq_code': dict(AUTHORS, dataset='celebahq', num_res_blocks=3, batch=400, steps=15_000),
-    'toy_shape': dict(SMALL_SHAPES, dataset='toy_shape', decoder_mult=(2, 1), fields=(1, 2),
-                      points=1000, near=0.5, queries=1536, clouds=1, batch=8, lr=3e-3,
-                      kl_weight=0.002, steps=2200, eval_every=1000),
-    'shape_small': dict(SMALL_SHAPES, dataset='shape', near=0.5, steps=4000),
+    'toy_shape': dict(SMALL_SHAPES, dataset='toy_shape', points=1000, clouds=1, lr=3e-3,
+                      kl_weight=0.002, steps=2200),
+    'shape_small': dict(SMALL_SHAPES, dataset='shape', points=2000, lr=2e-3, kl_weight=0.004,
+                        steps=7000),
     'shapenet_chair': dict(SHAPES, dataset='shapenet_chair', steps=3_000),
     'shapenet': dict(SHAPES, dataset='shapenet', steps=23_000),
     'text2shape': dict(SHAPES, dataset='text2shape', steps=8_000),

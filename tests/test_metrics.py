@@ -764,6 +764,38 @@ def test_i3d_from_styleganv_archive_and_plain_file(tmp_path, write_archive):
         metrics.load_network('i3d', tmp_path / 'rgb_imagenet.pt')
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
+def test_published_i3d_gives_the_published_distance():
+    """Of two sets of noise; needs weights/i3d_torchscript.pt of StyleGAN-V's authors."""
+    path = Path(metrics.__file__).parent / 'weights' / 'i3d_torchscript.pt'
+    if not path.exists():
+        pytest.skip(f'no {path}')
+    net, sides = metrics.load_network('i3d', path), []
+    for seed in (1, 2):
+        x = torch.from_numpy(np.random.RandomState(seed).rand(128, 16, 224, 224, 3).astype('f4'))
+        x = (x.permute(0, 4, 1, 2, 3) + 1) * 127.5  # so that the network sees the noise itself
+        sides.append(torch.cat([net(part) for part in x.split(4)]))
+    close(metrics.frechet_distance_features(*sides), 10.138084766713924, 1e-3)
+
+
+@pytest.mark.slow
+def test_published_inception_gives_the_published_fid():
+    """Of CIFAR-10; needs data/cifar10 and pytorch-fid's file in weights/."""
+    root = Path(metrics.__file__).parent
+    path = root / 'weights' / 'pt_inception-2015-12-05-6726825d.pth'
+    places = [root / 'data' / f for f in ('cifar10', 'cifar-10-python.tar.gz')]
+    place = next((p for p in places if p.exists()), None)
+    if not (place and path.exists()):
+        pytest.skip(f'no {path} or no {places[0]}')
+    net, sides = metrics.load_network('inception', path), []
+    for split in ('train', 'test'):
+        pictures = data.make_dataset('cifar10', place, split, resolution=32)
+        sides.append(metrics.image_stats(net, metrics.Pictures(range(5000), lambda part: [
+            data.to_uint8(torch.stack([pictures.picture(i, 32) for i in part]))], {}), 50))
+    close(metrics.stats_distance(*sides), 10.3233274, 1e-4)
+
+
 @pytest.mark.mutation('metrics.py', "('has unknown', foreign)", "('has unknown', [])")
 def test_files_that_hold_no_such_weights(tmp_path):
     def refused(kind, path, match, error=ValueError):
@@ -843,7 +875,7 @@ def test_fid_of_folders(capsys, folders, random_file):
     close(again['fid'], metrics.frechet_distance_features(x, y), 1e-3 * golden)
 
 
-@pytest.mark.mutation('metrics.py', 'facts=[(f.st_size, f.st_mtime_ns) for f in stats]', 'facts=[]')
+@pytest.mark.mutation('metrics.py', 'names=names, facts=facts(files, names)', 'names=names')
 def test_statistics_of_reals_are_kept(folders, monkeypatch):
     passes = []
 
@@ -920,6 +952,13 @@ class Signals:
         return 24 if i == 3 else 100
 
 
+class Darker(Signals):
+    """The same, a tenth darker."""
+
+    def picture(self, i, R):
+        return super().picture(i, R) - 0.1
+
+
 class Model:
     """Reads the mean colour, gives it back with an error of 0.2 in [-1, 1]."""
     config = SimpleNamespace(resolution=8, domain='image')
@@ -984,6 +1023,27 @@ def test_fid_of_a_run(capsys, toy_run, colour_network):
     colour_network.seen.clear()
     result(capsys, 'fid', toy_run, '--num', 2, '--split', 'test', '--float', '--res', 9)
     close(colour_network.seen[0][:, 0, 0, 0], [.2 * 127.5 + 127.5, .21 * 127.5 + 127.5], 1e-3)
+
+
+@pytest.mark.mutation('metrics.py', "and args.split == 'test', '--fakes", "or True, '--fakes")
+@pytest.mark.mutation('metrics.py', "return real, run_reals(a, 'train', args.num)",
+                      'return real, real')
+def test_floor_of_a_run(capsys, toy_run, colour_network, monkeypatch):
+    monkeypatch.setattr(data, 'open_run_data', lambda info, split: Signals() if split == 'test'
+                        else Darker())
+    manifest, _ = result(capsys, 'fid', toy_run, '--fakes', 'train', '--split', 'test')
+    close(manifest['fid'], 3 * 12.75 ** 2, 40)  # 0.1 darker
+    assert manifest['fake']['split'] == 'train' and manifest['real']['split'] == 'test'
+    with pytest.raises(ValueError, match='--split test'):
+        metrics.main(['fid', str(toy_run), '--fakes', 'train'])
+
+
+def test_a_diverged_run_has_no_number(toy_run, colour_network, monkeypatch):
+    monkeypatch.setattr(Model, 'render', lambda self, xi, size: torch.full((len(xi[0]), 3, *size),
+                                                                           torch.nan))
+    for command in ('fid', 'psnr', 'rfid'):
+        with pytest.raises(ValueError, match='NaN'):
+            metrics.main([command, str(toy_run), '--num', '3'])
 
 
 @pytest.mark.mutation('metrics.py', 'args).cpu() / 2 + 0.5, x))', 'args).cpu(), x))')
@@ -1098,7 +1158,7 @@ def videos(tmp_path, monkeypatch):
 
 @pytest.mark.mutation('data.py', 'image.seek(k)', 'image.seek(0)')
 @pytest.mark.mutation('metrics.py', '0 if paired else side', 'side')
-@pytest.mark.mutation('metrics.py', "args.ddof = preset['ddof'] if", "args.ddof = 1 if")
+@pytest.mark.mutation('metrics.py', "preset[k] if getattr(args, k) is None", "FVD_PRESETS['ddmi'][k] if getattr(args, k) is None")
 def test_fvd_of_folders(capsys, videos):
     try:
         manifest, line = result(capsys, 'rfvd', 'R', 'F', '--frames', 10, '--no_cache')
@@ -1108,7 +1168,7 @@ def test_fvd_of_folders(capsys, videos):
     close(manifest['rfvd'], 6 * 49, 1e-6)  # the same clips, brighter by 7
     assert (manifest['preset'], manifest['ddof'], manifest['eps']) == ('styleganv', 0, 1e-3)
     assert manifest['real']['clips_per_video'] == 3 and videos.resize == 'square'
-    manifest, _ = result(capsys, 'fvd', 'R', 'F', '--frames', 12, '--preset', 'ddmi', '--eps', 1e-5)
+    manifest, _ = result(capsys, 'fvd', 'R', 'F', '--frames', 12, '--preset', 'ddmi')
     assert (manifest['ddof'], videos.resize, videos.eps) == (1, 'crop', 1e-5)
     close(manifest['fvd'], 6 * 49, 1e-6)
     grey = 5 * np.arange(8.) + 16
@@ -1206,7 +1266,7 @@ def test_one_basis_field_is_kept():
     assert all(torch.equal(a['xy'], b['xy']) for a, b in zip(metrics.only_level(xi, None), xi))
 
 
-@pytest.mark.mutation('metrics.py', 'x.mean(1))', 'x[:, 0])')
+@pytest.mark.mutation('metrics.py', '(x * x.new_tensor(LUMINANCE)).sum(1)', 'x[:, 0]')
 def test_spectrum_of_a_run(capsys, toy_run, monkeypatch):
     stripes = torch.tensor([1., -1]).repeat(10)[None, None, None].expand(1, 1, 20, 20)
     slow = torch.cos(torch.pi * torch.arange(20) / 10)[:, None].expand(1, 1, 20, 20)
@@ -1214,11 +1274,12 @@ def test_spectrum_of_a_run(capsys, toy_run, monkeypatch):
     monkeypatch.setattr(Model, 'decode', lambda self, z: [dict(xy=w) for w in waves])
     monkeypatch.setattr(Model, 'render', lambda self, xi, size: sum(
         level['xy'].expand(1, 3, *size) for level in xi))
-    manifest, line = result(capsys, 'spectrum', toy_run, '--num', 1, '--res', 20)
+    manifest, said = result(capsys, 'spectrum', toy_run, '--num', 1, '--res', 20)
     first, second = manifest['fields']['xi1'], manifest['fields']['xi2']
     close(second['centroid'], 1, 1e-6)
-    close(first['thirds'], [0.5 / 4.5, 0, 4 / 4.5], 1e-6)
-    assert line.startswith('spectral centroid') and 'xi2 1.000' in line
+    wave, line = 0.299 ** 2 / 2, (0.587 + 0.114) ** 2
+    close(first['thirds'], [wave / (wave + line), 0, line / (wave + line)], 1e-6)
+    assert said.startswith('spectral centroid') and 'xi2 1.000' in said
     assert Image.open('out/spectrum.png').size == (3 * 22 + 2, 2 * 22 + 2)
 
 

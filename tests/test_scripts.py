@@ -631,9 +631,10 @@ def test_metrics_of_shapes(shapes, tmp_path):
         torch.save(saved, shapes.folder / 'c.pt')
         row = json.loads(done(shapes.folder, 'metrics.py', 'text', flags, '--each 2 --steps 2',
                               '--res 8 --classifier c.pt').out.splitlines()[-1])
-        truth = np.mean([label == answer for label in held_out.labels])
+        truth = 100 * np.mean([label == answer for label in held_out.labels])
         assert row['accuracy'] == pytest.approx(truth) and row['captions'] == len(held_out)
         assert row['clip_s'] is None and 0 <= row['tmd'] <= 1
+        assert (row['nfe'], row['forwards'], row['guidance']) == (2, 4, 3)
     torch.save(dict(saved, classes=['c', 'd']), shapes.folder / 'c.pt')
     assert_refused(call(shapes.folder, 'metrics.py', 'text', flags, '--classifier c.pt'),
                    'does not know the class')

@@ -287,6 +287,12 @@ def test_views_go_round_the_shape():
     columns = [(d * torch.arange(64)).sum() / d.sum() for d in dark]
     expected = [0.3 * math.cos(math.radians(72 * k)) for k in range(5)]
     assert all((c - 31.5) * e > 0.1 for c, e in zip(columns, expected))
+    turned = metrics.drawn_views((vertices, faces), 'diffusion_sdf', 64)  # 10 to 50 degrees about y
+    for degrees, picture in zip(range(10, 60, 10), turned):
+        c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        turn = torch.tensor([[c, 0, s], [0, 1, 0], [-s, 0, c]])
+        own = inr.render_mesh(vertices @ turn.T, faces, 64, 20, 20, 1.7, 60)['shade']
+        assert (own - picture[0] / 255).abs().mean() < 0.01
 
 
 @pytest.mark.mutation('metrics.py', 'patch, patch, bias=False)', 'patch, patch)')
