@@ -43,7 +43,7 @@ PRESETS = {
     'afhq_dog_code': dict(PAPER, ch=224, ch_mult=(1, 2, 4, 6), batch=160, steps=47_000),
     'celebahq_code': dict(PAPER, ch_mult=(1, 2, 4, 8), batch=200, steps=225_000),
     'toy_shape': dict(SMALL, triplane='concat', steps=700, eval_every=700),
-    'shape_small': dict(SMALL, ch_mult=(1, 2, 4), steps=6000),
+    'shape_small': dict(SMALL, triplane='concat', steps=3600, eval_every=1000),
     'shapenet_chair': dict(SHAPES, steps=36_000),
     'shapenet': dict(SHAPES, steps=270_000),
     'text2shape': dict(SHAPES, steps=100_000),
