@@ -627,8 +627,8 @@ class Video:
 def find_videos(files):
     """The videos of a Folder or Zip, in order.
 
-    A folder whose first file moves holds animated files (GIF, WebP, APNG), any other that holds
-    pictures is one video. A file that cannot be opened has no frames.
+    A folder where one of the first three files moves holds animated files (GIF, WebP, APNG), any
+    other that holds pictures is one video. A file that cannot be opened has no frames.
     """
     folders, videos = {}, []
     for name in files.names:
@@ -642,6 +642,7 @@ def find_videos(files):
 
 
 def count_frames(files, name):
+    """Frames of a picture file, 1 of a still one, 0 of one that cannot be opened."""
     try:
         with files.open(name) as image:
             return getattr(image, 'n_frames', 1)
