@@ -381,15 +381,16 @@ def metric_cases(table, device):
             256, (len(part), 3, 64, 64), dtype=torch.uint8)], {})
         return lambda: metrics.stats_distance(*[metrics.image_stats(net, pictures, 32)] * 2)
 
-    def neighbours():
-        real, fake = (torch.randn(20_000, 4096, device=device) for _ in range(2))
+    def neighbours(n):
+        real, fake = (torch.randn(n, 4096, device=device) for _ in range(2))
         return lambda: metrics.precision_recall(real, fake)
 
     def clouds():
         refs, samples = (torch.rand(200, 2048, 3, device=device) for _ in range(2))
         return lambda: metrics.compare_clouds(refs, samples)
     return {'FID, 10,000 pictures of 64 x 64': fid,
-            'precision, recall, 20,000 each of 4,096': neighbours,
+            'precision, recall, 20,000 each of 4,096': partial(neighbours, 20_000),
+            'precision, recall, 50,000 each of 4,096': partial(neighbours, 50_000),
             'MMD, COV, 1-NNA, 200 clouds each': clouds}
 
 
