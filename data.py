@@ -496,8 +496,7 @@ def find_files(root):
     if not root.exists() and root.with_name(root.name + '.zip').exists():
         root = root.with_name(root.name + '.zip')
     if not root.exists():
-        raise FileNotFoundError(f'{root}: no such folder or zip; put the pictures there or name '
-                                'the place with --data PATH')
+        raise FileNotFoundError(f'{root}: no such folder or zip')
     lmdbs = sorted(p.parent for p in [root / 'data.mdb', *root.glob('*train_lmdb/data.mdb')]
                    if p.exists()) if root.is_dir() else []
     if lmdbs:
@@ -506,8 +505,7 @@ def find_files(root):
         return Folder(root.parent, [root.name])
     files = Folder(root) if root.is_dir() else Zip(root)
     if not files.names:
-        raise ValueError(f'{root}: no pictures ({" ".join(SUFFIXES)}) in it; put some there or '
-                         'name the place with --data PATH')
+        raise ValueError(f'{root}: no pictures ({" ".join(SUFFIXES)}) in it')
     return files
 
 
@@ -1528,6 +1526,20 @@ def mesh(args):
 
 # ---- data sets of shapes -------------------------------------------------------------------------
 
+def read_binvox(path):
+    """Boolean voxels (D,D,D), axes x, y, z, of a .binvox file; ValueError if it is none.
+
+    After the header pairs of bytes, (value, how often), run along x, z and y, the last fastest.
+    """
+    header, _, body = Path(path).read_bytes().partition(b'\ndata\n')
+    try:
+        sides = [int(n) for n in re.search(rb'^dim (\d+) (\d+) (\d+)', header, re.M).groups()]
+        values, counts = np.frombuffer(body, 'uint8').reshape(-1, 2).T
+        return np.repeat(values, counts).reshape(sides).transpose(0, 2, 1).astype(bool)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f'{path}: not a readable .binvox ({reason(error)})') from None
+
+
 @dataclass
 class ShapeConfig:
     """What stage 1 sees of a shape at a time."""
@@ -1611,6 +1623,9 @@ class Shapes(Items):
         """What the encoder sees of shape i in variant k."""
         i = self.usable(i)
         return dict(points=self.cloud(i, common.seeded('cloud', self.names[i], k))[0])
+
+    def voxels(self, i, cells):
+        """Boolean voxels (cells,)*3 of the unit cube, axes x, y, z, if such come with shape i."""
 
     def about(self, i, rng=None):
         """What is known of shape i besides: its label, and one of its captions ('' for none)."""
@@ -1776,6 +1791,11 @@ class FileShapes(TolerantFiles, Shapes):
                 a.nbytes for a in arrays.values()))
         return last[1]
 
+    def voxels(self, i, cells):
+        path = self.folders[self.names[i]] / 'model.binvox'
+        found = read_binvox(path) if path.exists() else ()
+        return torch.from_numpy(found.copy()) if len(found) == cells else None
+
     def draw(self, i, points, bits, n, rng):
         """n of the stored points, with replacement, and their occupancies."""
         stored = self.source(i)
@@ -1807,7 +1827,12 @@ class FileShapes(TolerantFiles, Shapes):
 
 def picture_files(name, root, split, **options):
     """Any folder, zip or lmdb of pictures."""
-    return FilePictures(find_files(root), split, place=str(root), **options)
+    try:
+        files = find_files(root)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f'{error}; put the pictures there or name the place with --data PATH'
+                          ) from None
+    return FilePictures(files, split, place=str(root), **options)
 
 
 AFHQ = ('cat', 'dog', 'wild')

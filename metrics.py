@@ -201,7 +201,7 @@ def k_nearest(queries, bank, k, chunk, same=False):
     """Squared distances and indices, both (N, k), ascending; `same`: a row is not its neighbour."""
     require(1 <= k <= len(bank) - same, f'k = {k}: the set has {len(bank)} members')
     found = []
-    for i in tqdm(range(0, len(queries), chunk), 'neighbours', unit='chunk', delay=2):
+    for i in bar(range(0, len(queries), chunk), 'neighbours', unit='chunk', delay=2):
         q = queries[i:i + chunk]
         d2, index = q.new_full((len(q), k), torch.inf), q.new_zeros(len(q), k, dtype=torch.long)
         for j in range(0, len(bank), chunk):
@@ -234,7 +234,7 @@ def precision_recall(real, fake, k=3, chunk=2048):
     real_radii, fake_radii = (k_nearest(s, s, k, chunk, same=True)[0][:, -1] for s in (real, fake))
     fake_inside, real_inside = (torch.zeros(len(s), dtype=torch.bool, device=s.centre.device)
                                 for s in (fake, real))
-    for i in tqdm(range(0, len(real), chunk), 'balls', unit='chunk', delay=2):
+    for i in bar(range(0, len(real), chunk), 'balls', unit='chunk', delay=2):
         rows = slice(i, i + chunk)
         for j in range(0, len(fake), chunk):
             columns = slice(j, j + chunk)
@@ -318,7 +318,8 @@ def chamfer_matrix(a, b):
     """Chamfer distances of every cloud of a (R,N,3) to every one of b (S,M,3): (2,R,S) float64.
 
     The first with squared distances, as `chamfer`, the second with plain ones. By k-d trees in
-    threads, on CUDA by brute force. Where b is a itself, only half of the pairs is computed.
+    threads, on CUDA by brute force. Where b is a itself, only half of the pairs is computed. Rows
+    are shared out over processes, all of which must call this.
     """
     if a.is_cuda:
         row, clouds, every = cuda_row, a, b
@@ -326,8 +327,8 @@ def chamfer_matrix(a, b):
         row, (clouds, every) = tree_row, [[cKDTree(c.numpy()) for c in side] for side in (a, b)]
     starts = [i + 1 if b is a else 0 for i in range(len(a))]
     with ThreadPoolExecutor(1 if a.is_cuda else torch.get_num_threads()) as pool:
-        parts = pool.map(lambda i: row(clouds[i], every[starts[i]:]), range(len(a)))
-        parts = list(tqdm(parts, 'Chamfer', len(a), unit='row', delay=2))
+        parts = shared(lambda i: row(clouds[i], every[starts[i]:]), range(len(a)), 'Chamfer', 'row',
+                       pool.map)
     matrix = torch.zeros(2, len(a), len(b), dtype=torch.float64)
     for i, part in enumerate(parts):
         matrix[:, i, starts[i]:] = part
@@ -1071,6 +1072,45 @@ def identify(path, files):
     return dict(weights=path.name, sha256=digest, publisher=publisher)
 
 
+# ---- sharing out over processes ----------------------------------------------------------------
+
+def ranks():
+    """(this process's number, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def first_process():
+    """Whether this process is the one to print and to write."""
+    return ranks()[0] == 0
+
+
+def bar(*args, **options):
+    """A progress bar, of the first process alone."""
+    return tqdm(*args, dynamic_ncols=True, disable=not first_process(), **options)
+
+
+def gather(value):
+    """The list of every process's `value`, in order of rank; of one process, [value]."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def shared(work, items, what, unit, mapped=map):
+    """[work(x) for x in items], shared out over the processes; the whole list on every one.
+
+    Item k belongs to process k mod their number. `mapped` is map or that of a pool.
+    """
+    rank, world = ranks()
+    found, mine = [None] * len(items), items[rank::world]
+    done = list(bar(mapped(work, mine), what, len(mine), unit=unit))
+    for other, results in enumerate(gather(done)):
+        found[other::world] = results
+    return found
+
+
 # ---- features of pictures ----------------------------------------------------------------------
 
 @dataclass
@@ -1098,29 +1138,19 @@ def pieces(items, size):
     return (items[i:i + size] for i in range(0, len(items), size))
 
 
-def gather(value):
-    """The list of every process's `value`, in order of rank; of one process, [value]."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def feature_parts(net, pictures, size):
     """Features (B,D) of this process's share of the parts of `size` pictures.
 
     Part k belongs to process k mod their number; what follows a pass is done together.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = ranks()
     device = next(net.parameters()).device
     parts = list(pieces(pictures.items, size))[rank::world]
-    with full_precision(), tqdm(total=sum(map(len, parts)), desc='features', unit='item',
-                                dynamic_ncols=True, disable=rank > 0) as bar:
+    with full_precision(), bar(total=sum(map(len, parts)), desc='features', unit='item') as done:
         for part in parts:
             found = [net(batch.to(device)) for batch in pictures.read(part)]
             yield torch.cat(found) if found else torch.empty(0, net.dim, device=device)
-            bar.update(len(part))
+            done.update(len(part))
     pictures.finish()
 
 
@@ -1168,31 +1198,37 @@ def read_picture(files, name, resolution=0):
 
 
 class Readable:
-    """Reads things of a folder in threads and skips those that cannot be read.
+    """Reads things of a folder and skips those that cannot be read, where `read` raises `failure`.
 
     `finish` raises ValueError when these are at least three and more than 1 %, or all.
     """
 
-    def __init__(self, root, total, read, what='pictures', named=str):
+    def __init__(self, root, total, read, what='pictures', named=str, failure=OSError):
         self.root, self.total, self.one, self.what, self.bad = root, total, read, what, set()
-        self.named = named
+        self.named, self.failure = named, failure
 
     def attempt(self, name):
         try:
             return self.one(name)
-        except OSError:
+        except self.failure:
             self.bad.add(self.named(name))
 
     def __call__(self, names):
-        """Batches of neighbours of one shape."""
+        """Batches of neighbours of one shape, read in threads."""
         with ThreadPoolExecutor(4) as pool:
             read = [x for x in pool.map(self.attempt, names) if x is not None]
         for _, same in groupby(read, lambda x: x.shape):
             yield torch.stack(list(same))
 
+    def all(self, items, unit):
+        """What could be read of all items, in order."""
+        found = [x for x in shared(self.attempt, items, 'reading', unit) if x is not None]
+        self.finish()
+        return found
+
     def finish(self):
         bad = sorted(set().union(*gather(self.bad)))
-        if bad:
+        if bad and first_process():
             print(f'skipped {len(bad)} unreadable {self.what}: {", ".join(bad[:3])}',
                   file=sys.stderr)
         require(len(bad) < self.total and (len(bad) < 3 or len(bad) <= self.total / 100),
@@ -1258,6 +1294,11 @@ def open_data(opened, split):
     return data.open_run_data(opened.info, split, **dict(captions=captions) if captions else {})
 
 
+def readable(dataset, index):
+    """Those of these members of a data set whose files can be read; no other stands in for them."""
+    return [i for i in index if dataset.usable(i) == i]
+
+
 def quantise(x, as_float=False):
     """[-1, 1] -> 0..255: uint8 as floor(127.5 x + 128), or float as 127.5 x + 127.5, unrounded."""
     require(x.isfinite().all(), 'the pictures hold NaN: the run has diverged')
@@ -1284,17 +1325,20 @@ def run_reals(opened, split, limit):
     """Up to `limit` pictures, evenly spread, of this part of the run's data, at R, as Pictures."""
     dataset = open_data(of_pictures(opened), split)
     index = true_at(dataset, opened, limit)
-    n = len(index)
+    n, files = len(index), getattr(dataset, 'files', None)
 
     def read(part):
-        yield quantise(stacked(dataset, part, opened.R))
+        part = readable(dataset, part)
+        if part:
+            yield quantise(stacked(dataset, part, opened.R))
 
     probe = quantise(stacked(dataset, [index[k] for k in spread(n, 16)], opened.R))
-    names = hashlib.sha256('\n'.join(str(dataset.names[i]) for i in index).encode()).hexdigest()
+    names = [dataset.names[i] for i in index]
+    stamps = facts(files, names) if hasattr(files, 'root') else []
     pixels = hashlib.sha256(probe.numpy().tobytes()).hexdigest()
     return Pictures(index, read, dict(source=opened.path, split=split, resolution=opened.R,
                                       quantised=True, resized='as in training'),
-                    dict(names=names, pixels=pixels, n=n, resolution=opened.R))
+                    dict(names=names, facts=stamps, pixels=pixels, n=n, resolution=opened.R))
 
 
 def sampled_latents(opened, args, numbers):
@@ -1305,6 +1349,15 @@ def sampled_latents(opened, args, numbers):
         z, nfe = ldm.generate(opened.vae, opened.ldm, seeds, sampler=args.sampler, batch=len(seeds),
                               return_nfe=True, **solver_settings(args))
     return z, float(np.mean(nfe))
+
+
+def all_latents(opened, args):
+    """Latents (N,C,L) of --num samples, on every process, and the mean NFE of a batch."""
+    def sample(numbers):
+        z, nfe = sampled_latents(opened, args, numbers)
+        return z.cpu(), nfe
+    z, nfe = zip(*shared(sample, list(pieces(range(args.num), args.batch)), 'sampling', 'batch'))
+    return torch.cat(z).to(args.device), float(np.mean(nfe))
 
 
 def solver_settings(args):
@@ -1367,7 +1420,9 @@ def run_reconstructions(opened, args, n):
     index = true_at(dataset, opened, n)
 
     def read(part):
-        yield quantise(reconstruct(opened, dataset, part, args), args.float)
+        part = readable(dataset, part)
+        if part:
+            yield quantise(reconstruct(opened, dataset, part, args), args.float)
     return Pictures(index, read, dict(
         source=opened.path, step=opened.info['step'], posterior=args.posterior, seed=args.seed,
         r=opened.r, resolution=opened.R, bicubic=args.bicubic, quantised=not args.float))
@@ -1405,11 +1460,6 @@ def read_stats(path, dim):
 
 
 # ---- command line ------------------------------------------------------------------------------
-
-def first_process():
-    """Whether this process is the one to print and to write."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
 
 def report(args, line, manifest):
     """One line to read and one of JSON; the latter is also appended to --out."""
@@ -1509,29 +1559,37 @@ def run_psnr(args):
     dataset, train = open_data(of_pictures(opened), args.split), open_data(opened, 'train')
     seen = min(len(train), 1000)
     mean = sum(stacked(train, part, opened.R).sum(0) for part in pieces(range(seen), 100)) / seen
-    index, values, plain = true_at(dataset, opened, args.num), [], dict(mean_picture=[],
-                                                                        white_picture=[])
-    for part in tqdm(list(pieces(index, args.batch)), desc='reconstructing', unit='batch'):
+
+    def measure(part):
+        part = readable(dataset, part)
+        if not part:
+            return torch.empty(4, 0)
         x = stacked(dataset, part, opened.R) / 2 + 0.5
-        values.append(likeness(reconstruct(opened, dataset, part, args).cpu() / 2 + 0.5, x))
-        plain['mean_picture'].append(psnr_each(mean.expand_as(x) / 2 + 0.5, x))
-        plain['white_picture'].append(psnr_each(torch.ones_like(x), x))
-    return torch.cat(values, dim=1), dict(
+        same = likeness(reconstruct(opened, dataset, part, args).cpu() / 2 + 0.5, x)
+        plain = psnr_each(mean.expand_as(x) / 2 + 0.5, x), psnr_each(torch.ones_like(x), x)
+        return torch.cat([same, torch.stack(plain)])
+    values = torch.cat(shared(measure, list(pieces(true_at(dataset, opened, args.num), args.batch)),
+                              'reconstructing', 'batch'), dim=1)
+    plain = [v[v.isfinite()].mean().item() for v in values[2:]]
+    return values[:2], dict(
         source=opened.path, step=opened.info['step'], split=args.split, r=opened.r, seed=args.seed,
         resolution=opened.R, bicubic=args.bicubic, posterior=args.posterior, quantised=False,
-        **{k: torch.cat(v)[torch.cat(v).isfinite()].mean().item() for k, v in plain.items()})
+        mean_picture=plain[0], white_picture=plain[1])
 
 
 def folder_psnr(args):
     """`likeness` of pictures paired by sorted name, and the protocol."""
-    sets, values = [data.find_files(f) for f in (args.a, args.b)], []
+    sets = [data.find_files(f) for f in (args.a, args.b)]
     names = [f.names[:args.num] for f in sets]
     require(len(names[0]) == len(names[1]),
             f'{args.a} has {len(names[0])} pictures, {args.b} has {len(names[1])}: no pairs')
-    for pair in tqdm(list(zip(*names)), desc='reading', unit='pair'):
+
+    def measure(pair):
         x, y = (read_picture(f, n, args.res)[None] / 255 for f, n in zip(sets, pair))
         require(x.shape == y.shape, f'{pair[0]} and {pair[1]} have different sizes; try --res')
-        values.append(likeness(x, y))
+        return likeness(x, y)
+    pairs = list(zip(*names))
+    values = Readable(args.a, len(pairs), measure, 'pairs', ' and '.join).all(pairs, 'pair')
     return torch.cat(values, dim=1), dict(source=[args.a, args.b], quantised=True,
                                           pairs='by sorted name',
                                           resolution=args.res or 'as stored')
@@ -1741,10 +1799,10 @@ def spectrum_command(args):
 # ---- shapes of runs ----------------------------------------------------------------------------
 
 def open_shapes(path, args, stage):
-    """The run at `path`, which must be of shapes, and its `--split`."""
+    """The run at `path`, which must be of shapes."""
     opened = open_run(path, args, stage)
     require(opened.vae.config.domain == 'shape', f'{path}: a run of pictures, not of shapes')
-    return opened, open_data(opened, args.split)
+    return opened
 
 
 def encoded(opened, dataset, i, args):
@@ -1773,23 +1831,27 @@ def cell_numbers(points, cells):
 @torch.no_grad()
 def iou_command(args):
     """Held-out IoU of a run's reconstructions, on every stored point, by class."""
-    opened, dataset = open_shapes(args.a, args, stage=1)
+    opened = open_shapes(args.a, args, stage=1)
+    dataset = open_data(opened, args.split)
     mean = (mean_shape(open_data(opened, 'train')) > 0.5).flatten()
-    index, ious, plain = spread(len(dataset), args.num), [], []
-    for i in tqdm(index, desc='reconstructing', unit='shape'):
+
+    def measure(i):
         xi = encoded(opened, dataset, i, args)
         points, inside = dataset.volume(i)
         logits = torch.cat([opened.vae.query(xi, part)[0, :, 0].cpu()
                             for part in points.to(args.device).split(2 ** 15)])
-        ious.append(iou((logits > 0)[None], inside[None]))
-        plain.append(iou(mean[cell_numbers(points, 64)][None], inside[None]))
-    ious, labels = torch.cat(ious), torch.tensor([dataset.labels[i] for i in index])
+        guesses = torch.stack([logits > 0, mean[cell_numbers(points, 64)]])
+        return iou(guesses, inside.expand_as(guesses)), len(points)
+    index = readable(dataset, spread(len(dataset), args.num))
+    values, points = zip(*shared(measure, index, 'reconstructing', 'shape'))
+    ious, plain = torch.stack(values, dim=1)
+    labels = torch.tensor([dataset.labels[i] for i in index])
     groups = {dataset.titles[k]: ious[labels == k].mean().item() for k in labels.unique().tolist()}
     named = '  '.join(f'{k} {v:.4f}' for k, v in groups.items())
-    report(args, f'IoU {ious.mean():.4f}   {len(ious)} shapes, {len(points)} points each; the '
-                 f'mean training shape gives {torch.cat(plain).mean():.4f}; by class: {named}',
-           dict(iou=ious.mean().item(), n=len(ious), points=len(points), threshold=0.5,
-                mean_shape=torch.cat(plain).mean().item(), classes=groups, posterior='mean',
+    report(args, f'IoU {ious.mean():.4f}   {len(ious)} shapes, {max(points)} points each; the '
+                 f'mean training shape gives {plain.mean():.4f}; by class: {named}',
+           dict(iou=ious.mean().item(), n=len(ious), points=max(points), threshold=0.5,
+                mean_shape=plain.mean().item(), classes=groups, posterior='mean',
                 source=opened.path, step=opened.info['step'], split=args.split))
 
 
@@ -1808,38 +1870,48 @@ def cloud_source(path, args, kind):
     kind: 'reals', the run's split; 'train'; 'samples' or 'reconstructions', extracted at --res.
     """
     if not is_run(path):
-        meshes = list(data.find_meshes(path, {}).values())[:args.num]
-        clouds = [surface_cloud(*data.read_mesh(p), args.points, k) for k, p in enumerate(meshes)]
-        return torch.stack(clouds), dict(source=str(path), kind='meshes')
-    opened, dataset = open_shapes(path, args, stage=2 if kind == 'samples' else 1)
-    about = dict(source=opened.path, step=opened.info['step'], kind=kind, split=args.split)
-    index = spread(len(dataset), args.num)
-    if kind in ('reals', 'train'):
-        if kind == 'train':
-            dataset = open_data(opened, 'train')
-            about['split'], index = 'train', spread(len(dataset), args.num)
-        clouds = [dataset.draw_surface(i, args.points, seeded('surface', i)) for i in index]
-        return torch.from_numpy(np.stack(clouds)).float(), about
-    return extracted_clouds(opened, dataset, index, args, kind, about)
+        return mesh_clouds(path, args)
+    opened = open_shapes(path, args, stage=2 if kind == 'samples' else 1)
+    about = dict(source=opened.path, step=opened.info['step'], kind=kind)
+    if kind in ('samples', 'reconstructions'):
+        return extracted_clouds(opened, args, kind, about)
+    split = 'train' if kind == 'train' else args.split
+    dataset = open_data(opened, split)
+    clouds = [dataset.draw_surface(i, args.points, seeded('surface', i))
+              for i in readable(dataset, spread(len(dataset), args.num))]
+    return torch.from_numpy(np.stack(clouds)).float(), dict(about, split=split)
+
+
+def mesh_clouds(folder, args):
+    """`cloud_source` of the first --num meshes of a folder."""
+    meshes = list(data.find_meshes(folder, {}).values())[:args.num]
+
+    def read(k):
+        return surface_cloud(*data.read_mesh(meshes[k]), args.points, k)
+    reader = Readable(folder, len(meshes), read, 'meshes', lambda k: str(meshes[k]), ValueError)
+    clouds = reader.all(range(len(meshes)), 'mesh')
+    return torch.stack(clouds), dict(source=str(folder), kind='meshes')
 
 
 @torch.no_grad()
-def extracted_clouds(opened, dataset, index, args, kind, about):
+def extracted_clouds(opened, args, kind, about):
     """`cloud_source` of samples or reconstructions."""
-    clouds, empty = [], 0
-    fields = (encoded(opened, dataset, i, args) for i in index)
     if kind == 'samples':
-        latents, calls = zip(*(sampled_latents(opened, args, part)
-                               for part in pieces(range(args.num), args.batch)))
-        fields = (opened.vae.decode(z[None]) for z in torch.cat(latents))
-        about.update(sampling(opened, args), condition=None, nfe=float(np.mean(calls)))
+        z, nfe = all_latents(opened, args)
+        about.update(sampling(opened, args), condition=None, nfe=nfe)
     else:
-        about['posterior'] = 'mean'
-    for k, xi in enumerate(tqdm(fields, 'extracting', args.num, unit='mesh')):
+        dataset = open_data(opened, args.split)
+        index = readable(dataset, spread(len(dataset), args.num))
+        about.update(split=args.split, posterior='mean')
+
+    def extract(k):
+        xi = (opened.vae.decode(z[k:k + 1]) if kind == 'samples' else
+              encoded(opened, dataset, index[k], args))
         (vertices, faces), = opened.vae.surfaces(xi, args.res or 128, args.threshold or None)
-        empty += not len(faces)
-        clouds.append(surface_cloud(vertices.cpu(), faces.cpu(), args.points, k))
-    about.update(resolution=args.res or 128, empty=empty,
+        return surface_cloud(vertices.cpu(), faces.cpu(), args.points, k), not len(faces)
+    found = shared(extract, range(len(z if kind == 'samples' else index)), 'extracting', 'mesh')
+    clouds, empty = zip(*found)
+    about.update(resolution=args.res or 128, empty=sum(empty),
                  threshold=args.threshold or opened.vae.config.threshold)
     return torch.stack(clouds), about
 
@@ -1892,7 +1964,13 @@ def occupancy_grid(vae, xi, cells, ends=False):
 
 
 def true_grid(dataset, i, cells=32):
-    """Boolean grid, axes x, y, z, of a data set's shape: the stored point nearest to a centre."""
+    """Boolean grid, axes x, y, z, of a data set's shape.
+
+    The voxels that come with it, or for each centre the stored point nearest to it.
+    """
+    voxels = dataset.voxels(i, cells)
+    if voxels is not None:
+        return voxels
     points, inside = dataset.volume(i)
     nearest = cKDTree(points.numpy()).query(unit_cube_grid(cells).numpy())[1]
     return inside[torch.from_numpy(nearest)].view(cells, cells, cells)
@@ -1930,10 +2008,10 @@ def own_classes(path):
 @full_precision()
 def classifier_command(args):
     """Train the voxel classifier on the classes of a data set of shapes."""
-    opened, held_out = open_shapes(args.a, args, stage=1)
-    train, sides = open_data(opened, 'train'), []
+    opened = open_shapes(args.a, args, stage=1)
+    train, held_out, sides = open_data(opened, 'train'), open_data(opened, args.split), []
     for dataset in (train, held_out):
-        index = spread(len(dataset), args.num)
+        index = readable(dataset, spread(len(dataset), args.num))
         grids = data.threaded(partial(true_grid, dataset), index, 'voxels')
         labels = torch.tensor([dataset.labels[i] for i in index])
         sides += [torch.stack(grids), labels]
@@ -1941,13 +2019,14 @@ def classifier_command(args):
     torch.manual_seed(args.seed)
     net = VoxelClassifier(len(train.groups)).to(args.device)
     opt = torch.optim.Adam(net.parameters(), lr=1e-3)
-    for step in tqdm(range(args.steps), desc='training', unit='step'):
+    for step in bar(range(args.steps), desc='training', unit='step'):
         k = torch.from_numpy(seeded('classifier', args.seed, step).integers(len(x), size=32))
         loss = F.cross_entropy(net(x[k].to(args.device)), y[k].to(args.device))
         opt.zero_grad()
         loss.backward()
         opt.step()
     net.eval()
+    voxels = 'nearest stored point' if train.voxels(0, 32) is None else 'as stored'
     with torch.no_grad():
         right = 100 * (classify(net, x_test) == y_test).double().mean().item()
     if first_process():
@@ -1955,7 +2034,7 @@ def classifier_command(args):
     report(args, f'accuracy {right:.1f} % of {len(y_test)} {args.split} shapes, {len(y)} trained '
                  f'on; {len(train.groups)} classes; written to {args.classifier}',
            dict(accuracy=right, n=len(y_test), n_train=len(y), steps=args.steps, seed=args.seed,
-                split=args.split, grid=32, voxels='nearest stored point', classes=train.groups,
+                split=args.split, grid=32, voxels=voxels, classes=train.groups,
                 source=opened.path, file=args.classifier))
 
 
@@ -1975,7 +2054,8 @@ def drawn_views(surface, preset, size=256):
 @full_precision()
 def text_command(args):
     """TMD, accuracy and CLIP-S of what a text-conditional run makes of held-out captions."""
-    opened, dataset = open_shapes(args.a, args, stage=2)
+    opened = open_shapes(args.a, args, stage=2)
+    dataset = open_data(opened, args.split)
     require(opened.ldm.config.text, f'{args.a}: reads no text; train stage 2 with --text')
     reader = text_reader(args.reader or opened.ldm.config.text, args.device)
     index = [i for i in spread(len(dataset), args.num) if dataset.captions[i]]
@@ -1984,28 +2064,37 @@ def text_command(args):
     clip = load_network('clip', args.weights).to(args.device) if args.clip else None
     require(not clip or clip.tokenise, f'{args.weights}: CLIP-S needs bpe_simple_vocab_16e6.txt.gz '
             'beside the weights')
-    overlaps, empty, right, scores, calls = [], 0, [], [], []
-    for i in tqdm(index, desc='captions', unit='caption'):
+
+    def measure(i):
         caption = dataset.captions[i][0]
         z, nfe = said(opened, reader, caption, args)
-        calls.append(nfe)
         xi = opened.vae.decode(z)
         grids = occupancy_grid(opened.vae, xi, args.res or 64)
-        overlaps.append(tmd(grids[None]))
-        empty += int((~grids.flatten(1).any(1)).sum())
+        row = dict(tmd=tmd(grids[None]), empty=int((~grids.flatten(1).any(1)).sum()), nfe=nfe)
         if classifier:
-            net, numbers, published = classifier
-            found = classify(net, occupancy_grid(opened.vae, xi, 32, ends=published))
-            right.append(100 * (found == numbers[dataset.labels[i]]).double().mean().item())
+            row['accuracy'] = accuracy(opened.vae, xi, dataset.labels[i], *classifier)
         if clip:
-            to_cube = data.HALF_BOX / opened.vae.config.extent
-            pictures = [drawn_views((v * to_cube, f), args.views)
-                        for v, f in opened.vae.surfaces(xi, 64)]
-            scores.append(max(clip_score(clip, p, caption) for p in pictures))
-    tell_text(args, opened, classifier, clip, dict(
-        tmd=float(np.mean(overlaps)), accuracy=float(np.mean(right)) if right else None,
-        clip_s=float(np.mean(scores)) if clip else None, captions=len(index), empty=empty,
-        nfe=float(np.mean(calls)), forwards=float(np.mean(calls)) * (1 + (args.guidance != 1))))
+            row['clip_s'] = clip_s(opened.vae, xi, caption, clip, args.views)
+        return row
+    rows = shared(measure, index, 'captions', 'caption')
+    values = dict(accuracy=None, clip_s=None, captions=len(index))
+    values |= {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
+    values.update(empty=sum(row['empty'] for row in rows),
+                  forwards=values['nfe'] * (1 + (args.guidance != 1)))
+    tell_text(args, opened, classifier, clip, values)
+
+
+def accuracy(vae, xi, label, net, numbers, published):
+    """Share in percent of basis fields that the classifier takes for shapes of this class."""
+    found = classify(net, occupancy_grid(vae, xi, 32, ends=published))
+    return 100 * (found == numbers[label]).double().mean().item()
+
+
+def clip_s(vae, xi, caption, clip, views):
+    """Best CLIP score among the shapes of one caption, each drawn from five sides."""
+    to_cube = data.HALF_BOX / vae.config.extent
+    return max(clip_score(clip, drawn_views((v * to_cube, f), views), caption)
+               for v, f in vae.surfaces(xi, 64))
 
 
 def tell_text(args, opened, classifier, clip, values):
@@ -2061,10 +2150,8 @@ def nfe_command(args):
         if args.fid:
             _, manifest = frechet_between(net, real, run_samples(opened, args), args)
         else:
-            calls = [sampled_latents(opened, args, part)[1]
-                     for part in pieces(range(args.num), args.batch)]
             manifest = dict(n_fake=args.num, fake=dict(sampling(opened, args),
-                                                       nfe=float(np.mean(calls))))
+                                                       nfe=all_latents(opened, args)[1]))
         setting = '  '.join(f'{k} {v:g}' for k, v in settings.items())
         line = f'{name:8} {setting:26} NFE {manifest["fake"]["nfe"]:7.1f}'
         report(args, line + (f'   FID {manifest["fid"]:.4f}' if args.fid else ''), manifest)

@@ -39,10 +39,10 @@ def mutated_source(edit):
     return source.replace(old, new)
 
 
-def reload_modules(name=None, source=None):
-    """Execute every imported module again, `name` from `source`, so that importers see the change."""
-    for module in (sys.modules[m] for m in MODULES if m in sys.modules):
-        if module.__name__ == name:
+def reload_modules(name, source=None):
+    """Execute module `name` again, from `source` if given, and those that may have imported it."""
+    for module in (sys.modules[m] for m in MODULES[MODULES.index(name):] if m in sys.modules):
+        if module.__name__ == name and source:
             exec(compile(source, module.__file__, 'exec'), module.__dict__)
         else:
             importlib.reload(module)
@@ -51,14 +51,15 @@ def reload_modules(name=None, source=None):
 @pytest.fixture(autouse=True)
 def mutation(request):
     edit = getattr(request, 'param', None)
-    if edit is None or not edit[0].removesuffix('.py') in sys.modules:
+    name = edit and edit[0].removesuffix('.py')
+    if name not in MODULES or name not in sys.modules:
         yield edit
         return
     try:
-        reload_modules(edit[0].removesuffix('.py'), mutated_source(edit))
+        reload_modules(name, mutated_source(edit))
         yield edit
     finally:
-        reload_modules()
+        reload_modules(name)
 
 
 @pytest.fixture

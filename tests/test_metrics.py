@@ -943,7 +943,7 @@ def test_folder_with_bad_and_unequal_pictures(folders, tmp_path):
         list(metrics.folder_pictures('A').batches(9))
 
 
-class Signals:
+class Signals(data.Items):
     """A data set of plain colours; the truth is known at any resolution."""
     names = [str(i) for i in range(5)]
 
@@ -1051,7 +1051,7 @@ def test_a_diverged_run_has_no_number(toy_run, colour_network, monkeypatch):
             metrics.main([command, str(toy_run), '--num', '3'])
 
 
-@pytest.mark.mutation('metrics.py', 'args).cpu() / 2 + 0.5, x))', 'args).cpu(), x))')
+@pytest.mark.mutation('metrics.py', 'args).cpu() / 2 + 0.5, x)', 'args).cpu(), x)')
 @pytest.mark.mutation('metrics.py', 'dataset.largest(i) >= opened.R', 'True')
 @pytest.mark.mutation('metrics.py', 'psnr_each(torch.ones_like(x), x)', 'psnr_each(0 * x, x)')
 def test_psnr_and_rfid_of_a_run(capsys, toy_run, colour_network):
@@ -1069,6 +1069,23 @@ def test_psnr_and_rfid_of_a_run(capsys, toy_run, colour_network):
     assert manifest['n_fake'] == 5 and line.startswith('rFID')
     sampled, _ = result(capsys, 'rfid', toy_run, '--posterior', 'sample', '--no_cache')
     assert sampled['fake']['posterior'] == 'sample' and sampled['fid'] != manifest['fid']
+
+
+class Torn(Signals):
+    """The same with a file that cannot be read, for which the data set has the next one stand in."""
+
+    def usable(self, i):
+        return i + (i == 2)
+
+
+@pytest.mark.mutation('metrics.py', 'if dataset.usable(i) == i]', 'if dataset.usable(i) >= i]')
+def test_no_other_picture_stands_in_for_a_broken_one(capsys, toy_run, colour_network, monkeypatch):
+    monkeypatch.setattr(data, 'open_run_data', lambda info, split: Torn())
+    manifest, _ = result(capsys, 'rfid', toy_run, '--batch', 1, '--no_cache')
+    assert manifest['n_real'] == manifest['n_fake'] == 4
+    manifest, _ = result(capsys, 'psnr', toy_run, '--batch', 1)
+    close(manifest['white_picture'], -20 * np.log10([.5, .4, .2, .1]).mean(), 1e-3)
+    assert manifest['n'] == 4
 
 
 @pytest.mark.mutation('metrics.py', 'if args.bicubic:', 'if not args.bicubic:')
@@ -1290,23 +1307,51 @@ def test_spectrum_of_a_run(capsys, toy_run, monkeypatch):
 
 # ---- two processes -----------------------------------------------------------------------------
 
+@pytest.mark.mutation('metrics.py', 'found[other::world] = results', 'found[other::world] = results[::-1]')
+@pytest.mark.mutation('metrics.py', 'in enumerate(gather(done))', 'in enumerate([done] * world)')
+def test_shared_work_keeps_its_order(monkeypatch):
+    """As the second of three processes sees it."""
+    monkeypatch.setattr(metrics, 'ranks', lambda: (1, 3))
+    monkeypatch.setattr(metrics, 'gather', lambda mine: [[0, 9], mine, [4, 25]])
+    done = []
+    found = metrics.shared(lambda x: done.append(x) or x * x, range(6), 'squares', 'number')
+    assert done == [1, 4] and found == [0, 1, 4, 9, 16, 25]
+
+
+DRIVER = '''
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import common, metrics
+for argv in json.loads(sys.argv[2]):
+    metrics.main(argv)
+common.run(lambda: None)
+'''
+
+
 @pytest.mark.mutation('metrics.py', 'size))[rank::world]', 'size))')
 @pytest.mark.mutation('metrics.py', 'first.merge(other)', 'pass')
-def test_two_processes_give_the_numbers_of_one(repo, folders, random_file, tmp_path, capsys):
+def test_two_processes_give_the_numbers_of_one(repo, mutation, folders, random_file, tmp_path, capsys):
     (tmp_path / 'A/broken.png').write_bytes(b'none')
-    common = ['A', 'B', '--weights', str(random_file), '--resize', 'none', '--batch', '2']
-    for command in (['fid', '--no_cache'], ['pr', '--features', 'inception', '--k', '2']):
-        one, _ = result(capsys, *command, *common)
-        done = subprocess.run(
-            [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
-             str(repo / 'metrics.py'), *command, *common],
-            capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-        assert done.returncode == 0, done.stderr[-2000:]
-        two, = (json.loads(line) for line in done.stdout.splitlines() if line.startswith('{'))
-        assert one['n_real'] == two['n_real'] == 6
-        for value in ('fid', 'precision', 'recall'):
-            close(two.pop(value, 0), one.pop(value, 0), 1e-6)
+    common = ['--weights', str(random_file), '--resize', 'none', '--batch', '2']
+    jobs = [[*command, 'A', 'B', '--out', 'two.jsonl', *flags] for command, flags in (
+        (['fid', '--no_cache'], common), (['fid'], common), (['fid'], common),
+        (['pr', '--features', 'inception', '--k', '2'], common),
+        (['nn', '--features', 'inception', '--k', '2', '--num', '5'], common),
+        (['psnr', '--num', '6'], []))][:1 if mutation else None]  # enough for a mutant
+    (tmp_path / 'driver.py').write_text(DRIVER)
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
+                           'driver.py', str(repo), json.dumps(jobs)], capture_output=True,
+                          text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count('skipped 1 unreadable') == (1 if mutation else 5)  # once a pass, and not of what is kept
+    cached = list(Path('cache').glob('*'))
+    for job, two in zip(jobs, map(json.loads, open('two.jsonl')), strict=True):
+        one, _ = result(capsys, *job, '--out', 'one.jsonl')
+        assert one.get('n_real', one.get('n')) in (5, 6)
+        for value in ('fid', 'precision', 'recall', 'psnr', 'ssim', 'distances', 'mean'):
+            close(two.pop(value, 0), one.pop(value, 0), 1e-5)
         assert one == two
+    assert cached == list(Path('cache').glob('*'))
 
 
 def test_errors_are_one_line(repo, folders, tmp_path):

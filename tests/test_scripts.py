@@ -20,6 +20,7 @@ import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ import data
 import inr
 import ldm
 import metrics
+import vae
 
 ROOT = Path(__file__).parent.parent
 TINY = ('--device cpu --amp off --batch 4 --steps 6 --eval_every 3 --save_every 2 --log_every 1 '
@@ -47,7 +49,8 @@ def call(folder, script, *flags, repo=ROOT):
     os.chdir(folder)
     sys.argv = argv
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+              mock.patch.object(vae.D2CVAE.preview, '__defaults__', (None, 16))):  # to look at only
             try:
                 runpy.run_path(argv[0], run_name='__main__')
             except SystemExit as stop:
@@ -292,10 +295,11 @@ def test_fine_tuning_starts_from_the_given_weights(toy, copy):
 DRIVER = '''
 import json, sys
 sys.path.insert(0, sys.argv[1])
-import torch.distributed as dist, common, train_ldm, train_vae
+import torch.distributed as dist, common, metrics, train_ldm, train_vae, vae
+vae.D2CVAE.preview.__defaults__ = None, 16
 for script, *argv in json.loads(sys.argv[2]):
     sys.argv = [script, *argv]
-    dict(train_vae=train_vae, train_ldm=train_ldm)[script].main()
+    dict(train_vae=train_vae, train_ldm=train_ldm, metrics=metrics)[script].main()
 common.run(lambda: None)
 '''
 
@@ -323,6 +327,7 @@ def test_two_processes_equal_one(toy, photos, shapes, tmp_path, repo):
     runs = [('train_vae', gently, 'once'), ('train_vae', f'{gently} --accumulate 2', 'twice'),
             ('train_ldm', f'{LDM} --vae {toy.run}', 'toy_image'), ('train_ldm', cached, 'photos'),
             ('train_vae', things, 'solids'), ('train_ldm', said, 'solids')]
+    runs = runs if repo == ROOT else runs[:1]  # enough for the mutant
     two = Path(shutil.copytree(folder, tmp_path / 'two'))
     for script, flags, name in runs:
         if name != 'toy_image':
@@ -334,7 +339,7 @@ def test_two_processes_equal_one(toy, photos, shapes, tmp_path, repo):
          f'--master_port={free_port()}', tmp_path / 'driver.py', repo, json.dumps(jobs)],
         cwd=two, env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count('2 x CPU') == 6
+    assert result.stdout.count('2 x CPU') == len(runs)
     for script, _, name in runs:
         stage = script.removeprefix('train_')
         assert_close(two / 'runs' / name, folder / 'runs' / name, f'{stage}.pt', stage,
@@ -641,6 +646,27 @@ def test_metrics_of_shapes(shapes, tmp_path):
     for command in ('fid', 'psnr'):
         assert_refused(call(shapes.folder, 'metrics.py', command, flags), 'run of shapes' if
                        command == 'psnr' else 'weights')
+
+
+@pytest.mark.mutation('metrics.py', 'sample(numbers):\n', 'sample(numbers):\n        numbers = range(len(numbers))\n')
+def test_metrics_of_two_processes_are_those_of_one(toy, shapes, tmp_path, repo):
+    """What runs make is shared out; line for line the manifests are the same."""
+    solid = [shapes.run, '--device', 'cpu']
+    jobs = [['shapes', *solid, *'--res 12 --points 50 --steps 2 --batch 1 --threshold 0.1'.split()],
+            ['shapes', *solid, *'--reconstructions --res 12 --points 50 --threshold 0.1'.split()],
+            ['iou', *solid], ['text', *solid, *'--each 2 --steps 2 --res 8'.split()],
+            ['psnr', toy.run, *'--device cpu --batch 2 --num 5'.split()],
+            ['nfe', toy.run, *'--device cpu --num 3 --batch 2 --samplers rk45:1e-1'.split()]]
+    jobs = [['metrics', *map(str, job)] for job in (jobs if repo == ROOT else jobs[:1])]
+    rows = [json.loads(s) for script, *job in jobs for s in done(
+        shapes.folder, f'{script}.py', *job).out.splitlines() if s.startswith('{')]
+    (tmp_path / 'driver.py').write_text(DRIVER)
+    result = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
+         f'--master_port={free_port()}', tmp_path / 'driver.py', repo, json.dumps(jobs)],
+        cwd=shapes.folder, env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [json.loads(s) for s in result.stdout.splitlines() if s.startswith('{')] == rows
 
 
 # ---- misuse ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -586,8 +587,46 @@ def test_grids_have_x_first():
     grid = metrics.occupancy_grid(model, [dict(xy=torch.zeros(1, 4, 4, 4))], 8)
     assert torch.equal(grid[0], (torch.arange(8) >= 4)[:, None, None].expand(8, 8, 8))
     points = torch.rand(20000, 3) * 2 - 1
-    stored = type('Stored', (), dict(volume=lambda self, i: (points, points[:, 1] > 0)))()
+    stored = SimpleNamespace(volume=lambda i: (points, points[:, 1] > 0), voxels=lambda i, cells: None)
     grid = metrics.true_grid(stored, 0, 8)
     assert torch.equal(grid, (torch.arange(8) >= 4)[None, :, None].expand(8, 8, 8))
+    stored.voxels = lambda i, cells: torch.rand(8, 8, 8) > i
+    assert metrics.true_grid(stored, 0, 8).all() and not metrics.true_grid(stored, 1, 8).any()
     ends = metrics.unit_cube_grid(32, ends=True)
     assert ends.abs().max() == pytest.approx(0.5 / 0.55) and len(ends) == 32 ** 3
+
+
+@pytest.mark.mutation('metrics.py', 'ends=published)', 'ends=False)')
+@pytest.mark.mutation('metrics.py', 'found == numbers[label]', 'found == label')
+def test_the_published_classifier_knows_the_classes_by_their_numbers(tmp_path, monkeypatch):
+    """Clip-Forge's file names no classes; its grids reach from face to face."""
+    torch.save(dict(model=metrics.VoxelClassifier().state_dict()), tmp_path / 'best.pt')
+    args = SimpleNamespace(classifier=tmp_path / 'best.pt', device='cpu', a='run')
+    classifier = metrics.open_classifier(args, ['04379243', '03001627'])
+    assert classifier[1:] == ([10, 4], True)
+    model, asked = tiny().eval(), []
+    model.query = lambda xi, p: asked.append(p) or p[..., :1]
+    monkeypatch.setattr(metrics, 'classify', lambda net, grids: torch.tensor([4, 10, 10, 4, 4]))
+    assert metrics.accuracy(model, [dict(xy=torch.zeros(1, 4, 4, 4))], 1, *classifier) == 60
+    assert torch.cat(asked, 1).abs().max().item() == pytest.approx(0.5 / 0.55)
+    with pytest.raises(ValueError, match='does not know the class .*a'):
+        metrics.open_classifier(args, ['a'])
+
+
+@pytest.mark.mutation('data.py', '.transpose(0, 2, 1).astype(bool)', '.astype(bool)')
+def test_binvox(shapenet):
+    """Run lengths along x, z, y as published; another file is refused in one line."""
+    voxels = np.random.RandomState(0).rand(5, 5, 5) < 0.2
+    values = [voxels[x, y, z] for x in range(5) for z in range(5) for y in range(5)]
+    runs = [(v, len(list(same))) for v, same in itertools.groupby(values)]
+    body = bytes(int(b) for pair in runs for b in pair)
+    shapes = data.make_dataset('shapenet', shapenet[0], 'train')
+    assert shapes.voxels(0, 5) is None
+    file = shapes.folders[shapes.names[0]] / 'model.binvox'
+    header = b'#binvox 1\ndim 5 5 5\ntranslate -0.5 -0.5 -0.5\nscale 1\ndata\n'
+    file.write_bytes(header + body)
+    assert np.array_equal(shapes.voxels(0, 5), voxels) and shapes.voxels(0, 32) is None
+    for bad in (b'', header, header + body[:-2], body, header + body[:-1]):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match='model.binvox: not a readable .binvox'):
+            shapes.voxels(0, 5)

@@ -3,6 +3,7 @@ import contextlib
 import gzip
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 import common
+import data
 import encoders
 import inr
 import ldm
@@ -334,6 +336,52 @@ def test_other_files_are_no_clip(tmp_path, merges):
     torch.save(random_clip(), tmp_path / 'x.pt')
     reader = encoders.text_reader(str(tmp_path / 'x.pt'))
     assert reader.channels == 64 and reader(['the', '']).shape == (2, 77, 64)
+
+
+class Captioned(data.Items):
+    names, labels, groups = 'abc', [1, 0, 0], ['03001627', '04379243']
+    captions = [['the', 'chair'], [], ['chair']]
+
+
+@pytest.mark.mutation('metrics.py', 'v * to_cube, f', 'v, f')
+@pytest.mark.mutation('metrics.py', 'captions[i][0]\n', 'captions[0][0]\n')
+def test_metrics_of_text(tmp_path, merges, monkeypatch, capsys):
+    """TMD, accuracy and CLIP-S of balls whose radius the caption decides, by CLIP's own parts."""
+    torch.save(random_clip(vision=64), tmp_path / 'clip.pt')
+    state = metrics.VoxelClassifier().state_dict()
+    state['projection.7.weight'].zero_()
+    state['projection.7.bias'].copy_(torch.arange(13) == 10)
+    torch.save(dict(model=state), tmp_path / 'best.pt')
+    balls = {'the': (0.3, 0.4), 'chair': (0.2, 0.0)}
+
+    def field(xi, p):
+        return (xi[0]['r'][:, None, None] - p.norm(dim=2, keepdim=True)).expand(-1, -1, 1)
+    vae = SimpleNamespace(
+        config=SimpleNamespace(extent=1.0, threshold=0.5, domain='shape'), query=field,
+        decode=lambda z: [dict(r=z)], parameters=lambda: iter([torch.zeros(1)]),
+        surfaces=lambda xi, cells: [inr.extract_mesh(lambda p: r - p.norm(dim=1), cells)
+                                    for r in xi[0]['r']])
+    opened = SimpleNamespace(path='run', vae=vae, info=dict(step=7), r=16,
+                             ldm=SimpleNamespace(config=SimpleNamespace(text='bytes')))
+    dataset = Captioned()
+    monkeypatch.setattr(metrics, 'open_run', lambda path, args, stage=2: opened)
+    monkeypatch.setattr(metrics, 'open_data', lambda opened, split: dataset)
+    monkeypatch.setattr(metrics, 'said', lambda opened, reader, caption, args: (
+        torch.tensor(balls[caption]), 20.0))
+    metrics.main(['text', 'run', '--res', '16', '--classifier', str(tmp_path / 'best.pt'), '--clip',
+                  '--weights', str(tmp_path / 'clip.pt'), '--views', 'even', '--device', 'cpu'])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (row['captions'], row['empty'], row['nfe'], row['forwards']) == (2, 1, 20, 40)
+    assert row['accuracy'] == 50 and row['classifier_grid'] == 'ends'
+    small, large = (metrics.occupancy_grid(vae, [dict(r=torch.tensor([r]))], 16) for r in balls['the'])
+    overlap = (small & large).sum() / (small | large).sum()
+    assert row['tmd'] == pytest.approx(overlap.item() / 2, abs=1e-6)  # a ball and none: 0
+    clip, best = metrics.load_network('clip', tmp_path / 'clip.pt'), []
+    for caption, radii in balls.items():
+        meshes = vae.surfaces([dict(r=radii)], 64)
+        pictures = torch.cat([metrics.drawn_views((0.55 * v, f), 'even') for v, f in meshes])
+        best.append(metrics.clip_score(clip, pictures, caption))
+    assert row['clip_s'] == pytest.approx(np.mean(best), abs=1e-4)
 
 
 # ---- conditions --------------------------------------------------------------------------------
