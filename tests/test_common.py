@@ -117,8 +117,9 @@ def test_stream_resumes_at_a_step_with_any_workers():
     straight = common.stream(Numbers(20), args, 0, 0, 1)
     batches = [next(straight) for _ in range(12)]  # six steps
     resumed = common.stream(Numbers(20), arguments(**{**vars(args), 'workers': 2}), 4, 0, 1)
-    for batch in batches[8:]:
-        other = next(resumed)
+    others = [next(resumed) for _ in batches[8:]]
+    del resumed  # stop its workers: the frames of a failure would keep them, and stop them slowly
+    for batch, other in zip(batches[8:], others):
         assert torch.equal(batch['i'], other['i']) and torch.equal(batch['u'], other['u'])
     assert batches[0]['u'][0] == common.Stream(Numbers(20), 9)[0]['u']
 
@@ -465,10 +466,15 @@ def test_errors_of_workers_and_of_memory_are_one_line(capsys):
             torch.empty(2 ** 60)
         except RuntimeError as error:
             raise error
-    for main, message in (
-            (lambda: next(iter(torch.utils.data.DataLoader(Broken(), num_workers=1))),
-             'error: 3 of 4 files: ValueError: inside'),
-            (huge, 'try a smaller size or --batch')):
+
+    def broken():
+        batches = iter(torch.utils.data.DataLoader(Broken(), num_workers=1))
+        try:
+            next(batches)
+        finally:
+            batches._shutdown_workers()  # the frames of the error would keep them
+    for main, message in ((broken, 'error: 3 of 4 files: ValueError: inside'),
+                          (huge, 'try a smaller size or --batch')):
         try:
             common.run(main)
         except SystemExit as caught:
