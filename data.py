@@ -651,7 +651,7 @@ def count_frames(files, name):
 def read_frames(files, video, numbers, resolution=0):
     """uint8 (T,H,W,3): the frames of these numbers, with a resolution the centre squares, reduced.
 
-    OSError if one cannot be read, or if they differ in size.
+    OSError if one cannot be read, or if they differ in size; ValueError if they are smaller.
     """
     try:
         if video.animated:
@@ -662,11 +662,15 @@ def read_frames(files, video, numbers, resolution=0):
             for k in numbers:
                 with files.open(video.frames[k]) as image:
                     frames.append(to_rgb(image))
-        if resolution:
-            frames = [resize(square(f), resolution) for f in frames]
-        return np.stack([np.asarray(f) for f in frames])
+        whole = np.stack([np.asarray(f) for f in frames])
     except Exception as error:  # a decoder may raise anything on a broken file
         raise OSError(f'{video.name}: cannot be read ({reason(error)})') from None
+    if not resolution:
+        return whole
+    if min(frames[0].size) < resolution:
+        raise ValueError(f'{video.name}: frames of {frames[0].size[0]} x {frames[0].size[1]} '
+                         f'pixels are less than {resolution} a side')
+    return np.stack([resize(square(f), resolution) for f in frames])
 
 
 def seek(image, k):

@@ -12,8 +12,8 @@
     NFE        network calls of one sampling
 
 The networks are written from their descriptions and filled from files that others publish; without
-the file there is no number. Statistics are float64, features float32. Under torchrun the features
-are shared out over the processes, and the numbers stay the same.
+the file there is no number. Statistics are float64, features float32. Under torchrun the work
+is shared out over the processes, and the numbers stay the same.
 Departures from the authors' evaluation: fakes are rounded to uint8 (`--float` leaves them),
 pictures are resized as TensorFlow 1 did (`--resize pytorch` is theirs), reals are neither flipped
 nor shuffled, and every result prints its whole protocol as one line of JSON.
@@ -1119,6 +1119,7 @@ class Pictures:
     items: Sequence  # names or numbers
     read: Callable  # a part of the items -> batches, each of one size
     about: dict  # what the manifest says of it; reading may add to it
+    sizes: set = field(default_factory=set)  # (shorter, longer) side of the pictures in it
     key: dict = field(default_factory=dict)  # what its content depends on, for the cache
     finish: Callable = lambda: None  # after a pass: raises if too much could not be read
 
@@ -1240,8 +1241,26 @@ def folder_pictures(folder, resolution=0, limit=None):
     files = data.find_files(folder)
     names = files.names[:limit]
     reader = Readable(files.root, len(names), lambda name: read_picture(files, name, resolution))
-    return Pictures(names, reader, about_files(folder, resolution), dict(
+    sizes = {(resolution, resolution)} if resolution else set(data.threaded(
+        partial(size_of, files), names, 'reading headers')) - {None}
+    return Pictures(names, reader, about_files(folder, resolution), sizes, dict(
         names=names, facts=facts(files, names), resolution=resolution), reader.finish)
+
+
+def size_of(files, name):
+    """(shorter, longer) side of a picture by its header, None if that cannot be read."""
+    try:
+        with files.open(name) as image:
+            return tuple(sorted(image.size))
+    except Exception:  # a decoder may raise anything on a broken file; its reader will say so
+        return None
+
+
+def require_one_size(real, fake):
+    """ValueError where the fakes have one size and the reals, measured with them, others."""
+    require(len(fake.sizes) != 1 or real.sizes == fake.sizes or not real.sizes,
+            f'the fakes are {"{} x {}".format(*min(fake.sizes, default=(0, 0)))} pixels, the reals '
+            f'{"{} x {}".format(*min(real.sizes, default=(0, 0)))} and more: give --res')
 
 
 def about_files(folder, resolution):
@@ -1252,11 +1271,12 @@ def about_files(folder, resolution):
 
 
 def facts(files, names):
-    """Size and time of the files that hold these pictures, by which a change is noticed."""
-    root = Path(files.root)
+    """Place, size and time of the files that hold these pictures: by these a change is noticed."""
+    root = Path(files.root).resolve()
     paths = ([root / n for n in names] if isinstance(files, data.Folder) else
              [root / 'data.mdb' if root.is_dir() else root])
-    return [(f.st_size, f.st_mtime_ns) for f in (p.stat() for p in paths)]
+    found = [p.stat() if p.exists() else None for p in paths]  # a link may lead nowhere
+    return [str(root), *(f and (f.st_size, f.st_mtime_ns) for f in found)]
 
 
 # ---- runs: everything that asks a trained model or its data set --------------------------------
@@ -1338,6 +1358,7 @@ def run_reals(opened, split, limit):
     pixels = hashlib.sha256(probe.numpy().tobytes()).hexdigest()
     return Pictures(index, read, dict(source=opened.path, split=split, resolution=opened.R,
                                       quantised=True, resized='as in training'),
+                    {(opened.R, opened.R)},
                     dict(names=names, facts=stamps, pixels=pixels, n=n, resolution=opened.R))
 
 
@@ -1375,12 +1396,12 @@ def render(opened, z, args):
     return opened.vae.render(xi, (opened.R, opened.R))
 
 
-def sampling(opened, args):
-    """What a manifest says of how a run is sampled."""
+def sampling(opened, args, together=None):
+    """What a manifest says of how a run is sampled, `together` (default --batch) at a time."""
     about = dict(source=opened.path, step=opened.info['step'], seed=args.seed, sampler=args.sampler,
                  precision='bfloat16' if args.amp else 'float32', **solver_settings(args))
     if args.sampler == 'rk45':
-        about['shared_steps'] = args.batch  # its step sizes are those of a whole batch
+        about['shared_steps'] = together or args.batch  # step sizes are those of a whole batch
     return about
 
 
@@ -1399,7 +1420,7 @@ def run_samples(opened, args):
 
     def finish():
         about['nfe'] = float(np.mean(sum(gather(calls), [])))
-    return Pictures(range(args.num), read, about, finish=finish)
+    return Pictures(range(args.num), read, about, {(opened.R, opened.R)}, finish=finish)
 
 
 @torch.no_grad()
@@ -1425,7 +1446,8 @@ def run_reconstructions(opened, args, n):
             yield quantise(reconstruct(opened, dataset, part, args), args.float)
     return Pictures(index, read, dict(
         source=opened.path, step=opened.info['step'], posterior=args.posterior, seed=args.seed,
-        r=opened.r, resolution=opened.R, bicubic=args.bicubic, quantised=not args.float))
+        r=opened.r, resolution=opened.R, bicubic=args.bicubic, quantised=not args.float),
+        {(opened.R, opened.R)})
 
 
 # ---- statistics kept on disk -------------------------------------------------------------------
@@ -1481,6 +1503,10 @@ def open_network(kind, args):
     return net
 
 
+TRAIN_AS_FAKES = ('--fakes train: give one run and --split test, against which its training part '
+                  'stands for samples')
+
+
 def real_and_fake(args):
     """The two sets of a command: A and B, or a run's own data and its samples."""
     only = args.b is None
@@ -1490,13 +1516,15 @@ def real_and_fake(args):
         raise ValueError('--float: pictures in files are rounded already; leave it out')
     a = open_run(args.a, args) if is_run(args.a) else None
     b = a if only else open_run(args.b, args) if is_run(args.b) else None
+    resolution = args.res or (a.R if a else b.R if b else 0)  # a folder is read as the run's are
     real = (run_reals(a, args.split, args.num_real) if a else
-            folder_pictures(args.a, args.res, args.num_real))
+            folder_pictures(args.a, resolution, args.num_real))
     if args.fakes == 'train':
-        require(only and args.split == 'test', '--fakes train: give one run and --split test, '
-                'against which its training pictures stand for samples')
+        require(only and args.split == 'test', TRAIN_AS_FAKES)
         return real, run_reals(a, 'train', args.num)
-    return real, run_samples(b, args) if b else folder_pictures(args.b, args.res, args.num)
+    fake = run_samples(b, args) if b else folder_pictures(args.b, resolution, args.num)
+    require_one_size(real, fake)
+    return real, fake
 
 
 def frechet_between(net, real, fake, args, name='fid'):
@@ -1557,8 +1585,9 @@ def run_psnr(args):
     """`likeness` of a run's split to its reconstructions, and the protocol."""
     opened = open_run(args.a, args, stage=1)
     dataset, train = open_data(of_pictures(opened), args.split), open_data(opened, 'train')
-    seen = min(len(train), 1000)
-    mean = sum(stacked(train, part, opened.R).sum(0) for part in pieces(range(seen), 100)) / seen
+    seen = spread(len(train), 1000)
+    mean = sum(shared(lambda part: stacked(train, part, opened.R).sum(0),
+                      list(pieces(seen, args.batch)), 'mean picture', 'batch')) / len(seen)
 
     def measure(part):
         part = readable(dataset, part)
@@ -1642,7 +1671,7 @@ def folder_clips(folder, args, side):
     videos = data.find_videos(files)
     clips = draw_clips([len(v) for v in videos], args.frames, args.interval, args.num,
                        (args.seed, side))
-    span = (args.frames - 1) * args.interval + 1
+    span, broken = (args.frames - 1) * args.interval + 1, {v.name for v in videos if not len(v)}
     require(clips, f'{folder}: {len(videos)} videos, none of {span} frames')
     used = sorted({v for v, _ in clips})
 
@@ -1650,13 +1679,15 @@ def folder_clips(folder, args, side):
         numbers = range(clip[1], clip[1] + args.frames * args.interval, args.interval)
         return torch.from_numpy(data.read_frames(files, videos[clip[0]], numbers, args.res)
                                 ).permute(3, 0, 1, 2)
-    reader = Readable(files.root, len(clips), read, 'clips', lambda clip: videos[clip[0]].name)
+    reader = Readable(files.root, len(clips) + len(broken), read, 'clips',
+                      lambda clip: videos[clip[0]].name)
+    reader.bad |= broken
     about = dict(about_files(folder, args.res), videos=len(videos), used=len(used),
-                 too_short=sum(len(v) < span for v in videos),
+                 too_short=sum(0 < len(v) < span for v in videos),
                  clips_per_video=len(clips) / len(used),
                  codec=Path(videos[used[0]].frames[0]).suffix)
     frames = [n for v in used for n in dict.fromkeys(videos[v].frames)]
-    return Pictures(clips, reader, about, dict(
+    return Pictures(clips, reader, about, set(), dict(
         names=[(videos[v].name, start) for v, start in clips], facts=facts(files, frames),
         resolution=args.res, frames=args.frames, interval=args.interval), reader.finish)
 
@@ -1773,22 +1804,31 @@ def only_level(xi, kept):
 LUMINANCE = [[[0.299]], [[0.587]], [[0.114]]]  # of R, G, B: ITU-R BT.601
 
 
+def spectra(opened, z):
+    """Of all basis fields and of each alone: pictures beside their spectra, and radial_energy.
+
+    {'all', 'xi1', ...: ((B,2,3,R,R), dict)} of latents (B,C,L); the other fields are zeroed.
+    """
+    xi, found = opened.vae.decode(z), {}
+    for kept in (None, *range(len(xi))):
+        x = opened.vae.render(only_level(xi, kept), (opened.R, opened.R)).clamp(-1, 1).cpu()
+        magnitude = spectrum((x * x.new_tensor(LUMINANCE)).sum(1))
+        seen = torch.stack([equalise(m) for m in magnitude.log1p()]).float() * 2 - 1
+        found['all' if kept is None else f'xi{kept + 1}'] = (
+            torch.stack([x, seen[:, None].expand_as(x)], dim=1), radial_energy(magnitude))
+    return found
+
+
 @torch.no_grad()
 def spectrum_command(args):
     """What each basis field adds: samples with all fields but one zeroed, and spectra (Fig. 7)."""
     opened = of_pictures(open_run(args.a, args))
-    z, _ = sampled_latents(opened, args, range(args.num))
-    xi = opened.vae.decode(z)
-    kinds = {'all': None} | {f'xi{i + 1}': i for i in range(len(xi))}
-    rows, values = [], {}
-    for name, kept in kinds.items():
-        x = opened.vae.render(only_level(xi, kept), (opened.R, opened.R)).clamp(-1, 1).cpu()
-        magnitude = spectrum((x * x.new_tensor(LUMINANCE)).sum(1))
-        seen = torch.stack([equalise(m) for m in magnitude.log1p()]).float() * 2 - 1
-        rows.append(torch.stack([x, seen[:, None].expand_as(x)], dim=1))
-        values[name] = {k: v.mean(0).tolist() for k, v in radial_energy(magnitude).items()}
+    parts = [spectra(opened, z) for z in all_latents(opened, args)[0].split(args.batch)]
+    rows = [torch.cat([part[name][0] for part in parts]) for name in parts[0]]
+    values = {name: {k: torch.cat([part[name][1][k] for part in parts]).mean(0).tolist()
+                     for k in energy} for name, (_, energy) in parts[0].items()}
     if first_process():
-        data.save_grid(args.picture, torch.stack(rows, dim=2).flatten(0, 2), columns=len(kinds))
+        data.save_grid(args.picture, torch.stack(rows, dim=2).flatten(0, 2), columns=len(rows))
     named = '  '.join(f'{k} {v["centroid"]:.3f}' for k, v in values.items())
     report(args, f'spectral centroid over Nyquist: {named}   {args.num} samples at {opened.R}; '
                  f'{args.picture}',
@@ -1811,15 +1851,24 @@ def encoded(opened, dataset, i, args):
     return opened.vae.decode(opened.vae.encode(cloud).mean)
 
 
+DIVERGED = 'the field holds NaN: the run has diverged'
+
+
 def mean_shape(dataset, cells=64, limit=1000):
-    """Share of up to `limit` shapes that fill each cell of the box: (cells,)*3, z first."""
+    """Share of up to `limit` shapes that fill each cell of the box: (cells,)*3, z first.
+
+    With too few shapes for `cells`, the cells are doubled until each has a point in it.
+    """
     inside, seen = torch.zeros(cells ** 3), torch.zeros(cells ** 3)
     for i in spread(len(dataset), limit):
         points, occupied = dataset.volume(i, 20_000)
         cell = cell_numbers(points, cells)
         seen += torch.bincount(cell, minlength=cells ** 3)
         inside += torch.bincount(cell[occupied], minlength=cells ** 3)
-    return (inside / seen.clamp(min=1)).view(cells, cells, cells)
+    seen, inside = (v.view(1, 1, cells, cells, cells) for v in (seen, inside))
+    while not seen.all() and seen.shape[2] > 1:
+        seen, inside = (8 * F.avg_pool3d(v, 2) for v in (seen, inside))
+    return (inside / seen.clamp(min=1))[0, 0]
 
 
 def cell_numbers(points, cells):
@@ -1833,14 +1882,15 @@ def iou_command(args):
     """Held-out IoU of a run's reconstructions, on every stored point, by class."""
     opened = open_shapes(args.a, args, stage=1)
     dataset = open_data(opened, args.split)
-    mean = (mean_shape(open_data(opened, 'train')) > 0.5).flatten()
+    mean = mean_shape(open_data(opened, 'train')) > 0.5
 
     def measure(i):
         xi = encoded(opened, dataset, i, args)
         points, inside = dataset.volume(i)
         logits = torch.cat([opened.vae.query(xi, part)[0, :, 0].cpu()
                             for part in points.to(args.device).split(2 ** 15)])
-        guesses = torch.stack([logits > 0, mean[cell_numbers(points, 64)]])
+        require(logits.isfinite().all(), DIVERGED)
+        guesses = torch.stack([logits > 0, mean.flatten()[cell_numbers(points, len(mean))]])
         return iou(guesses, inside.expand_as(guesses)), len(points)
     index = readable(dataset, spread(len(dataset), args.num))
     values, points = zip(*shared(measure, index, 'reconstructing', 'shape'))
@@ -1851,16 +1901,17 @@ def iou_command(args):
     report(args, f'IoU {ious.mean():.4f}   {len(ious)} shapes, {max(points)} points each; the '
                  f'mean training shape gives {plain.mean():.4f}; by class: {named}',
            dict(iou=ious.mean().item(), n=len(ious), points=max(points), threshold=0.5,
-                mean_shape=plain.mean().item(), classes=groups, posterior='mean',
+                mean_shape=plain.mean().item(), mean_cells=len(mean), classes=groups,
+                posterior='mean',
                 source=opened.path, step=opened.info['step'], split=args.split))
 
 
-def surface_cloud(vertices, faces, n, seed):
-    """n points uniform on a mesh; the origin n times for an empty one."""
+def surface_cloud(vertices, faces, n, *key):
+    """n points uniform on a mesh, by a key; the origin n times for an empty one."""
     if not len(faces):
         return torch.zeros(n, 3)
     points, _ = data.surface_points(np.asarray(vertices, 'float64'), np.asarray(faces), n,
-                                    seeded('surface', seed))
+                                    seeded('surface', *key))
     return torch.from_numpy(points).float()
 
 
@@ -1877,20 +1928,21 @@ def cloud_source(path, args, kind):
         return extracted_clouds(opened, args, kind, about)
     split = 'train' if kind == 'train' else args.split
     dataset = open_data(opened, split)
-    clouds = [dataset.draw_surface(i, args.points, seeded('surface', i))
+    clouds = [dataset.draw_surface(i, args.points, seeded('surface', args.seed, i))
               for i in readable(dataset, spread(len(dataset), args.num))]
     return torch.from_numpy(np.stack(clouds)).float(), dict(about, split=split)
 
 
 def mesh_clouds(folder, args):
-    """`cloud_source` of the first --num meshes of a folder."""
-    meshes = list(data.find_meshes(folder, {}).values())[:args.num]
+    """`cloud_source` of --num meshes of a folder, evenly spread."""
+    every = list(data.find_meshes(folder, {}).values())
+    meshes = [every[k] for k in spread(len(every), args.num)]
 
     def read(k):
-        return surface_cloud(*data.read_mesh(meshes[k]), args.points, k)
+        return surface_cloud(*data.read_mesh(meshes[k]), args.points, args.seed, k)
     reader = Readable(folder, len(meshes), read, 'meshes', lambda k: str(meshes[k]), ValueError)
     clouds = reader.all(range(len(meshes)), 'mesh')
-    return torch.stack(clouds), dict(source=str(folder), kind='meshes')
+    return torch.stack(clouds), dict(source=str(folder), kind='meshes', found=len(every))
 
 
 @torch.no_grad()
@@ -1908,7 +1960,7 @@ def extracted_clouds(opened, args, kind, about):
         xi = (opened.vae.decode(z[k:k + 1]) if kind == 'samples' else
               encoded(opened, dataset, index[k], args))
         (vertices, faces), = opened.vae.surfaces(xi, args.res or 128, args.threshold or None)
-        return surface_cloud(vertices.cpu(), faces.cpu(), args.points, k), not len(faces)
+        return surface_cloud(vertices.cpu(), faces.cpu(), args.points, args.seed, k), not len(faces)
     found = shared(extract, range(len(z if kind == 'samples' else index)), 'extracting', 'mesh')
     clouds, empty = zip(*found)
     about.update(resolution=args.res or 128, empty=sum(empty),
@@ -1923,12 +1975,15 @@ def shapes_command(args):
     kind = 'reconstructions' if args.reconstructions else args.fakes
     require(not args.reconstructions or args.fakes == 'samples', '--reconstructions and --fakes: '
             'give one of them')
+    require(not args.reconstructions or is_run(b), f'--reconstructions: {b} is not a run')
+    require(args.fakes == 'samples' or not args.b and args.split == 'test', TRAIN_AS_FAKES)
     refs, real = cloud_source(a, args, 'reals')
     vars(args).update(num=len(refs))
     fakes, fake = cloud_source(b, args, kind)
     n = min(len(refs), len(fakes))
     refs, fakes = (clouds[spread(len(clouds), n)] for clouds in (refs, fakes))
-    about = dict(n_ref=len(refs), n_fake=len(fakes), points=args.points, real=real, fake=fake)
+    about = dict(n_ref=len(refs), n_fake=len(fakes), points=args.points, seed=args.seed, real=real,
+                 fake=fake)
     for radius, centre in ((1.0, 'box'), (0.5, 'mean')):
         clouds = [unit_sphere(c.to(args.device), radius, centre) for c in (refs, fakes)]
         for squared, values in zip((True, False), compare_clouds(*clouds)):
@@ -1959,6 +2014,7 @@ def occupancy_grid(vae, xi, cells, ends=False):
     """
     points = unit_cube_grid(cells, ends).to(next(vae.parameters()).device)
     values = torch.cat([vae.query(xi, part[None])[..., 0] for part in points.split(2 ** 15)], dim=1)
+    require(values.isfinite().all(), DIVERGED)
     level = math.log(vae.config.threshold / (1 - vae.config.threshold))
     return (values > level).unflatten(1, (cells,) * 3).cpu()
 
@@ -2058,7 +2114,8 @@ def text_command(args):
     dataset = open_data(opened, args.split)
     require(opened.ldm.config.text, f'{args.a}: reads no text; train stage 2 with --text')
     reader = text_reader(args.reader or opened.ldm.config.text, args.device)
-    index = [i for i in spread(len(dataset), args.num) if dataset.captions[i]]
+    told = [i for i in range(len(dataset)) if dataset.captions[i]]
+    index = [told[k] for k in spread(len(told), args.num)]
     require(index, f'{args.a}: no caption among its {args.split} shapes')
     classifier = open_classifier(args, dataset.groups) if args.classifier else None
     clip = load_network('clip', args.weights).to(args.device) if args.clip else None
@@ -2106,8 +2163,9 @@ def tell_text(args, opened, classifier, clip, values):
         line += f'   CLIP-S {values["clip_s"]:.2f}'
     report(args, f'{line}   {values["captions"]} captions, {args.each} samples each, w '
                  f'{args.guidance:g}, {values["empty"]} empty',
-           dict(**values, **sampling(opened, args), each=args.each, guidance=args.guidance,
-                grid=args.res or 64, threshold=opened.vae.config.threshold, split=args.split,
+           dict(**values, **sampling(opened, args, args.each), each=args.each,
+                guidance=args.guidance, grid=args.res or 64, split=args.split,
+                threshold=opened.vae.config.threshold,
                 text=args.reader or opened.ldm.config.text, template='none',
                 views=args.views if clip else None, views_mesh=64 if clip else None,
                 views_size=256 if clip else None, clip=clip.source if clip else None,
@@ -2140,8 +2198,14 @@ def parse_samplers(text):
     return out
 
 
+OF_FID = 'weights', 'resize', 'res', 'num_real', 'split', 'float', 'bicubic', 'ddof', 'no_cache'
+
+
 def nfe_command(args):
     """Network calls of samplers on the same seeds, and with --fid the FID of each."""
+    plain = vars(build_parser().parse_args(['nfe', args.a]))
+    idle = [k for k in OF_FID if getattr(args, k) != plain[k]]
+    require(args.fid or not idle, f'--{"".join(idle[:1])}: says how FID is measured; add --fid')
     opened = open_run(args.a, args)
     net = open_network('inception', args) if args.fid else None
     real = run_reals(opened, args.split, args.num_real) if args.fid else None
@@ -2210,12 +2274,12 @@ FVD = ('weights', 'preset', 'eps', 'frames', 'interval', 'ddof', 'res', 'num', '
        'batch')
 SOLVER = ('sampler', 'steps', 'rtol', 'atol', 'seed', 'amp')
 COMMANDS = dict(  # name: (function, flags, positional arguments, defaults of its own)
-    iou=(iou_command, ('num', 'split'), 'A', dict(split='test')),
+    iou=(iou_command, ('num', 'split'), 'RUN', dict(split='test')),
     shapes=(shapes_command, ('num', 'split', 'fakes', 'reconstructions', 'points', 'res',
                              'threshold', 'batch', *SOLVER), 'A [B]', dict(split='test')),
     text=(text_command, ('num', 'split', 'each', 'guidance', 'res', 'classifier', 'reader', 'clip',
-                         'weights', 'views', *SOLVER), 'A', dict(split='test', num=234)),
-    classifier=(classifier_command, ('num', 'split', 'classifier', 'steps', 'seed'), 'A',
+                         'weights', 'views', *SOLVER), 'RUN', dict(split='test', num=234)),
+    classifier=(classifier_command, ('num', 'split', 'classifier', 'steps', 'seed'), 'RUN',
                 dict(split='test', classifier='weights/classifier.pt', steps=1000)),
     fid=(fid_command, (*SETS, 'fakes', 'ddof', 'no_cache'), 'A [B]', {}),
     pr=(pr_command, (*SETS, 'fakes', 'features', 'k'), 'A [B]', {}),
@@ -2223,14 +2287,13 @@ COMMANDS = dict(  # name: (function, flags, positional arguments, defaults of it
     rfvd=(fvd_command, FVD, 'A B', dict(ddof=None, num=2048, batch=8)),
     nn=(nn_command, (*SETS, 'features', 'k', 'picture'), 'A [B]',
         dict(num=8, k=7, picture='out/nn.png', fakes='samples')),
-    spectrum=(spectrum_command, ('res', 'num', 'picture', *SOLVER), 'A',
+    spectrum=(spectrum_command, ('res', 'num', 'picture', 'batch', *SOLVER), 'RUN',
               dict(num=4, picture='out/spectrum.png')),
     psnr=(psnr_command, ('res', 'num', 'split', 'posterior', 'seed', 'bicubic', 'batch'), 'A [B]',
           dict(split='test')),
     rfid=(rfid_command, ('weights', 'resize', 'res', 'num', 'split', 'posterior', 'seed', 'float',
-                         'bicubic', 'ddof', 'no_cache', 'batch'), 'A', {}),
-    nfe=(nfe_command, ('samplers', 'fid', 'weights', 'resize', 'res', 'num', 'num_real', 'split',
-                       'seed', 'amp', 'float', 'bicubic', 'ddof', 'no_cache', 'batch'), 'A',
+                         'bicubic', 'ddof', 'no_cache', 'batch'), 'RUN', {}),
+    nfe=(nfe_command, ('samplers', 'fid', 'num', 'seed', 'amp', 'batch', *OF_FID), 'RUN',
          dict(num=32)))
 
 
@@ -2247,7 +2310,22 @@ HELP = {  # where a flag means something else in one command
     ('rfvd', 'ddof'): 'covariance over n - ddof; none: the preset\'s',
     ('fvd', 'res'): 'first bring frames to this side; 0: as stored',
     ('rfvd', 'res'): 'first bring frames to this side; 0: as stored',
-    ('psnr', 'num'): 'pictures at most', ('rfid', 'num'): 'pictures at most'}
+    ('psnr', 'num'): 'pictures at most', ('rfid', 'num'): 'pictures at most',
+    ('spectrum', 'num'): 'samples to draw and to take the mean of',
+    ('nfe', 'num'): 'samples of each sampler',
+    ('fvd', 'seed'): 'of the first frames of the clips',
+    ('rfvd', 'seed'): 'of the first frames of the clips',
+    ('psnr', 'seed'): 'of --posterior sample', ('rfid', 'seed'): 'of --posterior sample',
+    ('classifier', 'seed'): 'of the first weights and of the order of the shapes',
+    ('text', 'seed'): 'sample k of a caption has seed + k',
+    ('shapes', 'seed'): 'sample k has seed + k; also of the points on the surfaces'}
+
+PLACES = {  # what a command takes: (help of A, help of B)
+    'RUN': ('run: a folder below runs/, its name, or a checkpoint', ''),
+    'A B': ('folder or zip of real videos: frame folders or animated files',
+            'folder or zip of the videos to compare with them'),
+    'A [B]': ('run, or folder or zip of real {}',
+              'run, folder or zip to compare with A; none: A is a run, and its samples are')}
 
 
 def build_parser():
@@ -2258,12 +2336,12 @@ def build_parser():
     for name, (function, flags, positional, defaults) in COMMANDS.items():
         about = function.__doc__.splitlines()[0]
         command = commands.add_parser(name, help=about, description=about)
-        command.add_argument('a', metavar='A', help='run, or folder of (real) pictures, meshes or '
-                                                    'videos')
-        if 'B' in positional:
-            more = dict(nargs='?') if '[' in positional else {}
-            command.add_argument('b', metavar='B', help='folder or run to compare it with'
-                                 + '; none: A is a run' * bool(more), **more)
+        of_a, of_b = PLACES[positional]
+        things = 'meshes' if name == 'shapes' else 'pictures'
+        command.add_argument('a', metavar=positional.split()[0], help=of_a.format(things))
+        if of_b:
+            command.add_argument('b', metavar='B', help=of_b,
+                                 **dict(nargs='?') if '[' in positional else {})
         for flag in (*flags, 'device', 'out'):
             command.add_argument(f'--{flag}', **dict(FLAGS[flag], help=HELP.get(
                 (name, flag), FLAGS[flag]['help'])))
@@ -2279,6 +2357,9 @@ def main(argv=None):
         value = getattr(args, name, least)
         require(value >= least, f'--{name} {value}: must be at least {least}')
     require(getattr(args, 'threshold', 0) < 1, '--threshold: must be below 1')
+    for name, value in vars(args).items():
+        require(not isinstance(value, float) or math.isfinite(value), f'--{name} {value}: not '
+                'a finite number')
     _, _, args.device = dist_init(args.device)
     COMMANDS[args.command][0](args)
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -881,6 +882,7 @@ def test_fid_of_folders(capsys, folders, random_file):
 
 
 @pytest.mark.mutation('metrics.py', 'names=names, facts=facts(files, names)', 'names=names')
+@pytest.mark.mutation('metrics.py', 'return [str(root), *(', 'return [*(')
 def test_statistics_of_reals_are_kept(folders, monkeypatch):
     passes = []
 
@@ -889,9 +891,9 @@ def test_statistics_of_reals_are_kept(folders, monkeypatch):
         return stats_of(np.arange(8.).reshape(4, 2))
     monkeypatch.setattr(metrics, 'image_stats', stats)
 
-    def read(sha='s', resize='tf', no_cache=False, **options):
+    def read(sha='s', resize='tf', no_cache=False, folder='A', **options):
         net = SimpleNamespace(source=dict(kind='inception', sha256=sha), resize=resize, dim=2)
-        real = metrics.folder_pictures('A', **options)
+        real = metrics.folder_pictures(folder, **options)
         metrics.real_stats(net, real, SimpleNamespace(no_cache=no_cache, batch=4))
         return len(passes)
     assert [read(), read(), read(no_cache=True), read()] == [1, 1, 2, 2]
@@ -899,6 +901,8 @@ def test_statistics_of_reals_are_kept(folders, monkeypatch):
     assert read() == 6
     data.save_png('A/0.png', torch.zeros(3, 75, 75))
     assert read() == 7
+    shutil.copytree('A', 'C')  # the same names, sizes and times
+    assert read(folder='C') == 8
 
 
 @pytest.mark.mutation('metrics.py', "f'precision {precision:.4f}", "f'precision {recall:.4f}")
@@ -926,7 +930,7 @@ def test_psnr_of_folders(capsys, folders):
 @pytest.mark.mutation('metrics.py', 'for _, same in groupby(read, lambda x: x.shape)',
                       'for _, same in groupby(read, lambda x: x.shape[:1])')
 def test_folder_with_bad_and_unequal_pictures(folders, tmp_path):
-    (tmp_path / 'A/broken.png').write_bytes(b'none')
+    (tmp_path / 'A/link.png').symlink_to('nowhere')
     data.save_png(tmp_path / 'A/wide.png', torch.zeros(3, 20, 40))
     real = metrics.folder_pictures('A')
     try:
@@ -941,6 +945,18 @@ def test_folder_with_bad_and_unequal_pictures(folders, tmp_path):
         (tmp_path / f'A/{name}.png').write_bytes(b'none')
     with pytest.raises(ValueError, match='3 of 10 pictures'):
         list(metrics.folder_pictures('A').batches(9))
+
+
+@pytest.mark.mutation('metrics.py', 'len(fake.sizes) != 1 or', 'True or')
+def test_pictures_of_other_sizes_are_no_reals(folders, colour_network, capsys):
+    for i, x in enumerate(pictures(4, 50)):
+        data.save_png(f'S/{i}.png', x)
+    for command in ('fid', 'pr', 'nn'):
+        with pytest.raises(ValueError, match='fakes are 50 x 50 pixels, the reals 75 x 75'):
+            metrics.main([command, 'A', 'S'])
+    assert result(capsys, 'fid', 'A', 'S', '--res', 50)[0]['real']['resolution'] == 50
+    data.save_png('S/wide.png', torch.zeros(3, 40, 50))  # of no size in common: as they come
+    assert result(capsys, 'fid', 'A', 'S')[0]['n_fake'] == 5
 
 
 class Signals(data.Items):
@@ -1030,7 +1046,20 @@ def test_fid_of_a_run(capsys, toy_run, colour_network):
     close(colour_network.seen[0][:, 0, 0, 0], [.2 * 127.5 + 127.5, .21 * 127.5 + 127.5], 1e-3)
 
 
-@pytest.mark.mutation('metrics.py', "and args.split == 'test', '--fakes", "or True, '--fakes")
+@pytest.mark.mutation('metrics.py', 'args.res or (a.R if a', 'args.res or (0 if a')
+def test_a_folder_is_read_at_the_resolution_of_the_run(capsys, toy_run, colour_network):
+    for i, x in enumerate(pictures(3, 50)):
+        data.save_png(f'S/{i}.png', x)
+    try:
+        manifest, _ = result(capsys, 'fid', toy_run, 'S')
+    except ValueError as error:
+        pytest.fail(str(error))
+    assert manifest['fake']['resolution'] == manifest['real']['resolution'] == 8
+    assert {x.shape[2:] for x in colour_network.seen} == {(8, 8)}
+    assert result(capsys, 'fid', 'S', toy_run, '--num', 3)[0]['real']['resolution'] == 8
+
+
+@pytest.mark.mutation('metrics.py', "only and args.split == 'test', TRAIN", "True, TRAIN")
 @pytest.mark.mutation('metrics.py', "return real, run_reals(a, 'train', args.num)",
                       'return real, real')
 def test_floor_of_a_run(capsys, toy_run, colour_network, monkeypatch):
@@ -1108,6 +1137,8 @@ def test_nfe_table(capsys, toy_run, colour_network):
     assert [r['fake']['nfe'] for r in rows] == [100, 14] and rows[0]['fid'] == rows[1]['fid']
     assert rows[1]['fake']['rtol'] == rows[1]['fake']['atol'] == 1e-5
     assert 'NFE   100.0' in lines[0] and 'rtol 1e-05' in lines[2]
+    with pytest.raises(ValueError, match='--split: says how FID is measured; add --fid'):
+        metrics.main(['nfe', str(toy_run), '--split', 'test'])
     with pytest.raises(ValueError, match='expected NAME:STEPS'):
         metrics.main(['nfe', str(toy_run), '--samplers', 'ddim'])
 
@@ -1198,6 +1229,15 @@ def test_fvd_of_folders(capsys, videos):
     stats = metrics.read_stats(next(Path('cache').iterdir()), 6)
     close(stats.mean, rows.mean(0), 1e-4)
     close(stats.cov, np.cov(rows.T), 1e-3)
+    with pytest.raises(ValueError, match='frames of 20 x 20 pixels are less than 32'):
+        metrics.main(['fvd', 'R', 'F', '--frames', '12', '--res', '32'])
+    for name in ('v0', 'v9'):
+        Path(f'F/{name}.png').write_bytes(b'none')
+    manifest, _ = result(capsys, 'fvd', 'R', 'F', '--frames', 12)
+    assert manifest['n_fake'] == 7 and manifest['fake']['too_short'] == 0
+    Path('F/v5.png').write_bytes(b'none')
+    with pytest.raises(ValueError, match='3 of 9 clips cannot be read'):
+        metrics.main(['fvd', 'R', 'F', '--frames', '12'])
     with pytest.raises(ValueError, match='none of 13 frames'):
         metrics.main(['fvd', 'R', 'F', '--frames', '13'])
 
@@ -1293,9 +1333,10 @@ def test_spectrum_of_a_run(capsys, toy_run, monkeypatch):
     stripes = torch.tensor([1., -1]).repeat(10)[None, None, None].expand(1, 1, 20, 20)
     slow = torch.cos(torch.pi * torch.arange(20) / 10)[:, None].expand(1, 1, 20, 20)
     waves = [torch.cat([slow, stripes, stripes], 1) / 2, torch.cat([stripes] * 3, 1) / 4]
-    monkeypatch.setattr(Model, 'decode', lambda self, z: [dict(xy=w) for w in waves])
+    monkeypatch.setattr(Model, 'decode', lambda self, z: [dict(xy=w.expand(len(z), -1, -1, -1))
+                                                       for w in waves])
     monkeypatch.setattr(Model, 'render', lambda self, xi, size: sum(
-        level['xy'].expand(1, 3, *size) for level in xi))
+        level['xy'] for level in xi))
     manifest, said = result(capsys, 'spectrum', toy_run, '--num', 1, '--res', 20)
     first, second = manifest['fields']['xi1'], manifest['fields']['xi2']
     close(second['centroid'], 1, 1e-6)
@@ -1303,6 +1344,12 @@ def test_spectrum_of_a_run(capsys, toy_run, monkeypatch):
     close(first['thirds'], [wave / (wave + line), 0, line / (wave + line)], 1e-6)
     assert said.startswith('spectral centroid') and 'xi2 1.000' in said
     assert Image.open('out/spectrum.png').size == (3 * 22 + 2, 2 * 22 + 2)
+    many, _ = result(capsys, 'spectrum', toy_run, '--num', 5, '--res', 20, '--batch', 2, '--sampler',
+                     'rk45')
+    for name in ('all', 'xi1', 'xi2'):
+        close(many['fields'][name]['thirds'], manifest['fields'][name]['thirds'], 1e-9)
+    assert many['shared_steps'] == 2
+    assert Image.open('out/spectrum.png').size == (3 * 22 + 2, 10 * 22 + 2)
 
 
 # ---- two processes -----------------------------------------------------------------------------

@@ -628,6 +628,12 @@ def test_metrics_of_shapes(shapes, tmp_path):
         assert all(r['fake']['kind'] == fakes and r['mmd'] > 0 for r in rows)
     same = done(shapes.folder, 'metrics.py', 'shapes raw/a raw/a --points 40').out.splitlines()
     assert json.loads(same[1])['mmd'] == 0 and json.loads(same[1])['cov'] == 1
+    few = json.loads(done(shapes.folder, 'metrics.py', 'shapes raw raw --num 3 --points 30').out
+                     .splitlines()[1])
+    assert few['real']['found'] == 8 and few['n_ref'] == 3 and few['seed'] == 0
+    for wrong in ('raw/a raw/b --fakes train', f'{shapes.run} raw/a --reconstructions',
+                  f'{shapes.run} --fakes train --split train'):
+        assert_refused(call(shapes.folder, 'metrics.py', 'shapes', wrong), '--')
     nothing = done(shapes.folder, 'metrics.py', 'shapes', flags, '--res 8 --steps 1 --points 20',
                    '--threshold 0.999').out.splitlines()  # no sample has a surface
     assert json.loads(nothing[-1])['fake']['empty'] == json.loads(nothing[-1])['n_fake'] > 0

@@ -580,6 +580,33 @@ def test_voxel_classifier_has_the_published_names():
     assert net.eval()(torch.zeros(2, 32, 32, 32)).shape == (2, 13)
 
 
+def test_a_diverged_field_has_no_shape():
+    model = tiny().eval()
+    model.query = lambda xi, p: p[..., :1] * math.nan
+    with pytest.raises(ValueError, match='NaN'):
+        metrics.occupancy_grid(model, [dict(xy=torch.zeros(1, 4, 4, 4))], 8)
+
+
+class TwoHalves(data.Items):
+    """Shape 0 fills the half where x > 0, shape 1 that where z > 0."""
+    names = 'ab'
+    points = torch.from_numpy(np.random.RandomState(0).uniform(-1, 1, (3000, 3)))
+
+    def volume(self, i, n):
+        return self.points, self.points[:, 2 * i] > 0
+
+
+@pytest.mark.mutation('metrics.py', 'while not seen.all()', 'while False')
+@pytest.mark.mutation('metrics.py', 'for v in (seen, inside))\n    return', 'for v in (seen, seen))\n    return')
+def test_mean_shape_of_few_points():
+    """No cell without a point is taken for an empty one."""
+    mean = metrics.mean_shape(TwoHalves())
+    n = len(mean)
+    assert n < 16 and mean.shape == (n, n, n)
+    high = (torch.arange(n) >= n // 2).float() / 2
+    assert torch.equal(mean, (high[:, None, None] + high[None, None]).expand(n, n, n))
+
+
 def test_grids_have_x_first():
     """A half space in x, read from a trained field's place and from a data set's points."""
     model = tiny().eval()

@@ -339,8 +339,8 @@ def test_other_files_are_no_clip(tmp_path, merges):
 
 
 class Captioned(data.Items):
-    names, labels, groups = 'abc', [1, 0, 0], ['03001627', '04379243']
-    captions = [['the', 'chair'], [], ['chair']]
+    names, labels, groups = 'abcd', [1, 0, 0, 0], ['03001627', '04379243']
+    captions = [['the', 'chair'], [], [], ['chair']]
 
 
 @pytest.mark.mutation('metrics.py', 'v * to_cube, f', 'v, f')
@@ -369,10 +369,11 @@ def test_metrics_of_text(tmp_path, merges, monkeypatch, capsys):
     monkeypatch.setattr(metrics, 'said', lambda opened, reader, caption, args: (
         torch.tensor(balls[caption]), 20.0))
     metrics.main(['text', 'run', '--res', '16', '--classifier', str(tmp_path / 'best.pt'), '--clip',
-                  '--weights', str(tmp_path / 'clip.pt'), '--views', 'even', '--device', 'cpu'])
+                  '--weights', str(tmp_path / 'clip.pt'), '--views', 'even', '--device', 'cpu', '--num',
+                  '2', '--sampler', 'rk45', '--each', '7'])
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (row['captions'], row['empty'], row['nfe'], row['forwards']) == (2, 1, 20, 40)
-    assert row['accuracy'] == 50 and row['classifier_grid'] == 'ends'
+    assert row['accuracy'] == 50 and row['classifier_grid'] == 'ends' and row['shared_steps'] == 7
     small, large = (metrics.occupancy_grid(vae, [dict(r=torch.tensor([r]))], 16) for r in balls['the'])
     overlap = (small & large).sum() / (small | large).sum()
     assert row['tmd'] == pytest.approx(overlap.item() / 2, abs=1e-6)  # a ball and none: 0
