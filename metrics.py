@@ -1258,9 +1258,9 @@ def size_of(files, name):
 
 def require_one_size(real, fake):
     """ValueError where the fakes have one size and the reals, measured with them, others."""
+    shown = [' or '.join(f'{a} x {b}' for a, b in sorted(p.sizes)[:3]) for p in (fake, real)]
     require(len(fake.sizes) != 1 or real.sizes == fake.sizes or not real.sizes,
-            f'the fakes are {"{} x {}".format(*min(fake.sizes, default=(0, 0)))} pixels, the reals '
-            f'{"{} x {}".format(*min(real.sizes, default=(0, 0)))} and more: give --res')
+            f'the fakes are {shown[0]} pixels, the reals {shown[1]}: give --res')
 
 
 def about_files(folder, resolution):
