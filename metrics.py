@@ -1163,7 +1163,7 @@ def image_features(net, pictures, size):
         rows[start:start + len(part)] = part
         lengths.append(len(part))
     rows = rows[:sum(lengths)]
-    if dist.is_initialized():
+    if ranks()[1] > 1:
         shares = [share.split(sizes) for share, sizes in gather((rows.clone(), lengths))]
         rows = torch.cat([part for row in zip_longest(*shares) for part in row if part is not None])
     require(len(rows), 'no pictures to measure')
