@@ -314,6 +314,21 @@ def free_port():
         return s.getsockname()[1]
 
 
+@contextlib.contextmanager
+def two_processes(folder, jobs, tmp_path, repo):
+    """The jobs (script, flag, ...) under torchrun, begun here; the output is in `said` at the end."""
+    (tmp_path / 'driver.py').write_text(DRIVER)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
+               f'--master_port={free_port()}', tmp_path / 'driver.py', repo, json.dumps(jobs)]
+    said, pipe = [], subprocess.PIPE
+    with subprocess.Popen(command, cwd=folder, env=dict(os.environ, OMP_NUM_THREADS='1'),
+                          stdout=pipe, stderr=pipe, text=True) as process:
+        yield said
+        out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    said += out.splitlines()
+
+
 @pytest.mark.mutation('common.py', 'start = self.first + self.rank * self.local',
                       'start = self.first')
 def test_two_processes_equal_one(toy, photos, shapes, tmp_path, repo):
@@ -334,17 +349,12 @@ def test_two_processes_equal_one(toy, photos, shapes, tmp_path, repo):
             ('train_vae', things, 'solids'), ('train_ldm', said, 'solids')]
     runs = runs if repo == ROOT else runs[:1]  # enough for the mutant
     two = Path(shutil.copytree(folder, tmp_path / 'two'))
-    for script, flags, name in runs:
-        if name != 'toy_image':
-            done(folder, f'{script}.py', flags, '--name', name)
     jobs = [[script, *flags.split(), '--name', name, '--restart'] for script, flags, name in runs]
-    (tmp_path / 'driver.py').write_text(DRIVER)
-    result = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
-         f'--master_port={free_port()}', tmp_path / 'driver.py', repo, json.dumps(jobs)],
-        cwd=two, env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count('2 x CPU') == len(runs)
+    with two_processes(two, jobs, tmp_path, repo) as printed:
+        for script, flags, name in runs:
+            if name != 'toy_image':
+                done(folder, f'{script}.py', flags, '--name', name)
+    assert sum('2 x CPU' in line for line in printed) == len(runs)
     for script, _, name in runs:
         stage = script.removeprefix('train_')
         assert_close(two / 'runs' / name, folder / 'runs' / name, f'{stage}.pt', stage,
@@ -668,15 +678,10 @@ def test_metrics_of_two_processes_are_those_of_one(toy, shapes, tmp_path):
             ['psnr', toy.run, *'--device cpu --batch 2 --num 5'.split()],
             ['nfe', toy.run, *'--device cpu --num 3 --batch 2 --samplers rk45:1e-1'.split()]]
     jobs = [['metrics', *map(str, job)] for job in jobs]
-    rows = [json.loads(s) for script, *job in jobs for s in done(
-        shapes.folder, f'{script}.py', *job).out.splitlines() if s.startswith('{')]
-    (tmp_path / 'driver.py').write_text(DRIVER)
-    result = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
-         f'--master_port={free_port()}', tmp_path / 'driver.py', ROOT, json.dumps(jobs)],
-        cwd=shapes.folder, env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert [json.loads(s) for s in result.stdout.splitlines() if s.startswith('{')] == rows
+    with two_processes(shapes.folder, jobs, tmp_path, ROOT) as printed:
+        alone = [line for script, *job in jobs
+                 for line in done(shapes.folder, f'{script}.py', *job).out.splitlines()]
+    assert [s for s in printed if s.startswith('{')] == [s for s in alone if s.startswith('{')]
 
 
 # ---- misuse ------------------------------------------------------------------------------------
