@@ -1798,7 +1798,7 @@ class FileShapes(TolerantFiles, Shapes):
     def voxels(self, i, cells):
         path = self.folders[self.names[i]] / 'model.binvox'
         found = read_binvox(path) if path.exists() else ()
-        return torch.from_numpy(found.copy()) if len(found) == cells else None
+        return torch.from_numpy(found) if len(found) == cells else None
 
     def draw(self, i, points, bits, n, rng):
         """n of the stored points, with replacement, and their occupancies."""
@@ -1829,14 +1829,18 @@ class FileShapes(TolerantFiles, Shapes):
 
 # ---- the table of data sets ---------------------------------------------------------------------
 
-def picture_files(name, root, split, **options):
-    """Any folder, zip or lmdb of pictures."""
+def files_of_data(root):
+    """`find_files` for a data set: its errors say which flag names another place."""
     try:
-        files = find_files(root)
+        return find_files(root)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f'{error}; put the pictures there or name the place with --data PATH'
                           ) from None
-    return FilePictures(files, split, place=str(root), **options)
+
+
+def picture_files(name, root, split, **options):
+    """Any folder, zip or lmdb of pictures."""
+    return FilePictures(files_of_data(root), split, place=str(root), **options)
 
 
 AFHQ = ('cat', 'dog', 'wild')
@@ -1844,7 +1848,7 @@ AFHQ = ('cat', 'dog', 'wild')
 
 def afhq(name, root, split, **options):
     """One animal of AFHQ: {train,test}/{cat,dog,wild} or the folder of one class."""
-    files, animal = find_files(root), name.removeprefix('afhq_')
+    files, animal = files_of_data(root), name.removeprefix('afhq_')
     parts = {n: (Path(root).name, *n.split('/')[:-1]) for n in files.names}
     if any(a in p for p in parts.values() for a in AFHQ):
         files.names = [n for n in files.names if animal in parts[n]]
@@ -2015,6 +2019,7 @@ def command_parser(prog, description):
 
 
 def main():
+    """The command line: `check` or `mesh`."""
     parser = common.Parser('Look at data sets before training on them.')
     commands = parser.add_subparsers(dest='command', required=True, parser_class=command_parser)
     what = 'decode everything, print counts, write a preview'

@@ -2350,6 +2350,7 @@ def build_parser():
 
 
 def main(argv=None):
+    """The command line, or `argv` in its place; ValueError for values out of range."""
     args = build_parser().parse_args(argv)
     least_values = dict(batch=1, num=1, num_real=1, res=0, k=1, steps=1, points=1, each=2,
                         threshold=0, frames=9, interval=1)

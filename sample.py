@@ -255,6 +255,7 @@ def check_domain(args, domain, sizes):
 
 
 def main():
+    """The command line: read the flags, then sample, interpolate or reconstruct."""
     args = build_parser().parse_args()
     check_flags(args)
     box, path = parse_box(args.box), find_run(args.run, args.reconstruct)

@@ -45,7 +45,10 @@ def test_scale_of_points_is_that_of_their_grid(size):
     torch.testing.assert_close(inr.points_scale(16, points), inr.grid_scale(16, size))
 
 
-@pytest.mark.mutation('inr.py', '.sqrt() * resolution / 2 if same else one', '.sqrt() * resolution / 2')
+@pytest.mark.mutation(
+    'inr.py',
+    '.sqrt() * resolution / 2 if same else one',
+    '.sqrt() * resolution / 2')
 def test_scale_of_scattered_points_is_that_of_training():
     row = inr.make_grid(1, 9).reshape(1, -1, 2)
     mixed = torch.cat([inr.make_grid(4, 4).reshape(1, -1, 2), torch.rand(1, 16, 2)])
@@ -55,7 +58,10 @@ def test_scale_of_scattered_points_is_that_of_training():
         assert inr.points_scale(16, points) == 1
 
 
-@pytest.mark.mutation('inr.py', 'if min(size, default=0) < 1 or len(box) != len(size):', 'if False:')
+@pytest.mark.mutation(
+    'inr.py',
+    'if min(size, default=0) < 1 or len(box) != len(size):',
+    'if False:')
 def test_impossible_grids_are_refused():
     for size, box in (((0, 4), None), ((4, 4), ((-1, 1),))):
         with pytest.raises(ValueError, match='no grid of size'):
@@ -128,7 +134,10 @@ def test_separable_look_up_equals_the_pointwise_ones():
                                                            ys[b, j].item()))
 
 
-@pytest.mark.mutation('inr.py', "yz=(1, 2), xz=(0, 2)),\n    'nerf'", "yz=(0, 2), xz=(1, 2)),\n    'nerf'")
+@pytest.mark.mutation(
+    'inr.py',
+    "yz=(1, 2), xz=(0, 2)),\n    'nerf'",
+    "yz=(0, 2), xz=(1, 2)),\n    'nerf'")
 def test_planes_do_not_see_the_axis_they_lack():
     for name, missing in dict(xy=2, yz=0, xz=1).items():
         assert missing not in inr.PLANES['shape'][name]
@@ -312,7 +321,10 @@ def test_surface_of_a_ball():
     assert len(vertices) - len(faces) * 3 // 2 + len(faces) == 2  # Euler
 
 
-@pytest.mark.mutation('inr.py', 'for c in triangulations(loop) if not flat(c, loop)', 'for c in triangulations(loop)')
+@pytest.mark.mutation(
+    'inr.py',
+    'for c in triangulations(loop) if not flat(c, loop)',
+    'for c in triangulations(loop)')
 @pytest.mark.mutation('inr.py', '(z * 3 * self.n + y) * 3', '(z * self.n + y) * 3')
 def test_surface_of_noise_is_a_closed_manifold():
     for n, seed in ((1, 0), (5, 1), (8, 2), (13, 3)):
@@ -356,8 +368,11 @@ def test_surface_in_a_box_at_a_level():
 
 
 @pytest.mark.mutation('inr.py', 'nodes.split(self.chunk)', 'nodes.split(len(nodes) + 1)')
-@pytest.mark.mutation('inr.py', 'keys, inverse = self.key(nodes).unique(return_inverse=True)\n        first',
-                      'keys, inverse = self.key(nodes).flatten(), torch.arange(nodes[..., 0].numel()).view(-1, 8)\n        first')
+@pytest.mark.mutation(
+    'inr.py',
+    'keys, inverse = self.key(nodes).unique(return_inverse=True)\n        first',
+    'keys, inverse = self.key(nodes).flatten(), torch.arange(nodes[..., 0].numel()).view(-1, '
+    '8)\n        first')
 def test_few_points_are_evaluated_and_few_at_a_time():
     seen = []
 
@@ -401,7 +416,10 @@ def cast_rays(vertices, faces, size, elevation, azimuth, distance, fov):
 @pytest.mark.mutation('inr.py', 'w = w * inverse[corner, 0]',
                       'w = w / (w / inverse[corner, 0]).sum(1, keepdim=True)')
 @pytest.mark.mutation('inr.py', 'pixel // size], dim=1) + 0.5', 'pixel // size], dim=1)')
-@pytest.mark.mutation('inr.py', 'torch.tensor([math.cos(a), 0.0, -math.sin(a)])', 'torch.tensor([math.cos(a), 0.0, math.sin(a)])')
+@pytest.mark.mutation(
+    'inr.py',
+    'torch.tensor([math.cos(a), 0.0, -math.sin(a)])',
+    'torch.tensor([math.cos(a), 0.0, math.sin(a)])')
 def test_drawing_equals_casting_rays():
     generator = torch.Generator().manual_seed(0)
     vertices = torch.rand(40, 3, generator=generator) * 2 - 1

@@ -372,7 +372,10 @@ def test_inception_counts():
 
 @pytest.mark.mutation('metrics.py', "'7c': (BLOCK_E, 'largest')", "'7c': (BLOCK_E, 'average')")
 @pytest.mark.mutation('metrics.py', 'count_include_pad=False', 'count_include_pad=True')
-@pytest.mark.mutation('metrics.py', 'nn.BatchNorm2d(c_out, eps=1e-3', 'nn.BatchNorm2d(c_out, eps=1e-5')
+@pytest.mark.mutation(
+    'metrics.py',
+    'nn.BatchNorm2d(c_out, eps=1e-3',
+    'nn.BatchNorm2d(c_out, eps=1e-5')
 @pytest.mark.mutation('metrics.py', '(x - 128) / 128', 'x / 127.5 - 1')
 def test_inception_is_the_2015_graph():
     x = pictures(2, 107)
@@ -1212,7 +1215,10 @@ def videos(tmp_path, monkeypatch):
 
 @pytest.mark.mutation('data.py', 'image.seek(k)', 'image.seek(0)')
 @pytest.mark.mutation('metrics.py', '0 if paired else side', 'side')
-@pytest.mark.mutation('metrics.py', "preset[k] if getattr(args, k) is None", "FVD_PRESETS['ddmi'][k] if getattr(args, k) is None")
+@pytest.mark.mutation(
+    'metrics.py',
+    'preset[k] if getattr(args, k) is None',
+    "FVD_PRESETS['ddmi'][k] if getattr(args, k) is None")
 def test_fvd_of_folders(capsys, videos):
     try:
         manifest, line = result(capsys, 'rfvd', 'R', 'F', '--frames', 10, '--no_cache')
@@ -1355,7 +1361,10 @@ def test_spectrum_of_a_run(capsys, toy_run, monkeypatch):
 
 # ---- two processes -----------------------------------------------------------------------------
 
-@pytest.mark.mutation('metrics.py', 'found[other::world] = results', 'found[other::world] = results[::-1]')
+@pytest.mark.mutation(
+    'metrics.py',
+    'found[other::world] = results',
+    'found[other::world] = results[::-1]')
 @pytest.mark.mutation('metrics.py', 'in enumerate(gather(done))', 'in enumerate([done] * world)')
 def test_shared_work_keeps_its_order(monkeypatch):
     """As the second of three processes sees it."""

@@ -568,7 +568,10 @@ def test_shapes_resume_bit_by_bit(shapes, tmp_path, repo, monkeypatch):
     assert_same(folder / 'runs/broken/ldm.pt', folder / 'runs/things/ldm.pt')
 
 
-@pytest.mark.mutation('sample.py', 'vertices.double().cpu().numpy() * scale + loc', 'vertices.double().cpu().numpy()')
+@pytest.mark.mutation(
+    'sample.py',
+    'vertices.double().cpu().numpy() * scale + loc',
+    'vertices.double().cpu().numpy()')
 def test_meshes_out_of_samples_and_reconstructions(shapes, tmp_path, repo):
     """Every format, all resolutions from the same latents, and a mesh back in its own place."""
     run = f'--run {shapes.run} --device cpu --steps 3 --num 2 --threshold 0.1'
@@ -720,6 +723,7 @@ MISUSE = [
     ('train_vae.py', f'{NEW} --dataset image --data empty', 'empty', '--data'),
     ('train_vae.py', f'{NEW} --dataset image --data notes', 'notes', 'tiny.png'),
     ('train_vae.py', f'{NEW} --dataset image', 'data/image'),
+    ('train_vae.py', f'{NEW} --preset toy_image --dataset afhq_dog', 'data/afhq_dog', '--data PATH'),
     ('train_vae.py', f'{NEW} --dataset nonsense', '--dataset', 'nonsense', 'toy_image'),
     ('train_vae.py', f'{NEW} --preset nonsense', '--preset', 'nonsense', 'image_64'),
     ('train_vae.py', f'{NEW} --data empty', '--data', '--dataset'),

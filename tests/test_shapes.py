@@ -483,7 +483,10 @@ def test_mmd_and_cov_golden():
     assert sphere['cov'] == pytest.approx(4 / 6)
 
 
-@pytest.mark.mutation('metrics.py', 'd2.amin(1).mean() + d2.amin(0).mean()', '2 * d2.amin(1).mean()')
+@pytest.mark.mutation(
+    'metrics.py',
+    'd2.amin(1).mean() + d2.amin(0).mean()',
+    '2 * d2.amin(1).mean()')
 def test_chamfer_equals_loops():
     a, b = clouds(0, 3, 0.1)[:, :20], clouds(1, 3, 0.3)[:, :33]
     slow = [sum(min(((p - q) ** 2).sum() for q in y) for p in x) / len(x)
@@ -513,7 +516,10 @@ def test_one_nna():
 
 
 @pytest.mark.mutation('metrics.py', '- overlap.trace()', '')
-@pytest.mark.mutation('metrics.py', 'union.clamp(min=1), 1.0)\n        n = len', 'union.clamp(min=1), 0.0)\n        n = len')
+@pytest.mark.mutation(
+    'metrics.py',
+    'union.clamp(min=1), 1.0)\n        n = len',
+    'union.clamp(min=1), 0.0)\n        n = len')
 def test_tmd_golden():
     slabs = torch.zeros(1, 10, 32, 32, 32, dtype=torch.bool)
     for i in range(10):
@@ -524,7 +530,10 @@ def test_tmd_golden():
     assert metrics.tmd(torch.zeros(1, 3, 4, 4, 4, dtype=torch.bool)) == 1
 
 
-@pytest.mark.mutation('metrics.py', 'union.clamp(min=1), 1.0)\n\n\n# ---- sets', 'union.clamp(min=1), 0.0)\n\n\n# ---- sets')
+@pytest.mark.mutation(
+    'metrics.py',
+    'union.clamp(min=1), 1.0)\n\n\n# ---- sets',
+    'union.clamp(min=1), 0.0)\n\n\n# ---- sets')
 def test_iou():
     a = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]).bool()
     b = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]).bool()
@@ -598,7 +607,10 @@ class TwoHalves(data.Items):
 
 
 @pytest.mark.mutation('metrics.py', 'while not seen.all()', 'while False')
-@pytest.mark.mutation('metrics.py', 'for v in (seen, inside))\n    return', 'for v in (seen, seen))\n    return')
+@pytest.mark.mutation(
+    'metrics.py',
+    'for v in (seen, inside))\n    return',
+    'for v in (seen, seen))\n    return')
 def test_mean_shape_of_few_points():
     """No cell without a point is taken for an empty one."""
     mean = metrics.mean_shape(TwoHalves())

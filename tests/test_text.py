@@ -211,10 +211,15 @@ def test_text_tower_equals_a_slow_one():
 
 
 @pytest.mark.mutation('metrics.py', "self.ln_post(x[:, 0])", "self.ln_post(x[:, 1])")
-@pytest.mark.mutation('metrics.py', 'x = self.ln_pre(x + self.positional_embedding)', 'x = x + self.positional_embedding')
+@pytest.mark.mutation(
+    'metrics.py',
+    'x = self.ln_pre(x + self.positional_embedding)',
+    'x = x + self.positional_embedding')
 @pytest.mark.mutation('encoders.py', "for part in 'qkv'", "for part in 'kqv'")
-@pytest.mark.mutation('encoders.py', "key.replace('visual_projection', 'visual.proj')[:-7], value.T",
-                      "key.replace('visual_projection', 'visual.proj')[:-7], value")
+@pytest.mark.mutation(
+    'encoders.py',
+    "key.replace('visual_projection', 'visual.proj')[:-7], value.T",
+    "key.replace('visual_projection', 'visual.proj')[:-7], value")
 def test_clip_from_both_publishers(tmp_path, merges):
     """Whole files, OpenAI's and Hugging Face's names, pickled and as safetensors."""
     state = random_clip(width=64, vision=64)
@@ -447,8 +452,11 @@ def test_own_text_encoder_is_part_of_the_model():
             model.check_condition(cond)
 
 
-@pytest.mark.mutation('ldm.py', 'z.reshape(batch, channels * self.joined, -1)',
-                      'z.unflatten(2, (self.joined, -1)).transpose(1, 2).reshape(batch, channels * self.joined, -1)')
+@pytest.mark.mutation(
+    'ldm.py',
+    'z.reshape(batch, channels * self.joined, -1)',
+    'z.unflatten(2, (self.joined, -1)).transpose(1, 2).reshape(batch, channels * self.joined, '
+    '-1)')
 def test_planes_as_channels():
     """Every output sees all planes at its place, by one ordinary U-Net of 3 C channels."""
     model = model_of(triplane='concat', attn_factors=())

@@ -97,7 +97,10 @@ def test_parameters_of_the_paper():
 
 # ---- objective ---------------------------------------------------------------------------------
 
-@pytest.mark.mutation('vae.py', "n = c.n_ref if c.kl_mode == 'code'", "n = 1 if c.kl_mode == 'code'")
+@pytest.mark.mutation(
+    'vae.py',
+    "n = c.n_ref if c.kl_mode == 'code'",
+    "n = 1 if c.kl_mode == 'code'")
 @pytest.mark.mutation('vae.py', "losses['sn'] / c.n_ref", "losses['sn']")
 @pytest.mark.mutation('vae.py', 'l1=F.l1_loss', 'l1=F.smooth_l1_loss')
 def test_objective_is_equation_9():
@@ -122,7 +125,10 @@ def check_objective(mode, n):
     assert losses['kl'] > 1 and losses['sn'] > 1
 
 
-@pytest.mark.mutation('vae.py', '(values.float(), truth)', '(values.float(), truth) * truth.numel() / c.n_ref')
+@pytest.mark.mutation(
+    'vae.py',
+    '(values.float(), truth)',
+    '(values.float(), truth) * truth.numel() / c.n_ref')
 def test_balance_does_not_depend_on_the_number_of_coordinates():
     """Targets of any size, all 0.5 off, cost the same; so KL and SN keep their share."""
     model = tiny(scale_injection=False, sn_start=0.0)
@@ -148,7 +154,10 @@ def test_annealing():
     assert vae.annealed(0, 10, dataclasses.replace(config, sn_start=0.0))[1] == 0
 
 
-@pytest.mark.mutation('vae.py', "p.flatten(1) for p in weights", "p.flatten(2).mean(2) for p in weights")
+@pytest.mark.mutation(
+    'vae.py',
+    'p.flatten(1) for p in weights',
+    'p.flatten(2).mean(2) for p in weights')
 @pytest.mark.mutation('vae.py', 'for g in self.gammas', 'for g in self.gammas[1:]')
 @pytest.mark.mutation('vae.py', 'range(rounds)', 'range(1)')
 def test_spectral_penalty_equals_singular_values():
@@ -169,7 +178,10 @@ def test_spectral_penalty_equals_singular_values():
     assert tiny(sn_scope='encoder').spectral() < penalty
 
 
-@pytest.mark.mutation('vae.py', "c.fields[-1:] if c.conditioning == 'single' else c.fields", 'c.fields')
+@pytest.mark.mutation(
+    'vae.py',
+    "c.fields[-1:] if c.conditioning == 'single' else c.fields",
+    'c.fields')
 def test_every_parameter_of_the_objective_learns():
     for conditioning in ('cfc', 'concat', 'single'):
         model = tiny(conditioning=conditioning, sn_start=0.0)
@@ -234,7 +246,10 @@ def test_render_reads_no_more_points_at_a_time_than_asked(function):
     assert max(points) == 400 and sum(points) == 2 * 16 * 1000
 
 
-@pytest.mark.mutation('vae.py', 'F.avg_pool2d(tile, fold) if', 'tile[:, :, ::fold[0], ::fold[1]] if')
+@pytest.mark.mutation(
+    'vae.py',
+    'F.avg_pool2d(tile, fold) if',
+    'tile[:, :, ::fold[0], ::fold[1]] if')
 @pytest.mark.mutation('vae.py', 'if antialias else 1', 'if True else 1')
 def test_small_renders_are_area_averages(function):
     model, xi = function
