@@ -1,9 +1,12 @@
 """Tests that must be able to fail.
 
-`@pytest.mark.mutation('inr.py', old, new)` runs a test a second time with that one change made to
-the source, and demands that it then fails. In-process tests see the change because the modules are
-reloaded from the changed text (so tests write `import inr` and `inr.name`, never `from inr import
-name`); tests that start scripts take the fixture `repo`, a folder that holds the changed copy.
+`@pytest.mark.mutation('inr.py', old, new)` names an edit of the source that must make the test fail.
+`python -m pytest` runs the tests on the source as it is; `python -m pytest --mutants` runs each of
+them with each of its edits, and nothing else. A mutant is killed by an assertion or pytest.fail
+alone: any other exception, such as that of a crash, is an error. In-process tests see the edit because
+the modules are reloaded from the changed text (so tests write `import inr` and `inr.name`, never
+`from inr import name`); tests that start scripts take the fixture `repo`, a folder that holds the
+changed copy.
 """
 import importlib
 import shutil
@@ -18,24 +21,33 @@ MODULES = ['common', 'encoders', 'inr', 'vae', 'ldm', 'data', 'metrics']  # in i
 sys.path.insert(0, str(ROOT))
 
 
+def pytest_addoption(parser):
+    parser.addoption('--mutants', action='store_true',
+                     help='run the tests with the edits of their mutation marks only')
+
+
 def pytest_configure(config):
     config.addinivalue_line('markers', 'mutation(file, old, new): the test must fail after this edit')
     config.addinivalue_line('markers', 'slow: not part of the default run')
 
 
 def pytest_generate_tests(metafunc):
-    edits = [m.args for m in metafunc.definition.iter_markers('mutation')][::-1]
-    if edits:
-        failing = pytest.mark.xfail(strict=True, raises=(AssertionError, pytest.fail.Exception))
-        metafunc.parametrize('mutation', indirect=True, argvalues=[pytest.param(None, id='')] + [
-            pytest.param(e, marks=failing, id=f'mutant{i}') for i, e in enumerate(edits)])
+    if metafunc.config.getoption('--mutants'):
+        edits = [m.args for m in metafunc.definition.iter_markers('mutation')][::-1]
+        killed = pytest.mark.xfail(strict=True, raises=(AssertionError, pytest.fail.Exception))
+        metafunc.parametrize('mutation', indirect=True, argvalues=[
+            pytest.param(e, marks=killed, id=f'mutant{i}') for i, e in enumerate(edits)])
 
 
-def pytest_collection_modifyitems(items):
-    """Of a mutant only the last line of a failure is kept: tracebacks cost a fifth of the time."""
+def pytest_collection_modifyitems(config, items):
+    """Keep the mutants only; of a failure its last line, as tracebacks cost a fifth of the time."""
+    if not config.getoption('--mutants'):
+        return
+    marked = [bool(item.get_closest_marker('mutation')) for item in items]
+    config.hook.pytest_deselected(items=[item for item, keep in zip(items, marked) if not keep])
+    items[:] = [item for item, keep in zip(items, marked) if keep]
     for item in items:
-        if hasattr(item, 'callspec') and item.callspec.params.get('mutation'):
-            item.repr_failure = lambda info, style=None: info.exconly()
+        item.repr_failure = lambda info, style=None: info.exconly()
 
 
 def mutated_source(edit):
