@@ -17,7 +17,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-MODULES = ['common', 'encoders', 'inr', 'vae', 'ldm', 'data', 'metrics']  # in import order
+MODULES = ['common', 'encoders', 'inr', 'vae', 'ldm', 'data', 'metrics', 'train_vae', 'train_ldm',
+           'sample']  # in import order
 sys.path.insert(0, str(ROOT))
 
 
@@ -58,27 +59,32 @@ def mutated_source(edit):
     return source.replace(old, new)
 
 
-def reload_modules(name, source=None):
-    """Execute module `name` again, from `source` if given, and those that may have imported it."""
-    for module in (sys.modules[m] for m in MODULES[MODULES.index(name):] if m in sys.modules):
-        if module.__name__ == name and source:
-            exec(compile(source, module.__file__, 'exec'), module.__dict__)
+def execute_mutated(edit, modules):
+    """Execute the edited module and, as they may have imported it, those that come after it."""
+    for module in modules:
+        if module.__name__ == edit[0].removesuffix('.py'):
+            exec(compile(mutated_source(edit), module.__file__, 'exec'), module.__dict__)
         else:
             importlib.reload(module)
 
 
 @pytest.fixture(autouse=True)
 def mutation(request):
+    """The edit (file, old, new) of this run of the test, made to the imported modules, or None."""
     edit = getattr(request, 'param', None)
     name = edit and edit[0].removesuffix('.py')
     if name not in MODULES or name not in sys.modules:
         yield edit
         return
+    modules = [sys.modules[m] for m in MODULES[MODULES.index(name):] if m in sys.modules]
+    names = [dict(vars(module)) for module in modules]
     try:
-        reload_modules(name, mutated_source(edit))
+        execute_mutated(edit, modules)
         yield edit
-    finally:
-        reload_modules(name)
+    finally:  # the very classes and functions of before, which other fixtures may hold
+        for module, kept in zip(modules, names):
+            vars(module).clear()
+            vars(module).update(kept)
 
 
 @pytest.fixture

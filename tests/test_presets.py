@@ -1,0 +1,179 @@
+"""Every preset of both stages at its full size, on the meta device: shapes without numbers.
+
+Networks of a thousand million parameters are built, run forward and backward and stepped in about a
+second, and what they would take of a GPU's memory is counted.
+"""
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import data
+import encoders
+import ldm
+import train_ldm
+import train_vae
+import vae
+
+README = Path(__file__).parent.parent / 'README.md'
+GPUS, GPU_MEMORY = 8, 80e9  # what the paper's presets are for
+# Millions of parameters of both stages, without text; presets in one row have the same networks.
+PARAMETERS = {
+    ('celebahq_code',): ('70.6', '1015'),
+    ('toy_image',): ('1.1', '4.7'),
+    ('image_64', 'image'): ('2.9', '11.1'),
+    ('image_256', 'afhq_cat', 'afhq_dog', 'celebahq'): ('32.7', '358'),
+    ('lsun_church',): ('32.7', '358'),
+    ('cifar10',): ('9.0', '84'),
+    ('afhq_cat_code', 'afhq_dog_code'): ('58.2', '519'),
+    ('toy_shape', 'shape_small', 'shape'): ('0.8', '4.7'),
+    ('shapenet_chair', 'shapenet', 'text2shape'): ('11.1', '358'),
+    ('shapenet_chair_code',): ('17.4', '679'),
+}
+
+
+def flags_of(name):
+    """The flags of a preset, of train_vae.py and of train_ldm.py."""
+    return [script.build_parser().parse_preset(script.PRESETS, name, ['--preset', name])
+            for script in (train_vae, train_ldm)]
+
+
+def first_stage(args):
+    """The VAE that train_vae.py makes with these flags."""
+    domain = data.domain_of(args.dataset)
+    return vae.D2CVAE(common.pick(args, vae.VAEConfig, domain=domain,
+                                  channels=dict(image=3, shape=1)[domain]))
+
+
+def batch_of(args, items):
+    """A batch as the data set of these flags gives it, without numbers."""
+    if data.domain_of(args.dataset) == 'image':
+        picture = torch.empty(items, 3, args.resolution, args.resolution)
+        return dict(image=picture, target=picture, box=torch.empty(items, 2, 2),
+                    scale=torch.empty(items))
+    return dict(points=torch.empty(items, args.points, 3),
+                coords=torch.empty(items, args.queries, 3),
+                occupancy=torch.empty(items, args.queries))
+
+
+def second_stage(args, first, text=''):
+    """The LDM that train_ldm.py makes with these flags on this first stage."""
+    c, args.text = first.config, text
+    width = encoders.ByteText().norm.normalized_shape[0] if text else 0
+    return ldm.LDM(common.pick(args, ldm.LDMConfig, domain=c.domain, planes=c.latent_sizes(),
+                               z_channels=c.z_channels, context_channels=width))
+
+
+def items_of(args):
+    """Items that one of eight GPUs sees at a time."""
+    return args.batch // args.accumulate // GPUS
+
+
+def millions(model):
+    """Its parameters as the README gives them: '0.8', '32.7', '358'."""
+    n = sum(p.numel() for p in model.parameters()) / 1e6
+    return f'{n:.1f}' if n < 80 else f'{n:.0f}'
+
+
+def size_of(tensors):
+    """Bytes of tensors, each storage counted once."""
+    storages = (x.untyped_storage() for x in tensors)
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
+
+
+def memory_of_a_step(model, loss_of, copies):
+    """Bytes that a step of AdamW takes, `copies` of the weights besides.
+
+    Weights, gradients and two moments in float32 are 16 bytes a parameter; the rest is what the
+    backward pass keeps of the forward pass.
+    """
+    opt, kept = torch.optim.AdamW(model.parameters()), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        loss = loss_of()
+    assert loss.shape == () and loss.dtype == torch.float32
+    activations = size_of([*kept, *model.parameters()]) - size_of(model.parameters())
+    loss.backward()
+    opt.step()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    moments = [v for state in opt.state.values() for k, v in state.items() if k != 'step']
+    held = size_of([*model.parameters(), *(p.grad for p in model.parameters()), *moments])
+    n = sum(p.numel() for p in model.parameters())
+    assert held == 16 * n
+    return held + 4 * n * copies + activations
+
+
+def run_first_stage(args):
+    """Check the shapes of what stage 1 makes: the VAE, and the bytes of a step."""
+    items = items_of(args)
+    model, batch = first_stage(args), batch_of(args, items)
+    c, sizes = model.config, model.config.latent_sizes()
+    with torch.no_grad():
+        z = model.encode(batch).mean
+        xi = model.decode(z)
+        coords = torch.empty(7, 2 if c.domain == 'image' else 3)
+        assert model.query(xi, coords, 1.0).shape == (items, 7, c.channels)
+    assert z.shape == (items, c.z_channels, sum(h * w for h, w in sizes.values()))
+    assert [{plane: f.shape for plane, f in level.items()} for level in xi] == [
+        {plane: (items, c.field_channels, factor * h, factor * w)
+         for plane, (h, w) in sizes.items()} for factor in c.fields]
+    assert xi[-1]['xy'].shape[2:] == (args.resolution,) * 2  # the finest field: as the data
+    return model, memory_of_a_step(model, lambda: model(batch)['total'], copies=0)
+
+
+def run_second_stage(args, first):
+    """Check the shapes of what stage 2 makes: the LDM, and the bytes of a step."""
+    items, model = items_of(args), second_stage(args, first)
+    z = torch.empty(items, *model.shape)
+    drawn = {k: v.to('meta') for k, v in model.draw(items).items()}
+    with torch.no_grad():
+        assert model.eps(z, drawn['t']).shape == z.shape
+    # Besides: the running average, and the network that samples with it.
+    return model, memory_of_a_step(model, lambda: model(z, **drawn), copies=2)
+
+
+@pytest.fixture
+def meta(monkeypatch):
+    """The meta device, in float32 throughout: it knows no autocast."""
+    monkeypatch.setattr(torch, 'autocast', lambda *args, **more: contextlib.nullcontext())
+    with torch.device('meta'):
+        yield
+
+
+@pytest.mark.mutation('train_vae.py', '(0.3, 0.3, 0.4), flip=True, accumulate=5',
+                      '(0.3, 0.3, 0.4), flip=True, accumulate=1')
+@pytest.mark.mutation('train_vae.py', 'dict(PAPER, decoder_ch=128', 'dict(PAPER, decoder_ch=64')
+@pytest.mark.mutation('train_ldm.py', 'ch_mult=(1, 2, 4, 8)', 'ch_mult=(1, 2, 4, 6)')
+@pytest.mark.mutation('vae.py', 'xi.append(self.heads[str(2 ** i)](h))',
+                      'xi.append(self.heads[str(2 ** i)](h).detach() if i == 0 else '
+                      'self.heads[str(2 ** i)](h))')
+def test_every_preset_runs_at_full_size(meta):
+    """Both stages' steps, with the parameters of the README, on eight GPUs of 80 GB in float32."""
+    assert sorted(sum(PARAMETERS, ())) == sorted(train_vae.PRESETS)
+    for names, parameters in PARAMETERS.items():
+        first, second = flags_of(names[0])
+        one, memory_of_one = run_first_stage(first)
+        two, memory_of_two = run_second_stage(second, one)
+        assert (millions(one), millions(two)) == parameters, names
+        assert max(memory_of_one, memory_of_two) < GPU_MEMORY, names
+        for name in names[1:]:
+            first, second = flags_of(name)
+            again = first_stage(first)
+            for a, b in ((one, again), (two, second_stage(second, again))):
+                assert ({k: v.shape for k, v in a.state_dict().items()}
+                        == {k: v.shape for k, v in b.state_dict().items()}), name
+
+
+def test_the_readme_gives_these_parameters(meta):
+    """Its table of presets: '| `NAME`, `NAME` ... | r | 32.7 M + 358 M | ...'."""
+    rows = re.findall(r'^\|(.*?)\|.*?\| ([\d.]+) M \+ ([\d.]+) M(.*?)\|', README.read_text(), re.M)
+    counts = {name: counts for names, counts in PARAMETERS.items() for name in names}
+    first, second = flags_of('shape_small')
+    with_text = millions(second_stage(second, first_stage(first), text='bytes'))
+    assert len(rows) >= 8
+    for names, one, two, more in rows:
+        for name in re.findall(r'`(\w+)`', names):
+            assert (one, with_text if 'with text' in more else counts[name][1]) == (
+                counts[name][0], two), name
