@@ -1,9 +1,9 @@
-"""What the scripts share and no domain word touches: flags, start-up, positions, checkpoints, log.
+"""What the scripts share whatever the data are: flags, start-up, positions, checkpoints, the log.
 
-Randomness is a function of position, never of history: stream position k decides which item comes
-and how it is augmented from (seed, k), and step n draws the noise of the whole global batch from
-(seed, n). A resumed run and a run on more processes therefore see what one undisturbed process
-would have seen.
+Randomness is a function of position, never of history: which item stands at stream position k, and
+how it is augmented, depends on (seed, k) alone, and the noise of step n, drawn for the whole global
+batch, on (seed, n). A resumed run, and a run on more processes, therefore see what one undisturbed
+process would have seen.
 """
 import argparse
 import contextlib
@@ -116,7 +116,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def pick(args, config, **more):
+def from_flags(args, config, **more):
     """An instance of dataclass `config` from the flags of the same names, and `more` fields."""
     names = {f.name for f in dataclasses.fields(config)} - set(more)
     return config(**{k: v for k, v in vars(args).items() if k in names}, **more)
@@ -129,7 +129,7 @@ def require(condition, message):
 
 
 def one_line(error):
-    """What an exception says, without the traceback that a loader's worker puts before it."""
+    """The message of an exception, without the traceback that a loader's worker puts before it."""
     text = str(error)
     if 'Original Traceback' in text:
         text = text.rpartition(f'\n{type(error).__name__}: ')[2]
@@ -137,7 +137,7 @@ def one_line(error):
 
 
 def run(main):
-    """Call `main()`; what a user can mend becomes one line on stderr and exit code 2."""
+    """Call `main()`; an error that a user can mend becomes one line on stderr and exit code 2."""
     try:
         main()
         return
@@ -184,8 +184,35 @@ class RunConfig:
     init: str = flag('', 'checkpoint whose weights to start from (fine-tuning)')
 
 
-def dist_init(device='auto'):
-    """(rank, world, device): the same path for CPU, one GPU and torchrun."""
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """Where this process runs: its number, how many there are, its device, bfloat16 or not."""
+    rank: int
+    world: int
+    device: torch.device
+    amp: bool
+
+    @property
+    def is_first(self):
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def autocast(self):
+        """Context in which networks compute in bfloat16, if `amp`."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+    def describe(self):
+        """'8 x NVIDIA H100, bfloat16'."""
+        cuda = self.device.type == 'cuda'
+        name = torch.cuda.get_device_name(self.device) if cuda else self.device.type.upper()
+        return f'{self.world} x {name}, {"bfloat16" if self.amp else "float32"}'
+
+
+def start_process(device='auto', amp='off'):
+    """The Process that this is: the same path for CPU, one GPU and torchrun.
+
+    `device` and `amp` are the flags of those names. ValueError for a device that is not there.
+    """
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if device == 'cuda' and 'RANK' in os.environ:
@@ -196,24 +223,26 @@ def dist_init(device='auto'):
         raise ValueError(f'--device {device}: not to be had here '
                          f'({str(error).splitlines()[0]})') from None
     keep_freed_memory()
-    if 'RANK' not in os.environ:
-        return 0, 1, torch.device(device)
-    if device.startswith('cuda:'):
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
-    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+    rank, world = 0, 1
+    if 'RANK' in os.environ:
+        if device.startswith('cuda:'):
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group('cpu:gloo,cuda:nccl' if device[:4] == 'cuda' else 'gloo')
+        rank, world = dist.get_rank(), dist.get_world_size()
+    device = torch.device(device)
+    return Process(rank, world, device, resolve(amp, multiplies_bfloat16(device)))
 
 
-def switch(choice, auto):
-    """True for 'on', False for 'off', `auto` for 'auto'."""
+def resolve(choice, auto):
+    """A flag of 'on', 'off' or 'auto' as a bool; 'auto' is `auto`."""
     return auto if choice == 'auto' else choice == 'on'
 
 
 def multiplies_bfloat16(device):
-    """Whether products in bfloat16 are the faster ones: CUDA, AMX, AVX512-BF16 but on Intel.
+    """Whether matrix products are faster in bfloat16: CUDA, AMX, AVX512-BF16 except Intel's.
 
-    Intel's cores without AMX have one unit for them, so that float32 is twice as fast.
+    Intel's cores without AMX have one unit for bfloat16, so that float32 is twice as fast there.
     """
     if device.type != 'cpu':
         return device.type == 'cuda'
@@ -223,15 +252,16 @@ def multiplies_bfloat16(device):
 
 
 def processor():
-    """What the system says of its CPU."""
-    about = Path('/proc/cpuinfo')
-    return about.read_text() if about.exists() else platform.processor()
+    """The system's description of its CPU."""
+    info = Path('/proc/cpuinfo')
+    return info.read_text() if info.exists() else platform.processor()
 
 
 def keep_freed_memory():
-    """Have glibc keep what is freed: every step asks for the same large blocks again.
+    """Make glibc keep freed memory, because every step asks for the same large blocks again.
 
-    By default they go back to the system, which then clears every page anew. Elsewhere: nothing.
+    By default it returns them to the system, which then clears every page anew. Without glibc this
+    does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if os.name == 'posix' else None
     if mallopt:
@@ -240,7 +270,8 @@ def keep_freed_memory():
 
 
 def check_run_flags(args, world):
-    """Refuse flag values that no run can have."""
+    """ValueError for flag values that no run can have."""
+    require(args.ch_mult, '--ch_mult: name the width of at least one level')
     require(args.lr > 0, f'--lr {args.lr}: must be positive')
     require(args.batch % (args.accumulate * world) == 0,
             f'--batch {args.batch}: must be a multiple of --accumulate {args.accumulate} times '
@@ -275,7 +306,7 @@ class Stream(Dataset):
 
 
 class Positions(Sampler):
-    """The positions one process reads, a list for each accumulation round, from `step` on."""
+    """The positions that one process reads, a list for each accumulation round, from `step` on."""
 
     def __init__(self, step, batch, accumulate, rank, world):
         self.first, self.rank = step * batch, rank
@@ -288,23 +319,23 @@ class Positions(Sampler):
             start += self.round
 
 
-def stream(dataset, args, step, rank, world):
+def stream(dataset, args, step, process):
     """Iterator over this process's batches, one for each accumulation round, from `step` on."""
-    positions = Positions(step, args.batch, args.accumulate, rank, world)
+    positions = Positions(step, args.batch, args.accumulate, process.rank, process.world)
     return iter(DataLoader(Stream(dataset, args.seed), batch_sampler=positions,
                            num_workers=args.workers, persistent_workers=args.workers > 0))
 
 
-def spread(n, count):
-    """Up to `count` of the indices 0..n-1, evenly spread: neighbours in a folder look alike."""
+def evenly_spaced(n, count):
+    """Up to `count` of the indices 0..n-1, evenly spaced: neighbours in a folder look alike."""
     count = min(n, count)
     return [i * n // count for i in range(count)]
 
 
-def rows(x, args, round, rank, world):
-    """Rows of a tensor drawn for the whole step that belong to this process and round."""
-    local = args.batch // (args.accumulate * world)
-    start = (round * world + rank) * local
+def own_rows(x, args, round, process):
+    """The rows of a tensor drawn for the whole step that belong to this process and round."""
+    local = args.batch // (args.accumulate * process.world)
+    start = (round * process.world + process.rank) * local
     return x[start:start + local]
 
 
@@ -327,7 +358,10 @@ def set_lr(opt, lr):
 
 
 class FiniteGuard:
-    """Watches values every step without a device sync; `check` raises at the first bad step."""
+    """Notes the first step with a value that is not finite, without waiting for the device.
+
+    `update` takes the values of a step; `check` raises ValueError if one of them was not finite.
+    """
 
     def __init__(self, device):
         self.first_bad = torch.full((), -1, device=device)
@@ -375,7 +409,7 @@ MAY_CHANGE = {'steps', 'log_every', 'eval_every', 'save_every', 'workers', 'rest
 
 
 def save_checkpoint(path, state):
-    """Write tensors and builtins to `path`; see `replace`."""
+    """Write a dict of tensors and builtins to `path`; see `replace`."""
     replace(path, lambda temporary: torch.save(state, temporary))
 
 
@@ -466,15 +500,20 @@ def file_digest(path):
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def find_run(text):
-    """The path that a user means: `text` itself, or the run of this name."""
-    return next((p for p in (Path(text), RUNS / text) if p.exists()), Path(text))
+def find_checkpoint(text, *files):
+    """The checkpoint file that a user means by `text`, or None if there is none.
 
-
-def newest_run(file, runs=None):
-    """The folder of the run whose `file` ('vae.pt' or 'ldm.pt') is newest, or None."""
-    found = sorted((runs or RUNS).glob(f'*/{file}'), key=lambda p: p.stat().st_mtime)
-    return found[-1].parent if found else None
+    text: a .pt file, a run's folder, the name of a run in runs/, or '' for the newest run. Of a run
+    the first of `files` ('vae.pt', 'ldm.pt') that it has; the newest by the first that any has.
+    """
+    if not text:
+        found = [sorted(RUNS.glob(f'*/{file}'), key=lambda p: p.stat().st_mtime) for file in files]
+        return next((paths[-1] for paths in found if paths), None)
+    for path in (Path(text), RUNS / text):
+        for candidate in (path, *(path / file for file in files)):
+            if candidate.suffix == '.pt' and candidate.is_file():
+                return candidate
+    return None
 
 
 def resume(path, args, kind):
@@ -508,52 +547,55 @@ class Log:
             file.write(json.dumps(dict(stage=self.stage, **values)) + '\n')
 
 
-def start(folder, stage, args, step, rank, world, device, amp, dataset, held_out, model, more):
-    """Make the run's folder, write args.json, print the first line; the run's Log (rank 0)."""
-    if rank > 0:
+def start_run(folder, stage, args, process, step, facts):
+    """Make the run's folder, write args.json and print the first line; the run's Log.
+
+    `facts` are what the line says between device and progress. Other processes get None.
+    """
+    if not process.is_first:
         return None
     (folder / 'samples').mkdir(parents=True, exist_ok=True)
     path = folder / 'args.json'  # of both stages
     stages = json.loads(path.read_text()) if path.exists() else {}
     text = json.dumps({**stages, stage: vars(args)}, indent=1)
     replace(path, lambda temporary: temporary.write_text(text))
-    where = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'
-    print(f'{folder}: {args.dataset}, {len(dataset)} training items, {world} x {where}, '
-          f'{"bfloat16" if amp else "float32"}, {parameters_of(model)}, {more}, '
-          + (f'continues at step {step}' if step else 'starts') + f' of {args.steps}', flush=True)
-    for line in dataset.notes:
-        print(f'note: {line}')
-    for file, why in (dataset.bad + held_out.bad)[:20]:
-        print(f'skipped: {file}: {why}')
+    progress = f'continues at step {step}' if step else 'starts'
+    print(', '.join([f'{folder}: {args.dataset}', process.describe(), *facts,
+                     f'{progress} of {args.steps}']), flush=True)
     return Log(folder / 'log.jsonl', stage, step)
 
 
-def in_float32(weights):
-    """A state dict with its half-precision tensors, if any, as float32."""
-    return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+def list_notes(notes, bad):
+    """Print a data set's notes, and its broken files (the first 20)."""
+    for line in notes:
+        print(f'note: {line}')
+    for file, why in bad[:20]:
+        print(f'skipped: {file}: {why}')
 
 
 def load_weights(module, weights, path):
     """Load a state dict (any float precision); ValueError naming `path` if it does not fit."""
     try:
-        module.load_state_dict(in_float32(weights))
+        module.load_state_dict({k: v.float() if v.is_floating_point() else v
+                                for k, v in weights.items()})
     except RuntimeError as error:
-        raise ValueError(f'{path} does not fit this model: {str(error).splitlines()[-1].strip()}')
+        raise ValueError(f'{path} does not fit this model: {str(error).splitlines()[-1].strip()}'
+                         ) from None
 
 
-def to(batch, device):
-    """Tensors of a batch on the device."""
+def move(batch, device):
+    """A batch with its tensors on the device."""
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
             for k, v in batch.items()}
 
 
-def sync(ddp, last):
-    """Context in which DDP averages gradients only in the last accumulation round."""
+def accumulating(ddp, last):
+    """Context of one accumulation round: DDP averages gradients in the last one only."""
     return contextlib.nullcontext() if last or not hasattr(ddp, 'no_sync') else ddp.no_sync()
 
 
-def clip(model, limit):
-    """Norm of the gradient, clipped to `limit` unless that is 0."""
+def clip_gradients(model, limit):
+    """Norm of the gradient, which is scaled down to `limit` unless that is 0."""
     return torch.nn.utils.clip_grad_norm_(model.parameters(), limit or float('inf'))
 
 
@@ -566,10 +608,10 @@ def mean_over_ranks(values):
     return dict(zip(values, stacked.tolist()))
 
 
-def progress(args, step, rank):
-    """tqdm bar of a training run that starts at `step`; silent on other ranks than 0."""
-    return tqdm(total=args.steps, initial=step, desc=args.name, unit='step', disable=rank > 0,
-                dynamic_ncols=True, mininterval=1.0)
+def progress(args, step, process):
+    """tqdm bar of a training run that goes on at `step`; shown by the first process alone."""
+    return tqdm(total=args.steps, initial=step, desc=args.name, unit='step', dynamic_ncols=True,
+                disable=not process.is_first, mininterval=1.0)
 
 
 def parameters_of(module):

@@ -1,19 +1,21 @@
-"""Every data set: closed-form toy pictures, folders, zips and lmdbs of pictures, CIFAR-10, meshes.
+"""Every data set: closed-form toys, folders and zips of pictures, CIFAR-10, meshes.
 
     python data.py check DATASET_OR_PATH        # counts, sizes, bad files, a preview
     python data.py mesh FOLDER --out FOLDER     # points and occupancies of .obj, .ply, .off, .stl
 
-Stage 1 learns from pairs (Section 3.3 of the paper, multi-scale training): the encoder sees the
-full frame at r x r, the loss an r x r crop, at known coordinates, of the same picture at R >= r.
-Departures: the last crop position is drawn too, R may be continuous in [r, R_max], and a picture is
-never enlarged to serve as the truth: scales beyond its short side are dropped for that picture.
+`Items` is what every data set offers; `Pictures` and `Shapes` say what an item of their domain is,
+their subclasses where it comes from. `DATASETS` at the end names them all.
+
+Pictures, multi-scale training (Appendix B.1 of the paper): the encoder sees the full frame at
+r x r, the loss an r x r crop, at known coordinates, of the same picture at R >= r. Departures: the
+last crop position is drawn too, R may be continuous in [r, R_max], and a picture is never enlarged
+to serve as the truth: scales beyond its short side are dropped for that picture.
 
 Pictures are uint8 outside and float32 in [-1, 1] inside; a box ((x_lo, x_hi), (y_lo, y_hi)) is the
 extent of a crop of the frame [-1, 1]^2, y down.
 """
 import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -22,7 +24,7 @@ import re
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +37,7 @@ from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
 import common
-from common import flag
+from common import flag, require
 from inr import render_points
 
 # ---- pictures in and out -----------------------------------------------------------------------
@@ -91,7 +93,7 @@ def colours(*rows):
 
 
 TOY_EDGE = 2 / 128  # width of every edge: 1/128 of the box
-TOY_SEEDS = dict(train=(0, 20_000), test=(2 ** 30, 1_000), fresh=(2 ** 31, None))  # first, how many
+TOY_SEEDS = dict(train=(0, 20_000), test=(2 ** 30, 1_000))  # first seed, how many
 TOY_HOURS = colours('8fb2e6 ffd9c9 fff3dc a79fce 7c96a0 b4c4e4',  # dawn: top of the sky, horizon,
                     '4c97e2 d6eef8 fffbe2 7fa6c8 6cab58 62acd4',  # day   sun, mountains, hill, sea
                     '86a8d4 ffd795 fff6c8 bd918c 939a48 c8ae8c',  # afternoon
@@ -105,14 +107,6 @@ TOY_RANGES = dict(  # each drawn uniformly; hour and paint run round closed loop
     hill=(0.06, 0.2), hill_amp=(0.1, 0.22), hill_phase=(0, 6.28), terrace_tilt=(-0.35, 0.35),
     terrace_phase=(0, 6.28), ripple_phase=(0, 6.28), boat_x=(-0.6, 0.6), boat_y=(0.16, 0.4),
     boat_size=(0.42, 0.62), boat_lean=(-0.16, 0.16), paint=(0, 1))
-
-
-def toy_seeds(split, index):
-    """Seed of picture `index` of 'train' (20,000), 'test' (1,000) or 'fresh' (endless)."""
-    first, count = TOY_SEEDS[split]
-    if index < 0 or count and index >= count:
-        raise ValueError(f'toy picture {index}: {split} has {count}')
-    return first + index
 
 
 def round_loop(table, u):
@@ -455,55 +449,22 @@ class Zip:
         return Image.open(self.file().open(name))
 
 
-class Lmdb:
-    """LSUN's layout: key -> encoded picture; needs the package lmdb, imported here only.
-
-    A process may open an lmdb only once, so that all parts of a data set share it.
-    """
-
-    opened = {}  # place -> process, environment
-
-    def __init__(self, root):
-        self.root = root.resolve()
-        with self.file().begin() as table:
-            self.names = [key.decode('latin1') for key in table.cursor().iternext(values=False)]
-
-    def file(self):
-        process, environment = self.opened.get(self.root, (None, None))
-        if process != os.getpid():
-            try:
-                import lmdb
-            except ImportError:
-                raise ValueError(f'{self.root}: an lmdb, and the package lmdb is not installed; '
-                                 'pip install lmdb, or unpack the pictures into a folder') from None
-            if environment is not None:
-                environment.close()  # the parent process's, which stays open there
-            environment = lmdb.open(str(self.root), readonly=True, lock=False)
-            self.opened[self.root] = os.getpid(), environment
-        return environment
-
-    def open(self, name):
-        with self.file().begin() as table:
-            return Image.open(io.BytesIO(table.get(name.encode('latin1'))))
-
-
 def find_files(root):
-    """Folder (of one if a picture), Zip or Lmdb at `root`.
+    """The Folder (of one file if `root` is a picture) or Zip of pictures at `root`.
 
-    FileNotFoundError or ValueError if nothing of use is there.
+    FileNotFoundError or ValueError if there are no pictures.
     """
     root = Path(root)
     if not root.exists() and root.with_name(root.name + '.zip').exists():
         root = root.with_name(root.name + '.zip')
     if not root.exists():
         raise FileNotFoundError(f'{root}: no such folder or zip')
-    lmdbs = sorted(p.parent for p in [root / 'data.mdb', *root.glob('*train_lmdb/data.mdb')]
-                   if p.exists()) if root.is_dir() else []
-    if lmdbs:
-        return Lmdb(lmdbs[0])
     if root.is_file() and root.suffix.lower() in SUFFIXES:
         return Folder(root.parent, [root.name])
     files = Folder(root) if root.is_dir() else Zip(root)
+    if not files.names and any(root.glob('**/data.mdb')):
+        raise ValueError(f"{root}: an lmdb; LSUN's own tool writes its pictures into a folder: "
+                         'python data.py export LMDB --out_dir FOLDER')
     if not files.names:
         raise ValueError(f'{root}: no pictures ({" ".join(SUFFIXES)}) in it')
     return files
@@ -765,15 +726,7 @@ def divide_by_list(names, listed, key):
             'test': [n for n in names if key(n) in held]}
 
 
-def side_of(sides, split, place, kind):
-    """Names of one side, or 'all', in natural order; ValueError if there are none."""
-    wanted = sides['train'] + sides['test'] if split == 'all' else sides[split]
-    if not wanted:
-        raise ValueError(f'{place}: no {kind} is in the {split} part; change --split')
-    return sorted(wanted, key=natural)
-
-
-# ---- data sets of pictures ----------------------------------------------------------------------
+# ---- what a data set is --------------------------------------------------------------------------
 
 class Cache:
     """Keeps arrays while they fit in `limit` bytes, shared out among the loader's workers.
@@ -795,8 +748,47 @@ class Cache:
         return value
 
 
+@dataclass
+class Selection:
+    """Which items of a data set are wanted: a side of the split, and how it is split.
+
+    split: 'train', 'test' or 'all'. holdout, group, seed: see `divide`. tolerant: broken files are
+    listed, however many. captions: a CSV, see `read_captions`.
+    """
+    split: str = 'train'
+    holdout: object = None
+    group: str = None
+    seed: int = 0
+    tolerant: bool = False
+    captions: str = ''
+
+
 class Items(Dataset):
-    """What every data set here has: `names`, and `item(i, rng)`."""
+    """What every data set is: `names`, and for index i an item, its views, its truth, a picture.
+
+    A subclass for a domain says what an item holds:
+        item(i, rng)     what training sees: the encoder's input, where the function is compared,
+                         and `target`, what with; all draws come from the numpy Generator `rng`
+        view(i, k)       the encoder's input alone, in one of `views` ways: stage 2 keeps a latent
+                         of each, and draw_view(rng) is the number of the one `item` would show
+        truth(i, R)      what a reconstruction at resolution R is measured against
+        picture(i, size) (3,size,size) in [-1, 1], to look at
+        facts()          lines for `python data.py check`
+    and, as class attributes, its domain, what a file of it is called (`kind`), the `channels` of
+    the signal, half the side of the data's box (`extent`), the dataclass of its flags (`config`),
+    and options with which no more is read than the encoder needs (`encoder_only`).
+    """
+
+    domain = kind = config = None
+    channels, extent, views = 1, 1.0, 1
+    encoder_only = {}
+    computed = False  # from a seed and nothing else
+    labels = captions = None  # a class number, a list of texts, for each item
+
+    def __init__(self, flip=False, cache_bytes=2 ** 30):
+        """flip: mirror half of the items. cache_bytes: memory for what was read, per process."""
+        self.flip, self.cache = flip, Cache(cache_bytes)
+        self.names, self.bad, self.notes = [], [], []
 
     def __len__(self):
         return len(self.names)
@@ -804,145 +796,110 @@ class Items(Dataset):
     def __getitem__(self, i):
         return self.item(i)
 
-    def usable(self, i):
-        """i, or the index that stands in for it."""
+    @classmethod
+    def options(cls, flags):
+        """Those of the flags (a dict) that such a data set takes, for `make_dataset`."""
+        names = ['flip', 'seed', 'captions', *(f.name for f in fields(cls.config))]
+        return {k: flags[k] for k in names if k in flags}
+
+    @staticmethod
+    def lies_at(path):
+        """Whether a folder of unknown content holds such data."""
+        return False
+
+    def stand_in(self, i):
+        """i, or where item i cannot be read the index of the item that takes its place."""
         return i
 
+    def readable(self, index):
+        """The indices whose files can be read; no neighbour is substituted."""
+        return [i for i in index if self.stand_in(i) == i]
 
-@dataclass
-class PictureConfig:
-    """Which parts of a picture stage 1 learns from."""
-    scales: tuple = flag((1.0, 1.5, 2.0), 'target resolutions over r, for multi-scale training')
-    scale_probs: tuple = flag((), 'probability of each scale; empty = equal', low=0)
-    continuous: bool = flag(False, 'draw the target resolution uniformly up to the largest of '
-                            '--scales')
+    def known(self, i, rng=None):
+        """dict of item i's `label`, and of one of its captions as `text` ('' for none), if any."""
+        i = self.stand_in(i)
+        found = {} if self.labels is None else dict(label=self.labels[i])
+        if self.captions is not None:
+            texts = self.captions[i] or ['']
+            found['text'] = texts[int(rng.integers(len(texts))) if rng else 0]
+        return found
+
+    def describe(self):
+        """Lines about the data set: counts, its own facts, notes, bad files."""
+        sides = self.splits()
+        yield f'{self.kind:9} {len(sides["train"])} train, {len(sides["test"])} test'
+        yield from self.facts()
+        if self.captions:
+            yield f'captions  {sum(map(len, self.captions))}'
+        yield from (f'note      {line}' for line in self.notes)
+        yield f'bad       {len(self.bad)} files'
+        yield from (f'  {name}: {why}' for name, why in self.bad)
 
 
-class Pictures(Items):
-    """What all picture sets share: scales, crops, flips.
+class Computed(Items):
+    """Items that are functions of a seed: nothing to read, and a fixed split.
 
-    resolution: r, the side of `image` and of every crop. scales: factors of r the target may have,
-    drawn with scale_probs (default equal), or, if continuous, R uniform over [r, max(scales) r].
-    flip: mirror half of the pictures. cache_bytes: memory for what has been read, per process.
+    `seeds` maps a side to (first seed, how many).
     """
 
-    domain, channels, extent, labels = 'image', 3, 1.0, None
+    computed, seeds = True, {}
 
-    def __init__(self, resolution, scales=(1.0,), scale_probs=None, continuous=False, flip=False,
-                 cache_bytes=2 ** 30):
-        scales = tuple(scales)
-        if resolution < 4:
-            raise ValueError(f'--resolution {resolution}: must be at least 4')
-        if not scales or not all(1 <= s < np.inf for s in scales):
-            raise ValueError(f'--scales {scales}: factors of the resolution, each at least 1')
-        probs = tuple(scale_probs or [1 / len(scales)] * len(scales))
-        if len(probs) != len(scales) or min(probs) < 0 or sum(probs) <= 0:
-            raise ValueError(f'--scale_probs {probs}: one weight >= 0 for each of {scales}')
-        if continuous and scale_probs:
-            raise ValueError('--scale_probs: a continuous scale is uniform; leave one of them out')
-        self.resolution, self.flip, self.continuous = int(resolution), flip, continuous
-        self.sizes = [round(s * resolution) for s in scales]
-        self.probs, self.cache = np.array(probs, float), Cache(cache_bytes)
-        self.names, self.bad, self.notes = [], [], []
-
-    def largest(self, i):
-        """The greatest R at which picture i may serve as truth."""
-        return np.inf
-
-    def draw_size(self, i, rng):
-        r, largest = self.resolution, self.largest(i)
-        if self.continuous:
-            return int(rng.integers(r, max(r, min(max(self.sizes), largest)) + 1))
-        probs = np.array([p * (R <= largest) for R, p in zip(self.sizes, self.probs)])
-        return int(rng.choice(self.sizes, p=probs / probs.sum())) if probs.sum() else r
-
-    def item(self, i, rng=None):
-        """Picture i for training: image (3,r,r), target (3,r,r), box (2,2), scale () = r/R, label.
-
-        `target` is an r x r crop, any position equally likely, of the whole (flipped) picture at R;
-        `box` is its extent. All draws come from the numpy Generator `rng`; without one the target
-        is the image.
-        """
-        i, r = self.usable(i), self.resolution
-        flip = self.choose(rng) == 1
-        R = r if rng is None else self.draw_size(i, rng)
-        top, left = (0, 0) if R == r else map(int, rng.integers(0, R - r + 1, 2))  # the last too
-        image = self.crop(i, r, 0, 0, flip)
-        target = image if R == r else self.crop(i, R, top, left, flip)
-        corner = np.array([[left, left + r], [top, top + r]], 'float32')
-        return dict(image=image, target=target, scale=torch.tensor(r / R),
-                    box=torch.from_numpy(2 * corner / R - 1), **self.about(i))
-
-    @property
-    def variants(self):
-        """In how many ways the encoder may see an item: as it is, and mirrored."""
-        return 2 if self.flip else 1
-
-    def choose(self, rng):
-        """Number of the variant that `item` shows with this rng."""
-        return int(rng is not None and self.flip and rng.random() < 0.5)
-
-    def variant(self, i, k):
-        """What the encoder sees of item i in variant k."""
-        return dict(image=self.crop(self.usable(i), self.resolution, 0, 0, k == 1))
-
-    def about(self, i, rng=None):
-        """What is known of item i besides: its label, if the data set has any."""
-        return {} if self.labels is None else dict(label=self.labels[self.usable(i)])
-
-
-class ToyPictures(Pictures):
-    """toy_image: 20,000 training and 1,000 test seeds; the truth is exact at every resolution."""
-
-    def __init__(self, name, root, split, holdout=None, group=None, seed=0, **options):
-        super().__init__(**options)
-        if group or holdout and not isinstance(holdout, dict):
-            raise ValueError(f'{name}: --split and --group: its split is fixed; leave them out')
-        sides = ('train', 'test') if split == 'all' else (split,)
-        self.seeds = [toy_seeds(s, k) for s in sides for k in range(TOY_SEEDS[s][1])]
-        self.names = [f'seed {s}' for s in self.seeds]
+    def select(self, name, selection):
+        """Set `names`; the seeds of the split. ValueError for what a fixed split cannot honour."""
+        divided = selection.holdout and not isinstance(selection.holdout, dict)
+        if selection.group or selection.captions or divided:
+            raise ValueError(f'{name}: it is computed, with a fixed split; leave --split, --group '
+                             'and --captions out')
+        sides = self.seeds if selection.split == 'all' else (selection.split,)
+        chosen = [first + k for first, count in map(self.seeds.get, sides) for k in range(count)]
+        self.names = [f'seed {s}' for s in chosen]
+        return chosen
 
     def splits(self):
-        """One line for each side: the split is fixed and needs no list."""
-        return {s: [f'seeds {first} to {first + count - 1}']
-                for s, (first, count) in TOY_SEEDS.items() if count}
-
-    def crop(self, i, R, top, left, flip):
-        r = self.resolution
-        if R == r:
-            full = self.cache.get(i, lambda: toy_image([self.seeds[i]], r)[0], lambda x: x.nbytes)
-            return full.flip(-1) if flip else full
-        x0 = R - left - r if flip else left
-        box = 2 * np.array([[x0, x0 + r], [top, top + r]]) / R - 1
-        target = toy_image([self.seeds[i]], r, box)[0]
-        return target.flip(-1) if flip else target
-
-    def picture(self, i, R):
-        """Picture i at R x R cells, whole: float32 (3,R,R) in [-1, 1]."""
-        return toy_image([self.seeds[i]], R)[0]
+        """One line for each side, since no list is needed."""
+        return {side: [f'seeds {first} to {first + count - 1}']
+                for side, (first, count) in self.seeds.items()}
 
 
-class TolerantFiles:
-    """Files that may turn out broken, when their headers are read at the start or later.
+class FileItems(Items):
+    """Items from files that may turn out broken, when their headers are read or later.
 
-    They go to `bad`, and the next good one stands in. ValueError when these are at least three and
-    more than 1 %, or none is left, unless `tolerant`. A data set sets names, bad, total, place,
-    tolerant, and `source(i)`, which reads a file and raises if it cannot.
+    Those go to `bad`, and the next good one stands in. ValueError when they are at least three and
+    more than 1 %, or when none is left, unless the selection is tolerant. A subclass has
+    `header(name)`, which returns what is known from a glance or a text that says what is wrong, and
+    `decode(i)`, which reads a file and raises if it cannot.
     """
 
-    kind = 'pictures'
-
-    def start(self, place, tolerant, wanted, headers):
-        """Take in the names wanted and, for each, what was read or a text that says what failed."""
-        self.place, self.tolerant, self.total = place, tolerant, len(wanted)
-        self.bad = [(n, h) for n, h in zip(wanted, headers) if isinstance(h, str)]
-        good = [(n, h) for n, h in zip(wanted, headers) if not isinstance(h, str)]
-        self.names, self.decoded, self.broken = [n for n, _ in good], set(), set()
+    def select(self, names, place, selection, official=None):
+        """Divide the names and keep those wanted; the headers of the good ones."""
+        self.place, self.tolerant = str(place), selection.tolerant
+        self.sides = divide(names, selection.holdout, selection.group, selection.seed, official)
+        wanted = (self.sides['train'] + self.sides['test'] if selection.split == 'all' else
+                  self.sides[selection.split])
+        require(wanted, f'{place}: no {self.kind} in the {selection.split} part; change --split')
+        wanted = sorted(wanted, key=natural)
+        headers = dict(zip(wanted, threaded(self.header, wanted, 'reading headers')))
+        self.bad = [(n, h) for n, h in headers.items() if isinstance(h, str)]
+        self.names = [n for n, h in headers.items() if not isinstance(h, str)]
+        self.total, self.last = len(wanted), (None, None)
+        self.decoded, self.broken = set(), set()
         self.refuse_bad()
-        return [h for _, h in good]
+        if selection.captions:
+            self.add_captions(read_captions(selection.captions))
+        return [headers[n] for n in self.names]
+
+    def add_captions(self, texts):
+        """Join captions {key: [texts]}: the key is an item's name, its last part, or its stem."""
+        keys = [(n, n.split('/')[-1], os.path.splitext(n.split('/')[-1])[0]) for n in self.names]
+        self.captions = [next((texts[k] for k in own if k in texts), []) for own in keys]
+        missing = sum(not c for c in self.captions)
+        require(missing < len(keys), f'--captions: none of {len(texts)} names is that of an item, '
+                f'e.g. {next(iter(texts), "")} and {keys[0][1]}')
+        if missing:
+            self.notes.append(f'{missing} {self.kind} have no caption')
 
     def refuse_bad(self):
-        """ValueError if too much of the data is of no use."""
+        """ValueError if too many of the files are of no use."""
         bad, total = len(self.bad), self.total
         if bad == total or not self.tolerant and bad >= 3 and bad > total / 100:
             name, why = self.bad[0]
@@ -953,13 +910,20 @@ class TolerantFiles:
         """{'train': names, 'test': names} of the whole data set, for splits.json."""
         return self.sides
 
-    def usable(self, i):
-        """i, or the next index whose file can be decoded."""
+    def stand_in(self, i):
         while i in self.broken or i not in self.decoded and not self.try_decode(i):
             i = (i + 1) % len(self)
         return i
 
+    def source(self, i):
+        """What `decode` makes of item i; the last one is kept, as one item asks several times."""
+        last = self.last  # threads may replace it
+        if last[0] != i:
+            last = self.last = i, self.decode(i)
+        return last[1]
+
     def try_decode(self, i):
+        """Whether item i can be read; if not, it is broken from now on."""
         try:
             self.source(i)
         except Exception as error:  # a decoder may raise anything on a broken file
@@ -985,20 +949,159 @@ class TolerantFiles:
         self.refuse_bad()
 
 
-class FilePictures(TolerantFiles, Pictures):
-    """Pictures from files: centre square, antialiased to R x R."""
+def read_captions(path):
+    """A CSV of captions as {key: [texts]}, empty ones left out.
 
-    def __init__(self, files, split, holdout=None, group=None, seed=0, official=None, place='',
-                 tolerant=False, **options):
+    Columns: file, id or modelId, and description, caption, text or name, whichever comes first in
+    this order. FileNotFoundError or ValueError, one line, for anything else.
+    """
+    rows = read_table(path, '--captions')
+    columns = {c.lower(): c for c in rows[0] if c} if rows else {}
+    key, text = (next((columns[c] for c in wanted if c in columns), None) for wanted in (
+        ('modelid', 'model_id', 'id', 'file'), ('description', 'caption', 'text', 'name')))
+    require(key and text, f'--captions {path}: needs a column file, id or modelId and one of '
+            f'description, caption, text, name; has {", ".join(columns) or "no rows"}')
+    found = {}
+    for row in rows:
+        if row[text] and row[text].strip():
+            found.setdefault(row[key], []).append(' '.join(row[text].split()))
+    return found
+
+
+def read_table(path, flag):
+    """The rows of a CSV in UTF-8 as dicts; its errors name the flag."""
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{flag} {path}: no such file') from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f'{flag} {path}: not a CSV in UTF-8 ({error})') from None
+
+
+# ---- data sets of pictures ----------------------------------------------------------------------
+
+@dataclass
+class PictureConfig:
+    """Which parts of a picture stage 1 learns from."""
+    scales: tuple = flag((1.0, 1.5, 2.0), 'target resolutions over r, for multi-scale training')
+    scale_probs: tuple = flag((), 'probability of each scale; empty = equal', low=0)
+    continuous: bool = flag(False, 'draw the target resolution uniformly up to the largest of '
+                            '--scales')
+
+
+class Pictures(Items):
+    """What all picture sets share: scales, crops, flips.
+
+    resolution: r, the side of `image` and of every crop. scales: factors of r the target may have,
+    drawn with scale_probs (default equal), or, if continuous, R uniform over [r, max(scales) r].
+    """
+
+    domain, kind, channels, config = 'image', 'pictures', 3, PictureConfig
+    encoder_only = dict(scales=(1.0,), scale_probs=None, continuous=False)
+
+    def __init__(self, resolution, scales=(1.0,), scale_probs=None, continuous=False, **options):
         super().__init__(**options)
-        self.files, self.last = files, (None, None)
-        self.sides = divide(files.names, holdout, group, seed, official)
-        wanted = side_of(self.sides, split, place, 'picture')
-        headers = self.start(place, tolerant, wanted,
-                             threaded(self.header, wanted, 'reading headers'))
+        scales = tuple(scales)
+        require(resolution >= 4, f'--resolution {resolution}: must be at least 4')
+        require(scales and all(1 <= s < np.inf for s in scales),
+                f'--scales {scales}: factors of the resolution, each at least 1')
+        probs = tuple(scale_probs or [1 / len(scales)] * len(scales))
+        require(len(probs) == len(scales) and min(probs) >= 0 and sum(probs) > 0,
+                f'--scale_probs {probs}: one weight >= 0 for each of {scales}')
+        require(not (continuous and scale_probs), '--scale_probs: a continuous scale is uniform; '
+                'leave one of them out')
+        self.resolution, self.continuous = int(resolution), continuous
+        self.sizes = [round(s * resolution) for s in scales]
+        self.probs = np.array(probs, float)
+
+    @classmethod
+    def options(cls, flags):
+        found = dict(super().options(flags), resolution=flags['resolution'])
+        if found.get('continuous'):
+            found['scale_probs'] = None
+        return found
+
+    @staticmethod
+    def lies_at(path):
+        return True
+
+    def largest(self, i):
+        """The greatest R at which picture i may serve as truth."""
+        return np.inf
+
+    def draw_size(self, i, rng):
+        r, largest = self.resolution, self.largest(i)
+        if self.continuous:
+            return int(rng.integers(r, max(r, min(max(self.sizes), largest)) + 1))
+        probs = np.array([p * (R <= largest) for R, p in zip(self.sizes, self.probs)])
+        return int(rng.choice(self.sizes, p=probs / probs.sum())) if probs.sum() else r
+
+    def item(self, i, rng=None):
+        """Picture i for training: image (3,r,r), target (3,r,r), box (2,2), scale () = r/R; known.
+
+        `target` is an r x r crop, any position equally likely, of the whole (flipped) picture at R;
+        `box` is its extent. Without an rng the target is the image.
+        """
+        i, r = self.stand_in(i), self.resolution
+        flip = self.draw_view(rng) == 1
+        R = r if rng is None else self.draw_size(i, rng)
+        top, left = (0, 0) if R == r else map(int, rng.integers(0, R - r + 1, 2))  # the last too
+        image = self.crop(i, r, 0, 0, flip)
+        target = image if R == r else self.crop(i, R, top, left, flip)
+        corner = np.array([[left, left + r], [top, top + r]], 'float32')
+        return dict(image=image, target=target, scale=torch.tensor(r / R),
+                    box=torch.from_numpy(2 * corner / R - 1), **self.known(i, rng))
+
+    @property
+    def views(self):
+        """As it is and, where the data set flips, mirrored."""
+        return 2 if self.flip else 1
+
+    def draw_view(self, rng):
+        return int(rng is not None and self.flip and rng.random() < 0.5)
+
+    def view(self, i, k):
+        return dict(image=self.crop(self.stand_in(i), self.resolution, 0, 0, k == 1))
+
+    def picture(self, i, size):
+        return self.truth(i, size)
+
+
+class ToyPictures(Computed, Pictures):
+    """toy_image: 20,000 training and 1,000 test seeds; the truth is exact at every resolution."""
+
+    seeds = TOY_SEEDS
+
+    def __init__(self, name, root, selection, **options):
+        super().__init__(**options)
+        self.numbers = self.select(name, selection)
+
+    def crop(self, i, R, top, left, flip):
+        r = self.resolution
+        if R == r:
+            full = self.cache.get(i, lambda: toy_image([self.numbers[i]], r)[0], lambda x: x.nbytes)
+            return full.flip(-1) if flip else full
+        x0 = R - left - r if flip else left
+        box = 2 * np.array([[x0, x0 + r], [top, top + r]]) / R - 1
+        target = toy_image([self.numbers[i]], r, box)[0]
+        return target.flip(-1) if flip else target
+
+    def truth(self, i, R):
+        """Picture i at R x R cells, whole: float32 (3,R,R) in [-1, 1]."""
+        return toy_image([self.numbers[i]], R)[0]
+
+
+class FilePictures(FileItems, Pictures):
+    """Pictures from a Folder, a Zip or CIFAR-10: centre square, antialiased to R x R."""
+
+    def __init__(self, files, place, selection, official=None, labels=None, **options):
+        super().__init__(**options)
+        self.files = files
+        headers = self.select(files.names, place, selection, official)
         self.shapes, self.modes = [h[0] for h in headers], [h[1] for h in headers]
-        if hasattr(files, 'labels'):
-            self.labels = [files.labels[n] for n in self.names]
+        if labels:
+            self.labels = [labels[n] for n in self.names]
         small = sum(min(shape) < self.resolution for shape in self.shapes)
         if small:
             self.notes.append(f'{small} pictures smaller than {self.resolution} are enlarged')
@@ -1015,13 +1118,10 @@ class FilePictures(TolerantFiles, Pictures):
 
     def source(self, i):
         """The centre square of picture i as it is on disk, PIL RGB."""
-        def latest():
-            if self.last[0] != i:  # image and target of an item come from one decoding
-                self.last = i, self.decode(i)
-            return self.last[1]
         if self.continuous:  # sizes hardly recur, so the source is what to keep
-            return self.cache.get((i, 'source'), latest, lambda im: 3 * im.width * im.height)
-        return latest()
+            return self.cache.get((i, 'source'), lambda: super(FilePictures, self).source(i),
+                                  lambda im: 3 * im.width * im.height)
+        return super().source(i)
 
     def decode(self, i):
         with self.files.open(self.names[i]) as im:
@@ -1041,10 +1141,57 @@ class FilePictures(TolerantFiles, Pictures):
         part = (whole[:, ::-1] if flip else whole)[top:top + r, left:left + r]
         return to_float(torch.from_numpy(part.transpose(2, 0, 1).copy()))
 
-    def picture(self, i, R):
+    def truth(self, i, R):
         """Picture i at R x R, whole, enlarged if need be: float32 (3,R,R) in [-1, 1]."""
-        i = self.usable(i)
+        i = self.stand_in(i)
         return to_float(torch.from_numpy(self.pixels(i, R).transpose(2, 0, 1).copy()))
+
+    def facts(self):
+        shorts = sorted(map(min, self.shapes))
+        modes = ', '.join(f'{self.modes.count(m)} {m}' for m in sorted(set(self.modes)))
+        yield (f'sizes     short side {shorts[0]} min, {shorts[len(shorts) // 2]} median, '
+               f'{shorts[-1]} max; {len(set(self.shapes))} different shapes')
+        yield f'modes     {modes}'
+        if self.labels:
+            yield f'labels    {len(set(self.labels))} classes'
+
+
+def files_of_data(root):
+    """`find_files` for a data set: its errors say which flag names another place."""
+    try:
+        return find_files(root)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f'{error}; put the pictures there or name the place with --data PATH'
+                          ) from None
+
+
+def picture_files(name, root, selection, **options):
+    """Any folder or zip of pictures."""
+    return FilePictures(files_of_data(root), root, selection, **options)
+
+
+AFHQ = ('cat', 'dog', 'wild')
+
+
+def afhq(name, root, selection, **options):
+    """One animal of AFHQ: {train,test}/{cat,dog,wild} or the folder of one class."""
+    files, animal = files_of_data(root), name.removeprefix('afhq_')
+    parts = {n: (Path(root).name, *n.split('/')[:-1]) for n in files.names}
+    if any(a in p for p in parts.values() for a in AFHQ):
+        files.names = [n for n in files.names if animal in parts[n]]
+    if not files.names:
+        raise ValueError(f'{root}: no folder {animal} in it; name the place with --data PATH')
+    test = [n for n in files.names if {'test', 'val'} & {*parts[n][1:]}]
+    train = [n for n in files.names if 'train' in parts[n][1:]]
+    official = dict(train=train, test=test) if train and test else None
+    return FilePictures(files, root, selection, official, **options)
+
+
+def cifar10(name, root, selection, **options):
+    """CIFAR-10 with its official split and labels."""
+    files = Cifar(root)
+    official = {s: [n for n in files.names if n.startswith(s)] for s in ('train', 'test')}
+    return FilePictures(files, root, selection, official, files.labels, **options)
 
 
 # ---- mesh files ---------------------------------------------------------------------------------
@@ -1530,20 +1677,6 @@ def mesh(args):
 
 # ---- data sets of shapes -------------------------------------------------------------------------
 
-def read_binvox(path):
-    """Boolean voxels (D,D,D), axes x, y, z, of a .binvox file; ValueError if it is none.
-
-    After the header pairs of bytes, (value, how often), run along x, z and y, the last fastest.
-    """
-    header, _, body = Path(path).read_bytes().partition(b'\ndata\n')
-    try:
-        sides = [int(n) for n in re.search(rb'^dim (\d+) (\d+) (\d+)', header, re.M).groups()]
-        values, counts = np.frombuffer(body, 'uint8').reshape(-1, 2).T
-        return np.repeat(values, counts).reshape(sides).transpose(0, 2, 1).astype(bool)
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f'{path}: not a readable .binvox ({reason(error)})') from None
-
-
 @dataclass
 class ShapeConfig:
     """What stage 1 sees of a shape at a time."""
@@ -1552,49 +1685,28 @@ class ShapeConfig:
     near: float = flag(0.0, 'share of the queries drawn close to the surface (the others: uniform)')
     noise: float = flag(0.005, "deviation of the surface points, in the data's units")
     clouds: int = flag(4, 'point clouds of each shape that stage 2 keeps latents of')
-    captions: str = flag('', 'CSV with a column id (or modelId) and one of description, caption, '
-                         'text, name')
-
-
-def read_captions(path):
-    """A CSV of captions as {id: [texts]}, empty ones left out; columns as --captions says."""
-    try:
-        with open(path, newline='', encoding='utf-8-sig') as file:
-            rows = list(csv.DictReader(file))
-    except FileNotFoundError:
-        raise FileNotFoundError(f'--captions {path}: no such file') from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f'--captions {path}: not a CSV in UTF-8 ({error})') from None
-    columns = {c.lower(): c for c in rows[0] if c} if rows else {}
-    key, text = (next((columns[c] for c in wanted if c in columns), None) for wanted in (
-        ('modelid', 'model_id', 'id'), ('description', 'caption', 'text', 'name')))
-    if not key or not text:
-        raise ValueError(f'--captions {path}: needs a column id or modelId and one of description, '
-                         f'caption, text, name; has {", ".join(columns) or "no rows"}')
-    found = {}
-    for row in rows:
-        if row[text] and row[text].strip():
-            found.setdefault(row[key], []).append(' '.join(row[text].split()))
-    return found
 
 
 class Shapes(Items):
-    """What all shape sets share: what is drawn of a shape, flips, captions.
+    """What all shape sets share: what is drawn of a shape, and flips along x.
 
     Coordinates are in the data's units, within [-extent, extent]^3, until an item leaves, divided
-    by `extent`. flip: mirror half of the shapes along x. See ShapeConfig for the rest. A data set
-    has names, labels, captions (a list of texts for each name), and `draw_surface`, `draw_volume`.
+    by `extent`. See ShapeConfig for the flags. A data set has `draw_surface(i, n, rng)`, and
+    `draw_volume` and `draw_near` of the same form, which give points and their occupancy.
     """
 
-    domain, channels, labels, captions = 'shape', 1, None, None
+    domain, kind, config = 'shape', 'shapes', ShapeConfig
+    encoder_only = dict(queries=1, near=0.0)
 
-    def __init__(self, points=3000, queries=2048, near=0.0, noise=0.005, clouds=4, captions='',
-                 flip=False, cache_bytes=2 ** 30):
-        if not 0 <= near <= 1:
-            raise ValueError(f'--near {near}: a share, from 0 to 1')
-        self.points, self.queries, self.noise, self.flip = points, queries, noise, flip
-        self.near, self.variants = round(near * queries), clouds
-        self.cache, self.bad, self.notes = Cache(cache_bytes), [], []
+    def __init__(self, points=3000, queries=2048, near=0.0, noise=0.005, clouds=4, **options):
+        super().__init__(**options)
+        require(0 <= near <= 1, f'--near {near}: a share, from 0 to 1')
+        self.points, self.queries, self.noise, self.views = points, queries, noise, clouds
+        self.near = round(near * queries)
+
+    @staticmethod
+    def lies_at(path):
+        return any(Path(path).glob('**/pointcloud.npz'))
 
     def cloud(self, i, rng):
         """Input of the encoder, (points,3) in [-1,1], and the sign that x was multiplied by."""
@@ -1604,11 +1716,11 @@ class Shapes(Items):
         return torch.from_numpy((p * sign / self.extent).astype('float32')), sign
 
     def item(self, i, rng=None):
-        """Shape i for training: points (N,3), coords (M,3), occupancy (M,); label, text if known.
+        """Shape i for training: points (N,3), coords (M,3), target (M,), their occupancy; known.
 
-        All draws come from the numpy Generator `rng`, or depend on the shape's name alone.
+        Without an rng the draws depend on the shape's name alone.
         """
-        i = self.usable(i)
+        i = self.stand_in(i)
         rng = rng or common.seeded('shape', self.names[i])
         cloud, sign = self.cloud(i, rng)
         c, occupancy = self.draw_volume(i, self.queries - self.near, rng)
@@ -1616,29 +1728,20 @@ class Shapes(Items):
             close, inside = self.draw_near(i, self.near, rng)
             c, occupancy = np.concatenate([c, close]), np.concatenate([occupancy, inside])
         coords = torch.from_numpy((c * sign / self.extent).astype('float32'))
-        return dict(points=cloud, coords=coords, **self.about(i, rng),
-                    occupancy=torch.from_numpy(occupancy.astype('float32')))
+        return dict(points=cloud, coords=coords, **self.known(i, rng),
+                    target=torch.from_numpy(occupancy.astype('float32')))
 
-    def choose(self, rng):
-        """Number of the variant a visit shows: `clouds` are drawn of each shape."""
-        return int(rng.integers(self.variants)) if rng else 0
+    def draw_view(self, rng):
+        """Each of the `clouds` is as likely."""
+        return int(rng.integers(self.views)) if rng else 0
 
-    def variant(self, i, k):
-        """What the encoder sees of shape i in variant k."""
-        i = self.usable(i)
+    def view(self, i, k):
+        i = self.stand_in(i)
         return dict(points=self.cloud(i, common.seeded('cloud', self.names[i], k))[0])
 
-    def voxels(self, i, cells):
-        """Boolean voxels (cells,)*3 of the unit cube, axes x, y, z, if such come with shape i."""
-
-    def about(self, i, rng=None):
-        """What is known of shape i besides: its label, and one of its captions ('' for none)."""
-        i = self.usable(i)
-        known = {} if self.labels is None else dict(label=self.labels[i])
-        if self.captions is not None:
-            texts = self.captions[i] or ['']
-            known['text'] = texts[int(rng.integers(len(texts))) if rng else 0]
-        return known
+    def picture(self, i, size):
+        """The point cloud that the encoder sees."""
+        return render_points(self.view(i, 0)['points'], size).expand(3, -1, -1) * 2 - 1
 
 
 def near_points(surface, extent, rng):
@@ -1647,30 +1750,20 @@ def near_points(surface, extent, rng):
     return (surface + step * rng.standard_normal(surface.shape)).clip(-extent, extent)
 
 
-class ToyShapes(Shapes):
+class ToyShapes(Computed, Shapes):
     """toy_shape: 5,000 training and 500 test seeds, with captions and the family as label.
 
     Exact occupancy: 1 inside, 0 outside, smooth over 1/128 of the box between.
     """
 
-    extent = 1.0
+    seeds = TOY_SOLIDS
 
-    def __init__(self, name, root, split, holdout=None, group=None, seed=0, **options):
+    def __init__(self, name, root, selection, **options):
         super().__init__(**options)
-        if group or options.get('captions') or holdout and not isinstance(holdout, dict):
-            raise ValueError(f'{name}: --split, --group and --captions: these are fixed; leave '
-                             'them out')
-        sides = ('train', 'test') if split == 'all' else (split,)
-        seeds = [first + k for first, count in map(TOY_SOLIDS.get, sides) for k in range(count)]
-        self.names, self.solids = [f'seed {s}' for s in seeds], [toy_shape(s) for s in seeds]
+        self.solids = [toy_shape(s) for s in self.select(name, selection)]
         self.groups = self.titles = list(TOY_FAMILIES)
         self.labels = [self.groups.index(solid.family) for solid in self.solids]
         self.captions = [[solid.caption] for solid in self.solids]
-
-    def splits(self):
-        """One line for each side: the split is fixed and needs no list."""
-        return {s: [f'seeds {first} to {first + count - 1}']
-                for s, (first, count) in TOY_SOLIDS.items()}
 
     def draw_surface(self, i, n, rng):
         return toy_surface(self.solids[i], n, rng)
@@ -1687,7 +1780,7 @@ class ToyShapes(Shapes):
         points = near_points(self.draw_surface(i, n, rng), self.extent, rng)
         return points, self.occupancy(i, points)
 
-    def volume(self, i, n=100_000):
+    def truth(self, i, n=100_000):
         """n points of the box in [-1,1] and whether they are inside, the same in every call."""
         points, occupancy = self.draw_volume(i, n, common.seeded('volume', self.names[i]))
         return torch.from_numpy(points.astype('float32')), torch.from_numpy(occupancy > 0.5)
@@ -1729,43 +1822,27 @@ def listed_shapes(root, groups):
     return sides if sides['train'] and sides['test'] else None
 
 
-class FileShapes(TolerantFiles, Shapes):
+class FileShapes(FileItems, Shapes):
     """Shapes in the layout of Occupancy Networks (ShapeNet as they publish it).
 
     ROOT/CLASS/ID/points.npz (points, packed occupancies), pointcloud.npz, and {train,val,test}.lst
     in each class; those of val.lst belong to neither side. The label is the class's number.
     """
 
-    extent, kind = HALF_BOX, 'shapes'
+    extent = HALF_BOX
 
-    def __init__(self, name, root, split, classes=None, holdout=None, group=None, seed=0,
-                 tolerant=False, **options):
+    def __init__(self, name, root, selection, classes=None, **options):
         super().__init__(**options)
         place, self.folders = find_shapes(root, classes)
         self.groups = sorted({n.split('/')[0] for n in self.folders})
-        self.titles, self.last = class_titles(place, self.groups), (None, None)
+        self.titles = class_titles(place, self.groups)
         lists = listed_shapes(place, self.groups)
         official = lists and {side: lists[side] for side in ('train', 'test')}
         listed = {*sum(lists.values(), [])} if lists else self.folders
-        names = [n for n in self.folders if n in listed]
-        self.sides = divide(names, holdout, group, seed, official)
-        wanted = side_of(self.sides, split, root, 'shape')
-        self.start(str(root), tolerant, wanted, threaded(self.header, wanted, 'looking'))
+        self.select([n for n in self.folders if n in listed], root, selection, official)
         self.labels = [self.groups.index(n.split('/')[0]) for n in self.names]
-        if options.get('captions'):
-            self.add_captions(read_captions(options['captions']))
-        if lists and not holdout and lists['val']:
+        if lists and not selection.holdout and lists['val']:
             self.notes.append(f'{len(lists["val"])} shapes of val.lst are left alone')
-
-    def add_captions(self, texts):
-        """Join captions by the shape's id, whatever its class."""
-        self.captions = [texts.get(n.split('/')[1], []) for n in self.names]
-        missing = sum(not c for c in self.captions)
-        if not {n.split('/')[1] for n in self.folders} & {*texts}:
-            raise ValueError(f'--captions: none of {len(texts)} ids is that of a shape, e.g. '
-                             f'{next(iter(texts), "")} and {self.names[0].split("/")[1]}')
-        if missing:
-            self.notes.append(f'{missing} shapes have no caption')
 
     def header(self, name):
         """None, or why the shape is of no use."""
@@ -1789,16 +1866,8 @@ class FileShapes(TolerantFiles, Shapes):
         return arrays
 
     def source(self, i):
-        last = self.last  # one item asks several times
-        if last[0] != i:
-            last = self.last = i, self.cache.get(i, lambda: self.decode(i), lambda arrays: sum(
-                a.nbytes for a in arrays.values()))
-        return last[1]
-
-    def voxels(self, i, cells):
-        path = self.folders[self.names[i]] / 'model.binvox'
-        found = read_binvox(path) if path.exists() else ()
-        return torch.from_numpy(found) if len(found) == cells else None
+        return self.cache.get(i, lambda: super(FileShapes, self).source(i),
+                              lambda arrays: sum(a.nbytes for a in arrays.values()))
 
     def draw(self, i, points, bits, n, rng):
         """n of the stored points, with replacement, and their occupancies."""
@@ -1807,10 +1876,12 @@ class FileShapes(TolerantFiles, Shapes):
         p = stored[points][k].astype('float64')
         if stored[points].dtype == np.float16:  # off the lattice of half precision
             p = p + 1e-4 * rng.standard_normal(p.shape)
-        return p, stored[bits][k >> 3] >> (7 - (k & 7)) & 1
+        # Bit k of np.packbits: in byte k // 8, counted from its high end. Unpacking all would cost
+        # more than the few that are asked for.
+        return p, stored[bits][k // 8] >> (7 - k % 8) & 1
 
     def draw_surface(self, i, n, rng):
-        surface = self.source(self.usable(i))['surface']
+        surface = self.source(self.stand_in(i))['surface']
         return surface[rng.integers(len(surface), size=n)].astype('float64')
 
     def draw_volume(self, i, n, rng):
@@ -1819,121 +1890,87 @@ class FileShapes(TolerantFiles, Shapes):
     def draw_near(self, i, n, rng):
         return self.draw(i, 'near', 'near_bits', n, rng)
 
-    def volume(self, i, n=100_000):
+    def truth(self, i, n=100_000):
         """The first n stored points in [-1,1] and whether they are inside."""
-        stored = self.source(self.usable(i))
+        stored = self.source(self.stand_in(i))
         inside = np.unpackbits(stored['bits'])[:len(stored['points'])][:n]
         points = stored['points'][:n].astype('float32') / self.extent
         return torch.from_numpy(points), torch.from_numpy(inside.astype(bool))
 
-
-# ---- the table of data sets ---------------------------------------------------------------------
-
-def files_of_data(root):
-    """`find_files` for a data set: its errors say which flag names another place."""
-    try:
-        return find_files(root)
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f'{error}; put the pictures there or name the place with --data PATH'
-                          ) from None
-
-
-def picture_files(name, root, split, **options):
-    """Any folder, zip or lmdb of pictures."""
-    return FilePictures(files_of_data(root), split, place=str(root), **options)
-
-
-AFHQ = ('cat', 'dog', 'wild')
-
-
-def afhq(name, root, split, **options):
-    """One animal of AFHQ: {train,test}/{cat,dog,wild} or the folder of one class."""
-    files, animal = files_of_data(root), name.removeprefix('afhq_')
-    parts = {n: (Path(root).name, *n.split('/')[:-1]) for n in files.names}
-    if any(a in p for p in parts.values() for a in AFHQ):
-        files.names = [n for n in files.names if animal in parts[n]]
-    if not files.names:
-        raise ValueError(f'{root}: no folder {animal} in it; name the place with --data PATH')
-    test = [n for n in files.names if {'test', 'val'} & {*parts[n][1:]}]
-    train = [n for n in files.names if 'train' in parts[n][1:]]
-    official = dict(train=train, test=test) if train and test else None
-    return FilePictures(files, split, official=official, place=str(root), **options)
-
-
-def cifar10(name, root, split, **options):
-    """CIFAR-10 with its official split and labels."""
-    files = Cifar(root)
-    official = {s: [n for n in files.names if n.startswith(s)] for s in ('train', 'test')}
-    return FilePictures(files, split, official=official, place=str(root), **options)
-
-
-def text2shape(name, root, split, captions='', **options):
-    """The chairs and tables of ShapeNet with captions.tablechair.csv, by default in ROOT."""
-    captions = captions or str(Path(root) / 'captions.tablechair.csv')
-    return FileShapes(name, root, split, classes=[CHAIR, TABLE], captions=captions, **options)
+    def facts(self):
+        good = [i for i in range(len(self)) if i not in self.broken]
+        share = sorted(self.truth(i)[1].float().mean().item() for i in good)
+        yield 'classes   ' + ', '.join(f'{self.labels.count(k)} {title}'
+                                       for k, title in enumerate(self.titles))
+        yield (f'inside    {share[0]:.2%} of the box min, {share[len(share) // 2]:.2%} median, '
+               f'{share[-1]:.2%} max')
 
 
 CHAIR, TABLE = '03001627', '04379243'  # classes of ShapeNet
-READERS = dict(toy_image=ToyPictures, image=picture_files, celebahq=picture_files, afhq_cat=afhq,
-               afhq_dog=afhq, cifar10=cifar10, lsun_church=picture_files, toy_shape=ToyShapes,
-               shape=FileShapes, shapenet=FileShapes, text2shape=text2shape,
-               shapenet_chair=partial(FileShapes, classes=[CHAIR]))
-NAMES = tuple(READERS)
-CONFIGS = dict(image=PictureConfig, shape=ShapeConfig)
-# What to ask for where only the encoder's input is needed.
-ENCODER_ONLY = dict(image=dict(scales=(1.0,), scale_probs=None, continuous=False),
-                    shape=dict(queries=1, near=0.0))
 
 
-def domain_of(name):
-    """'image' or 'shape': what the data set `name` holds."""
-    return 'shape' if 'shape' in name else 'image'
+def text2shape(name, root, selection, **options):
+    """The chairs and tables of ShapeNet with captions.tablechair.csv, by default in ROOT."""
+    captions = selection.captions or str(Path(root) / 'captions.tablechair.csv')
+    return FileShapes(name, root, replace(selection, captions=captions), [CHAIR, TABLE], **options)
 
 
-def options_of(args):
-    """The flags, a dict, that data set args['dataset'] understands, for `make_dataset`.
+# ---- the table of data sets ---------------------------------------------------------------------
+
+DATASETS = {  # name: (its kind, what opens it); a user's own files go by the name of their domain
+    'toy_image': (ToyPictures, ToyPictures),
+    'image': (Pictures, picture_files),
+    'celebahq': (Pictures, picture_files),
+    'afhq_cat': (Pictures, afhq),
+    'afhq_dog': (Pictures, afhq),
+    'cifar10': (Pictures, cifar10),
+    'lsun_church': (Pictures, picture_files),
+    'toy_shape': (ToyShapes, ToyShapes),
+    'shape': (Shapes, FileShapes),
+    'shapenet': (Shapes, FileShapes),
+    'shapenet_chair': (Shapes, partial(FileShapes, classes=[CHAIR])),
+    'text2shape': (Shapes, text2shape),
+}
+NAMES = tuple(DATASETS)
+CONFIGS = tuple({base.config: None for base, _ in DATASETS.values()})  # each once, in order
+
+
+def options_of(flags):
+    """The flags, a dict, that data set flags['dataset'] understands, for `make_dataset`.
 
     ValueError where a flag differs from its default and is for another kind of data.
     """
-    domain = domain_of(args['dataset'])
-    for other, config in CONFIGS.items():
-        for f in fields(config) if other != domain else ():
-            if args.get(f.name, f.default) != f.default:
-                raise ValueError(f'--{f.name}: {args["dataset"]} is no {other} data set')
-    own = ['flip', 'seed', *(f.name for f in fields(CONFIGS[domain]))]
-    options = {k: args[k] for k in own}
-    if domain == 'image':
-        options |= dict(resolution=args['resolution'])
-        if args['continuous']:
-            options['scale_probs'] = None
-    return options
+    base, _ = DATASETS[flags['dataset']]
+    for config in CONFIGS:
+        for f in fields(config) if config is not base.config else ():
+            require(flags.get(f.name, f.default) == f.default,
+                    f'--{f.name}: {flags["dataset"]} holds {base.kind}, which have no such flag')
+    return base.options(flags)
 
 
-def make_dataset(name, root=None, split='train', **options):
-    """The data set `name` at `root` (default data/NAME); split 'train', 'test' or 'all'.
+def make_dataset(name, root=None, split='train', holdout=None, group=None, seed=0, tolerant=False,
+                 captions='', **options):
+    """The data set `name` at `root` (default data/NAME), an `Items`.
 
-    All take flip, cache_bytes, and holdout, group, seed (see divide); picture sets resolution
-    (needed) and what is in PictureConfig; shape sets what is in ShapeConfig. They have len(),
-    item(i, rng), names, labels (or None), bad (file, reason), notes (lines to show the user),
-    splits(), and domain, channels, extent for VAEConfig; pictures picture(i, R), shapes volume(i).
-    FileNotFoundError or ValueError, one line, if the data are missing or bad.
+    split, holdout, group, seed, tolerant, captions: see `Selection`. options: flip, cache_bytes,
+    and what the `config` of its kind has; picture sets need `resolution`. FileNotFoundError or
+    ValueError, one line, if the data are missing or bad.
     """
-    if name not in READERS:
-        raise ValueError(f'--dataset {name}: unknown; one of {", ".join(NAMES)}')
-    if split not in ('train', 'test', 'all'):
-        raise ValueError(f'split {split}: one of train, test, all')
-    return READERS[name](name, Path(root or Path('data') / name), split, **options)
+    require(name in DATASETS, f'--dataset {name}: unknown; one of {", ".join(NAMES)}')
+    require(split in ('train', 'test', 'all'), f'split {split}: one of train, test, all')
+    selection = Selection(split, holdout, group, seed, tolerant, captions)
+    return DATASETS[name][1](name, Path(root or Path('data') / name), selection, **options)
 
 
 def open_run_data(info, split, root=None, **options):
-    """The data set of a finished run, split as it was: info has `args` (its flags) and `splits`.
+    """The data set of a run, split as it was: info has `args`, stage 1's flags, and `splits`.
 
     root: where the data are now, if they have moved; options override the run's own.
     """
     args = info['args']
     options = {**options_of(args), 'flip': args['flip'] and split == 'train', **options}
     try:
-        return make_dataset(args['dataset'], root or args['data'], split, holdout=info['splits'],
+        return make_dataset(args['dataset'], root or args['data'], split, info['splits'],
                             **options)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'the data this run was trained on are gone: {error}') from None
@@ -1941,72 +1978,31 @@ def open_run_data(info, split, root=None, **options):
 
 # ---- python data.py check -----------------------------------------------------------------------
 
-def describe_pictures(dataset):
-    """Sizes and modes of a set of pictures, line by line."""
-    shorts = sorted(map(min, dataset.shapes))
-    modes = ', '.join(f'{dataset.modes.count(m)} {m}' for m in sorted(set(dataset.modes)))
-    yield (f'sizes     short side {shorts[0]} min, {shorts[len(shorts) // 2]} median, '
-           f'{shorts[-1]} max; {len(set(dataset.shapes))} different shapes')
-    yield f'modes     {modes}'
-    if dataset.labels:
-        yield f'labels    {len(set(dataset.labels))} classes'
-
-
-def describe_shapes(dataset):
-    """Classes, filling and captions of a set of shapes, line by line."""
-    good = [i for i in range(len(dataset)) if i not in dataset.broken]
-    share = sorted(dataset.volume(i)[1].float().mean().item() for i in good)
-    yield 'classes   ' + ', '.join(f'{dataset.labels.count(k)} {title}'
-                                   for k, title in enumerate(dataset.titles))
-    yield (f'inside    {share[0]:.2%} of the box min, {share[len(share) // 2]:.2%} median, '
-           f'{share[-1]:.2%} max')
-    if dataset.captions:
-        yield f'captions  {sum(map(len, dataset.captions))}'
-
-
-def describe(dataset):
-    """Lines about a data set of files: counts, what its kind has to say, notes, bad files."""
-    sides = dataset.splits()
-    yield f'{dataset.kind:9} {len(sides["train"])} train, {len(sides["test"])} test'
-    yield from (describe_shapes if dataset.domain == 'shape' else describe_pictures)(dataset)
-    yield from (f'note      {line}' for line in dataset.notes)
-    yield f'bad       {len(dataset.bad)} files'
-    yield from (f'  {name}: {why}' for name, why in dataset.bad)
-
-
-def preview(dataset, i, size):
-    """Picture (3,size,size) of item i; of a shape, the point cloud that the encoder sees."""
-    if dataset.domain == 'image':
-        return dataset.picture(i, size)
-    return render_points(dataset.variant(i, 0)['points'], size).expand(3, -1, -1) * 2 - 1
+def kind_of(path):
+    """The name of the data set that reads a user's own files at `path`."""
+    require(Path(path).exists(), f'{path}: neither a data set ({", ".join(NAMES)}) nor a path')
+    own = [name for name, (base, _) in DATASETS.items() if name == base.domain]
+    return next(name for name in reversed(own) if DATASETS[name][0].lies_at(path))
 
 
 def check(args):
     """What `python data.py check` prints; ends in an error if training would refuse the data."""
     name, root = args.dataset, args.data
     if name not in NAMES:
-        if not Path(name).exists():
-            raise ValueError(f'{name}: neither a data set ({", ".join(NAMES)}) nor a path')
-        found = any(Path(name).glob('**/pointcloud.npz'))
-        name, root = 'shape' if found else 'image', args.data or name
-    options = dict(holdout=args.split, group=args.group)
-    if domain_of(name) == 'image':
-        common.require(not args.captions, '--captions: are read for shapes only')
-        options['resolution'] = args.res
-    else:
-        options['captions'] = args.captions
-    if name.startswith('toy_'):
-        dataset = make_dataset(name, split='all', **options)
+        name, root = kind_of(name), args.data or name
+    base, _ = DATASETS[name]
+    options = base.options(dict(resolution=args.res, captions=args.captions))
+    dataset = make_dataset(name, root, 'all', args.split, args.group, tolerant=True, **options)
+    if dataset.computed:
         print(f'{name}: computed; ' + ', '.join(f'{k} {v[0]}' for k, v in dataset.splits().items()))
     else:
-        dataset = make_dataset(name, root, 'all', tolerant=True, **options)
         dataset.verify()
-        print(f'{name} at {dataset.place}', *describe(dataset), sep='\n')
-    shown = np.linspace(0, len(dataset) - 1, min(len(dataset), 48)).astype(int)
+        print(f'{name} at {dataset.place}', *dataset.describe(), sep='\n')
     out = args.out or f'out/check_{name}.png'
-    save_grid(out, torch.stack([preview(dataset, i, args.res) for i in shown]), columns=8)
+    shown = common.evenly_spaced(len(dataset), 48)
+    save_grid(out, torch.stack([dataset.picture(i, args.res) for i in shown]), columns=8)
     print(f'preview   {out}')
-    if not name.startswith('toy_'):
+    if not dataset.computed:
         dataset.tolerant = False
         dataset.refuse_bad()
 
@@ -2025,12 +2021,12 @@ def main():
     what = 'decode everything, print counts, write a preview'
     flags = commands.add_parser('check', help=what, description=what)
     flags.add_argument('dataset', help=f'one of {", ".join(NAMES)}, or a folder or zip')
-    flags.add_argument('--captions', default='', help='CSV of captions of shapes')
+    flags.add_argument('--captions', default='', help='CSV of captions: file or id, and text')
     flags.add_argument('--data', default='', help='where the data are, default data/DATASET')
     flags.add_argument('--res', type=int, default=64, help='side of the preview pictures')
     flags.add_argument('--split', default='', help='held-out fraction, or a file of the split')
-    flags.add_argument('--group', default='', help='regular expression; names equal without what '
-                       'it matches stay on one side (--group=REGEX if it begins with -)')
+    flags.add_argument('--group', default='', help='regular expression: names that become equal when '
+                       'it is deleted stay on one side (--group=REGEX if it begins with -)')
     flags.add_argument('--out', default='', help='preview, default out/check_DATASET.png')
     flags.set_defaults(run=check)
     what = 'sample meshes into the files that shapes are trained on'

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import flag, in_float32, load_checkpoint, torch_seeded
+from common import find_checkpoint, flag, load_checkpoint, load_weights, torch_seeded
 from encoders import Attention, ByteText, Downsample, ResBlock, Upsample, conv3x3, norm, zeroed
 from inr import PLANES, pack, unpack
 
@@ -614,54 +614,49 @@ def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler='dpmpp', steps=20
     return (z, nfe) if return_nfe else z
 
 
-def find_checkpoint(path, *names):
-    """The checkpoint file of a run folder, the first of `names` that is there; or `path` itself."""
-    path = Path(path)
-    if path.is_dir():
-        path = next((path / name for name in names if (path / name).exists()), path / names[0])
-    return path
+def restore(make, weights, device, path):
+    """The network `make()` with these weights, frozen, in evaluation mode.
 
-
-def restore(module, weights, device, path):
-    """`module()` with these weights, frozen, in evaluation mode; ValueError if they do not fit."""
+    ValueError if it cannot be made or the weights do not fit.
+    """
     try:
-        module = module()
-        module.load_state_dict(in_float32(weights))
-    except (KeyError, TypeError, RuntimeError) as error:
+        network = make()
+    except (TypeError, KeyError) as error:
         raise ValueError(f'{path}: written by another version of this code '
                          f'({str(error).splitlines()[0]}); train again') from None
-    return module.to(device).eval().requires_grad_(False)
+    load_weights(network, weights, path)
+    return network.to(device).eval().requires_grad_(False)
 
 
 def first_stage(state, device, path):
     """(vae, info) of a checkpoint of either kind."""
-    from vae import D2CVAE, VAEConfig  # here: the diffusion itself needs no VAE
+    from vae import VAEConfig, build  # here: the diffusion itself needs no VAE
     if state['kind'] not in ('vae', 'ldm'):
         raise ValueError(f'{path} holds a {state["kind"]} checkpoint; give a run folder or ldm.pt')
-    vae = restore(lambda: D2CVAE(VAEConfig(**state['vae_config'])), state.get('vae', {}),
-                  device, path)
+    vae = restore(lambda: build(VAEConfig(**state['vae_config'])), state.get('vae', {}), device,
+                  path)
     return vae, dict(args=state.get('vae_args', state['args']), step=state['step'],
                      splits=state['splits'])
 
 
 def load_vae(path, device='cpu'):
-    """The first stage of a run folder, vae.pt or ldm.pt: (vae, info), in evaluation mode.
+    """The first stage of a run or checkpoint (see `common.find_checkpoint`): (vae, info).
 
-    info: `args`, the flags of stage 1, its `step` and the data set's `splits`. ValueError or
-    FileNotFoundError, one line, for anything else.
+    vae is in evaluation mode. info: `args`, the flags of stage 1, its `step` and the data set's
+    `splits`. ValueError or FileNotFoundError, one line, for anything else.
     """
-    path = find_checkpoint(path, 'vae.pt', 'ldm.pt')
+    path = find_checkpoint(path, 'vae.pt', 'ldm.pt') or path
     return first_stage(load_checkpoint(path), device, path)
 
 
 def load(path, device='cpu'):
-    """A trained model from a run folder or its ldm.pt: (vae, ldm, info), in evaluation mode.
+    """A trained model from a run or checkpoint: (vae, ldm, info), in evaluation mode.
 
     `ldm` has the EMA weights. info: `args`, the flags of stage 1, and `ldm_args`, those of stage
     2, its `step`, and the data set's `splits`. ValueError or FileNotFoundError, one line, for
     anything that is not a finished or running second stage.
     """
-    path = find_checkpoint(path, 'ldm.pt', 'vae.pt')
+    path = find_checkpoint(path, 'ldm.pt', 'vae.pt') or path
     state = load_checkpoint(path)
     if state['kind'] == 'vae':
         raise ValueError(f'{path} holds stage 1 only; train stage 2 with: '

@@ -43,8 +43,8 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from common import (Parser, dist_init, file_digest, find_run, read_tensors, require, run,
-                    save_checkpoint, seeded, spread, torch_seeded)
+from common import (Parser, evenly_spaced, file_digest, find_checkpoint, read_tensors, require,
+                    run, save_checkpoint, seeded, start_process, torch_seeded)
 from encoders import (BPETokenizer, CLIPText, TextBlock, from_hugging_face, layers_of,
                       text_reader)
 from inr import render_mesh
@@ -1338,7 +1338,7 @@ def true_at(dataset, opened, limit):
              or dataset.largest(i) >= opened.R]
     require(found, f'{opened.path}: none of its {len(dataset)} pictures has {opened.R} pixels a '
                    'side; try a smaller --res')
-    return [found[k] for k in spread(len(found), limit)]
+    return [found[k] for k in evenly_spaced(len(found), limit)]
 
 
 def run_reals(opened, split, limit):
@@ -1352,7 +1352,7 @@ def run_reals(opened, split, limit):
         if part:
             yield quantise(stacked(dataset, part, opened.R))
 
-    probe = quantise(stacked(dataset, [index[k] for k in spread(n, 16)], opened.R))
+    probe = quantise(stacked(dataset, [index[k] for k in evenly_spaced(n, 16)], opened.R))
     names = [dataset.names[i] for i in index]
     stamps = facts(files, names) if hasattr(files, 'root') else []
     pixels = hashlib.sha256(probe.numpy().tobytes()).hexdigest()
@@ -1481,6 +1481,43 @@ def read_stats(path, dim):
         return None
 
 
+# ---- held-out measurements -----------------------------------------------------------------------
+
+@torch.no_grad()
+def held_out_pictures(vae, dataset, count):
+    """PSNR in dB at r and at the largest scale, posterior mean, and pairs of pictures."""
+    device = next(vae.parameters()).device
+    index = evenly_spaced(len(dataset), count)
+    result, r = {}, vae.config.resolution
+    x = torch.stack([dataset.truth(i, r) for i in index]).to(device)
+    xi = vae.decode(torch.cat([vae.encode(part).mean for part in x.split(16)]))
+    for R in sorted({r, max(dataset.sizes)}):
+        fit = [k for k, i in enumerate(index) if R == r or dataset.largest(i) >= R]
+        if not fit:
+            continue
+        truth = torch.stack([dataset.truth(index[k], R) for k in fit]).to(device)
+        y = vae.signal([{n: f[fit] for n, f in level.items()} for level in xi], R)
+        result[f'psnr_{R}'] = psnr(truth / 2 + 0.5, y / 2 + 0.5)
+    return result, torch.stack([truth[:16], y[:16]], dim=1).flatten(0, 1)
+
+
+@torch.no_grad()
+def held_out_shapes(vae, dataset, count, points=20_000):
+    """IoU of the posterior mean, and pairs of point clouds and what became of them."""
+    device, ious, tiles = next(vae.parameters()).device, [], []
+    for k, i in enumerate(evenly_spaced(len(dataset), count)):
+        xi = vae.decode(vae.encode(dataset.item(i)['points'][None].to(device)).mean)
+        coords, inside = dataset.truth(i, points)
+        ious.append(iou(vae.query(xi, coords.to(device))[..., 0] > 0, inside.to(device)[None]))
+        if k < 16:
+            tiles += [dataset.picture(i, 128)[None], vae.show(xi, 128)]
+    return dict(iou=torch.cat(ious).mean()), torch.cat(tiles)
+
+
+def held_out(vae, dataset, count=64):
+    return dict(image=held_out_pictures, shape=held_out_shapes)[vae.domain](vae, dataset, count)
+
+
 # ---- command line ------------------------------------------------------------------------------
 
 def report(args, line, manifest):
@@ -1585,7 +1622,7 @@ def run_psnr(args):
     """`likeness` of a run's split to its reconstructions, and the protocol."""
     opened = open_run(args.a, args, stage=1)
     dataset, train = open_data(of_pictures(opened), args.split), open_data(opened, 'train')
-    seen = spread(len(train), 1000)
+    seen = evenly_spaced(len(train), 1000)
     mean = sum(shared(lambda part: stacked(train, part, opened.R).sum(0),
                       list(pieces(seen, args.batch)), 'mean picture', 'batch')) / len(seen)
 
@@ -1661,7 +1698,7 @@ def draw_clips(lengths, frames, interval, num, key):
     clips = []
     for turn in range(max(map(len, starts.values()), default=0)):
         ready = [(v, int(s[turn])) for v, s in starts.items() if turn < len(s)]
-        clips += [ready[k] for k in spread(len(ready), num - len(clips))]
+        clips += [ready[k] for k in evenly_spaced(len(ready), num - len(clips))]
     return clips
 
 
@@ -1860,7 +1897,7 @@ def mean_shape(dataset, cells=64, limit=1000):
     With too few shapes for `cells`, the cells are doubled until each has a point in it.
     """
     inside, seen = torch.zeros(cells ** 3), torch.zeros(cells ** 3)
-    for i in spread(len(dataset), limit):
+    for i in evenly_spaced(len(dataset), limit):
         points, occupied = dataset.volume(i, 20_000)
         cell = cell_numbers(points, cells)
         seen += torch.bincount(cell, minlength=cells ** 3)
@@ -1892,7 +1929,7 @@ def iou_command(args):
         require(logits.isfinite().all(), DIVERGED)
         guesses = torch.stack([logits > 0, mean.flatten()[cell_numbers(points, len(mean))]])
         return iou(guesses, inside.expand_as(guesses)), len(points)
-    index = readable(dataset, spread(len(dataset), args.num))
+    index = readable(dataset, evenly_spaced(len(dataset), args.num))
     values, points = zip(*shared(measure, index, 'reconstructing', 'shape'))
     ious, plain = torch.stack(values, dim=1)
     labels = torch.tensor([dataset.labels[i] for i in index])
@@ -1929,14 +1966,14 @@ def cloud_source(path, args, kind):
     split = 'train' if kind == 'train' else args.split
     dataset = open_data(opened, split)
     clouds = [dataset.draw_surface(i, args.points, seeded('surface', args.seed, i))
-              for i in readable(dataset, spread(len(dataset), args.num))]
+              for i in readable(dataset, evenly_spaced(len(dataset), args.num))]
     return torch.from_numpy(np.stack(clouds)).float(), dict(about, split=split)
 
 
 def mesh_clouds(folder, args):
     """`cloud_source` of --num meshes of a folder, evenly spread."""
     every = list(data.find_meshes(folder, {}).values())
-    meshes = [every[k] for k in spread(len(every), args.num)]
+    meshes = [every[k] for k in evenly_spaced(len(every), args.num)]
 
     def read(k):
         return surface_cloud(*data.read_mesh(meshes[k]), args.points, args.seed, k)
@@ -1953,7 +1990,7 @@ def extracted_clouds(opened, args, kind, about):
         about.update(sampling(opened, args), condition=None, nfe=nfe)
     else:
         dataset = open_data(opened, args.split)
-        index = readable(dataset, spread(len(dataset), args.num))
+        index = readable(dataset, evenly_spaced(len(dataset), args.num))
         about.update(split=args.split, posterior='mean')
 
     def extract(k):
@@ -1981,7 +2018,7 @@ def shapes_command(args):
     vars(args).update(num=len(refs))
     fakes, fake = cloud_source(b, args, kind)
     n = min(len(refs), len(fakes))
-    refs, fakes = (clouds[spread(len(clouds), n)] for clouds in (refs, fakes))
+    refs, fakes = (clouds[evenly_spaced(len(clouds), n)] for clouds in (refs, fakes))
     about = dict(n_ref=len(refs), n_fake=len(fakes), points=args.points, seed=args.seed, real=real,
                  fake=fake)
     for radius, centre in ((1.0, 'box'), (0.5, 'mean')):
@@ -2067,7 +2104,7 @@ def classifier_command(args):
     opened = open_shapes(args.a, args, stage=1)
     train, held_out, sides = open_data(opened, 'train'), open_data(opened, args.split), []
     for dataset in (train, held_out):
-        index = readable(dataset, spread(len(dataset), args.num))
+        index = readable(dataset, evenly_spaced(len(dataset), args.num))
         grids = data.threaded(partial(true_grid, dataset), index, 'voxels')
         labels = torch.tensor([dataset.labels[i] for i in index])
         sides += [torch.stack(grids), labels]
@@ -2115,7 +2152,7 @@ def text_command(args):
     require(opened.ldm.config.text, f'{args.a}: reads no text; train stage 2 with --text')
     reader = text_reader(args.reader or opened.ldm.config.text, args.device)
     told = [i for i in range(len(dataset)) if dataset.captions[i]]
-    index = [told[k] for k in spread(len(told), args.num)]
+    index = [told[k] for k in evenly_spaced(len(told), args.num)]
     require(index, f'{args.a}: no caption among its {args.split} shapes')
     classifier = open_classifier(args, dataset.groups) if args.classifier else None
     clip = load_network('clip', args.weights).to(args.device) if args.clip else None

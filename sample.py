@@ -8,10 +8,13 @@
     python sample.py --run chairs --res 256 --text "a chair with four legs" --turntable
 
 Every size is rendered from the same latents. Pictures go to --out, a folder for each size with one
-PNG a sample, and a grid; surfaces likewise as meshes, and the grid shows them.
+PNG a sample, and a grid; surfaces likewise as meshes, and the grid shows them. `OUTPUTS` at the end
+says, for each domain, what is encoded, what is written, and which flags are its own.
 """
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import torch
 
@@ -94,16 +97,6 @@ def build_parser():
     return parser
 
 
-def find_run(text, first_stage_will_do):
-    """Path of the run or checkpoint --run names; without, the newest that can do the work."""
-    if text:
-        return common.find_run(text)
-    run = common.newest_run('ldm.pt') or first_stage_will_do and common.newest_run('vae.pt')
-    if not run:
-        print('no finished run in runs/: using the bundled model of emoji')
-    return run or DEMO
-
-
 def condition(args, ldm, count, device):
     """What --label or --text ask of each of `count` samples, None without."""
     if args.text:
@@ -141,45 +134,53 @@ def draw(args, vae, ldm):
     return names, z
 
 
+def file_name(name):
+    """A name as it may stand in a file's."""
+    return re.sub(r'[^\w-]', '_', name)
+
+
+# ---- pictures ----------------------------------------------------------------------------------
+
 @torch.no_grad()
-def encode_pictures(path, vae, device):
+def encode_pictures(path, vae, training, device):
     """Names and posterior means of a picture, or of all pictures of a folder or zip."""
     r = vae.config.resolution
     pictures = data.make_dataset('image', path, 'all', resolution=r, tolerant=True)
     pictures.verify()
-    good = [i for i in range(len(pictures)) if i not in pictures.broken]
-    for file, why in pictures.bad:
-        print(f'skipped: {file}: {why}')
-    z = torch.cat([vae.encode(pictures.picture(i, r)[None].to(device)).mean
-                   for i in good])
-    names = [re.sub(r'[^\w-]', '_', pictures.names[i].replace('/', '__')) for i in good]
-    return [n if names.count(n) == 1 else f'{n}_{k}' for k, n in enumerate(names)], z
+    common.list_notes([], pictures.bad)
+    good = pictures.readable(range(len(pictures)))
+    z = torch.cat([vae.encode(pictures.truth(i, r)[None].to(device)).mean for i in good])
+    names = [file_name(pictures.names[i].replace('/', '__')) for i in good]
+    return [n if names.count(n) == 1 else f'{n}_{k}' for k, n in enumerate(names)], z, None
 
 
 @torch.no_grad()
-def write_pictures(vae, z, names, sizes, box, antialias, out):
+def write_pictures(vae, z, names, sizes, args, place):
     """Render each latent at each size to OUT/HxW/NAME.png, and thumbnails to OUT/grid_HxW.png.
 
     A grid holds the first 64 pictures, rendered anew where they are larger than 256.
     """
-    for h, w in sizes:
+    out, antialias, box = Path(args.out), args.antialias is not False, parse_box(args.box)
+    for h, w in sizes or [(vae.config.resolution,) * 2]:
         shrink = min(1, 256 / max(h, w))
         small = max(1, round(h * shrink)), max(1, round(w * shrink))
         thumbnails = []
         for name, latent in zip(common.tqdm(names, desc=f'{h}x{w}', unit='picture'), z):
             xi = vae.decode(latent[None])
-            picture = data.to_uint8(vae.render(xi, (h, w), box, antialias)[0])
+            picture = data.to_uint8(vae.signal(xi, (h, w), box, antialias)[0])
             data.save_png(out / f'{h}x{w}' / f'{name}.png', picture)
             if len(thumbnails) < 64:
                 thumbnails.append(picture if small == (h, w) else
-                                  data.to_uint8(vae.render(xi, small, box, antialias)[0]))
+                                  data.to_uint8(vae.signal(xi, small, box, antialias)[0]))
         data.save_grid(out / f'grid_{h}x{w}.png', torch.stack(thumbnails))
-    print(f'{len(names) * len(sizes)} pictures and {len(sizes)} grids in {out}')
+    print(f'{len(names) * len(sizes or [0])} pictures and {len(sizes or [0])} grids in {out}')
 
+
+# ---- surfaces ----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def encode_shape(path, vae, training, device):
-    """Name and posterior mean of a mesh or point cloud, and what brings it back to its own place.
+    """Name and posterior mean of a mesh or point cloud, and its place: old = new * scale + loc.
 
     It is seen as shapes are in training, whose flags `training` are: so many points, with noise,
     the longest side 1/1.1 of the box.
@@ -188,8 +189,7 @@ def encode_shape(path, vae, training, device):
     noise = common.seeded('cloud noise').standard_normal(points.shape)
     cloud = points / data.HALF_BOX + noise * training['noise'] / vae.config.extent
     z = vae.encode(torch.from_numpy(cloud.astype('float32'))[None].to(device)).mean
-    name = re.sub(r'[^\w-]', '_', Path(path).stem)
-    return [name], z, (loc, scale * data.HALF_BOX / vae.config.extent)
+    return [file_name(Path(path).stem)], z, (loc, scale * data.HALF_BOX / vae.config.extent)
 
 
 def turntable(surfaces, frames=36):
@@ -200,17 +200,18 @@ def turntable(surfaces, frames=36):
 
 
 @torch.no_grad()
-def write_meshes(vae, z, names, sizes, args, place, out):
+def write_meshes(vae, z, names, sizes, args, place):
     """The surface of each latent at each resolution to OUT/R/NAME.obj, and a grid of the first 64.
 
     `place` = (loc, scale) of what was reconstructed: vertices go out as v * scale + loc.
     """
-    (loc, scale), form = place, args.format or 'obj'
-    for k, (resolution, _) in enumerate(sizes):
+    (loc, scale), form, out = place or (0.0, 1.0), args.format or 'obj', Path(args.out)
+    sizes = sizes or [(128, 128)]
+    for resolution, _ in sizes:
         shown = []
         for name, latent in zip(common.tqdm(names, desc=f'{resolution}', unit='mesh'), z):
             xi = vae.decode(latent[None])
-            (vertices, faces), = vae.surfaces(xi, resolution, args.threshold)
+            (vertices, faces), = vae.signal(xi, resolution, args.threshold)
             data.write_mesh(out / f'{resolution}' / f'{name}.{form}',
                             vertices.double().cpu().numpy() * scale + loc, faces.cpu(),
                             vae.normals(xi, vertices).cpu())
@@ -218,9 +219,27 @@ def write_meshes(vae, z, names, sizes, args, place, out):
                 shown.append((vertices.cpu() / vae.config.extent, faces.cpu()))
         data.save_grid(out / f'grid_{resolution}.png', torch.stack(
             [draw_mesh(*surface, 256) for surface in shown]))
-        if args.turntable and k == 0:
+        if args.turntable and resolution == sizes[0][0]:
             data.save_gif(out / 'turntable.gif', turntable(shown[:16]))
     print(f'{len(names) * len(sizes)} meshes and {len(sizes)} grids in {out}')
+
+
+# ---- the command line --------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Output:
+    """What a domain's samples become."""
+    makes: str  # what its runs are said to make
+    encode: Callable  # (path, vae, flags of stage 1, device) -> names, latents, place or None
+    write: Callable  # (vae, latents, names, sizes or None, args, place)
+    own_flags: tuple  # which an other domain's runs refuse
+    square: bool = False  # a size is one number
+
+
+OUTPUTS = dict(
+    image=Output('pictures', encode_pictures, write_pictures, ('box', 'antialias')),
+    shape=Output('surfaces', encode_shape, write_meshes, ('format', 'threshold', 'turntable'),
+                 square=True))
 
 
 def check_flags(args):
@@ -233,6 +252,7 @@ def check_flags(args):
     common.require(args.guidance in (None, 1) or args.label is not None or args.text,
                    f'--guidance {args.guidance}: has no effect without --label or --text')
     common.require(not (args.res and args.sweep), '--res and --sweep: give one of them')
+    parse_box(args.box)
     common.require(not (args.text and args.label is not None), '--text and --label: give one')
     common.require(args.threshold is None or 0 < args.threshold < 1,
                    f'--threshold {args.threshold}: between 0 and 1')
@@ -242,40 +262,37 @@ def check_flags(args):
     common.require(not args.reader or args.text, '--reader: has no effect without --text')
 
 
-def check_domain(args, domain, sizes):
-    """Refuse flags that mean nothing for what the run makes."""
-    if domain == 'image':
-        common.require(not args.turntable and args.format is None and args.threshold is None,
-                       '--turntable, --format and --threshold: this run makes pictures')
-        return
-    common.require(not args.box and args.antialias is None,
-                   '--box and --antialias: this run makes surfaces')
-    common.require(all(h == w for h, w in sizes or ()), f'--res {args.sweep or args.res}: this run '
-                   'makes surfaces; give one number, the cells along each side of the box')
+def check_domain(args, output, sizes):
+    """ValueError for flags that mean nothing for what the run makes."""
+    default = vars(build_parser().parse_args([]))
+    for other in OUTPUTS.values():
+        for flag in {*other.own_flags} - {*output.own_flags}:
+            common.require(getattr(args, flag) == default[flag],
+                           f'--{flag}: is for {other.makes}; this run makes {output.makes}')
+    common.require(not output.square or all(h == w for h, w in sizes or ()),
+                   f'--res {args.sweep or args.res}: this run makes {output.makes}; give one '
+                   'number, the cells along each side of the box')
 
 
 def main():
     """The command line: read the flags, then sample, interpolate or reconstruct."""
     args = build_parser().parse_args()
     check_flags(args)
-    box, path = parse_box(args.box), find_run(args.run, args.reconstruct)
-    wanted, place, out = args.sweep or args.res, (0.0, 1.0), Path(args.out)
-    sizes = parse_sizes(wanted) if wanted else None
-    _, _, device = common.dist_init(args.device)
+    sizes = parse_sizes(args.sweep or args.res) if args.sweep or args.res else None
+    files = ('ldm.pt', 'vae.pt') if args.run or args.reconstruct else ('ldm.pt',)
+    path = common.find_checkpoint(args.run, *files) or args.run
+    if not path:
+        print('no finished run in runs/: using the bundled model of emoji')
+    device = common.start_process(args.device).device
     load = stage2.load_vae if args.reconstruct else stage2.load
-    vae, *ldm, info = load(path, device)
-    check_domain(args, vae.config.domain, sizes)
-    if not args.reconstruct:
+    vae, *ldm, info = load(path or DEMO, device)
+    output, place = OUTPUTS[vae.domain], None
+    check_domain(args, output, sizes)
+    if args.reconstruct:
+        names, z, place = output.encode(args.reconstruct, vae, info['args'], device)
+    else:
         names, z = draw(args, vae, *ldm)
-    elif vae.config.domain == 'image':
-        names, z = encode_pictures(args.reconstruct, vae, device)
-    else:
-        names, z, place = encode_shape(args.reconstruct, vae, info['args'], device)
-    if vae.config.domain == 'image':
-        sizes = sizes or [(vae.config.resolution,) * 2]
-        write_pictures(vae, z, names, sizes, box, args.antialias is not False, out)
-    else:
-        write_meshes(vae, z, names, sizes or [(128, 128)], args, place, out)
+    output.write(vae, z, names, sizes, args, place)
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train_ldm.py
     python train_ldm.py --vae runs/NAME --slim small.pt    # what sampling needs, in half precision
 
-Encoder, decoder and MLP are frozen (Section 3.3). The result is runs/NAME/ldm.pt, which holds both
+Encoder, decoder and MLP are frozen. The result is runs/NAME/ldm.pt, which holds both
 stages; the same command continues it from its last checkpoint.
 """
 import math
@@ -81,16 +81,6 @@ def build_parser():
     return parser
 
 
-def find_vae(text):
-    """Path of the stage-1 checkpoint that --vae names: a file, a folder, a run, or the newest."""
-    if not text:
-        run = common.newest_run('vae.pt')
-        common.require(run, 'no stage-1 run in runs/: train one with python train_vae.py')
-        return run / 'vae.pt'
-    path = common.find_run(text)
-    return path / 'vae.pt' if path.is_dir() else path
-
-
 def write_slim(path, target):
     """Copy ldm.pt without optimiser and raw weights, floats in half precision."""
     state = common.load_checkpoint(path, 'ldm')
@@ -104,17 +94,16 @@ def write_slim(path, target):
 # ---- latents -----------------------------------------------------------------------------------
 
 class Latents:
-    """A data set's latents as (mean, std), encoded once in every variant.
+    """A data set's latents as (mean, std), encoded once in each of its views.
 
-    Variants are a picture and its mirror image where the data set flips, or several clouds of a
-    shape. In memory, rows are shared out over the processes and gathered; a file is written by the
-    first process. For pictures, `item` makes the same draws as the data set's own, so that training
-    with and without the cache is the same.
+    In memory, rows are shared out over the processes and gathered; a file is written by the first
+    process. `item` makes the same draws as the data set's own, so that training with and without
+    the cache is the same wherever there are no more views than those kept.
     """
 
     def __init__(self, dataset, vae, file=None):
-        self.dataset, self.variants = dataset, dataset.variants
-        shape = (len(dataset) * self.variants, 2, *latent_shape(vae.config))
+        self.dataset, self.views = dataset, dataset.views
+        shape = (len(dataset) * self.views, 2, *latent_shape(vae))
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if file is None:
             self.table = torch.zeros(shape)
@@ -138,8 +127,8 @@ class Latents:
         for start in common.tqdm(range(0, len(rows), batch), desc='encoding', unit='batch',
                                  disable=rows.start > 0):
             part = rows[start:start + batch]
-            seen = [self.dataset.variant(*divmod(k, self.variants)) for k in part]
-            posterior = vae.encode(common.to(torch.utils.data.default_collate(seen), device))
+            seen = [self.dataset.view(*divmod(k, self.views)) for k in part]
+            posterior = vae.encode(common.move(torch.utils.data.default_collate(seen), device))
             moments = torch.stack([posterior.mean, (0.5 * posterior.logvar).exp()], dim=1).cpu()
             for k, m in zip(part, moments):
                 self.table[k] = m
@@ -148,13 +137,13 @@ class Latents:
         return len(self.dataset)
 
     def item(self, i, rng=None):
-        mean, std = torch.as_tensor(self.table[i * self.variants + self.dataset.choose(rng)])
-        return dict(mean=mean, std=std, **self.dataset.about(i, rng))
+        mean, std = torch.as_tensor(self.table[i * self.views + self.dataset.draw_view(rng)])
+        return dict(mean=mean, std=std, **self.dataset.known(i, rng))
 
 
 def open_latents(dataset, vae, args, vae_path, folder):
-    """The data set to stream from: `Latents`, or the pictures themselves without a cache."""
-    size = 8 * math.prod(latent_shape(vae.config)) * len(dataset) * dataset.variants
+    """What to stream from: the data set's `Latents` or, without a cache, the data set itself."""
+    size = 8 * math.prod(latent_shape(vae)) * len(dataset) * dataset.views
     if args.cache == 'none' or args.cache == 'auto' and size >= 2 ** 31:
         return dataset
     if args.cache != 'disk':
@@ -164,7 +153,7 @@ def open_latents(dataset, vae, args, vae_path, folder):
 
 @torch.no_grad()
 def latents_of(batch, vae, noise, posterior='sample'):
-    """z (B,C,L) of a batch of cached moments or of pictures; `noise` (B,C,L) draws from q(z|x)."""
+    """z (B,C,L) of a batch of cached moments or of items; `noise` (B,C,L) draws from q(z|x)."""
     if 'mean' in batch:
         mean, std = batch['mean'], batch['std']
     else:
@@ -181,8 +170,8 @@ def measure_latents(latents, vae, args, device, batches=16):
     total = 0
     for start in range(0, count, 16):
         items = [stream[k] for k in range(start, min(start + 16, count))]
-        batch = common.to(torch.utils.data.default_collate(items), device)
-        noise = torch.randn(len(items), *latent_shape(vae.config),
+        batch = common.move(torch.utils.data.default_collate(items), device)
+        noise = torch.randn(len(items), *latent_shape(vae),
                             generator=common.torch_seeded('statistics', args.seed, start))
         z = latents_of(batch, vae, noise.to(device), args.posterior).double()
         total = total + torch.stack([z.mean(2).sum(0), z.square().mean(2).sum(0)])
@@ -190,15 +179,15 @@ def measure_latents(latents, vae, args, device, batches=16):
     return mean.float(), (square - mean.square()).sqrt().float()
 
 
-def latent_shape(config):
-    """(C, L) of a VAE's latent."""
-    return config.z_channels, sum(h * w for h, w in config.latent_sizes().values())
+def latent_shape(vae):
+    """(C, L) of a first stage's latents."""
+    return vae.config.z_channels, sum(h * w for h, w in vae.latent_sizes().values())
 
 
 # ---- measurements while training ---------------------------------------------------------------
 
 def condition_of(batch, args, reader):
-    """The condition that a batch's items bring with them, or None."""
+    """The condition that a batch's items come with, labels or text, or None."""
     if args.num_classes:
         return batch['label']
     return reader(batch['text']) if reader else None
@@ -211,27 +200,30 @@ def evaluate(ema_model, vae, held_out, args, reader, device, count=128):
     Their conditions are all classes in turn, or the first held-out texts.
     """
     ema_model.eval()
-    items = [held_out.item(i) for i in common.spread(len(held_out), count)]
-    batch = common.to(torch.utils.data.default_collate(items), device)
+    items = [held_out.item(i) for i in common.evenly_spaced(len(held_out), count)]
+    batch = common.move(torch.utils.data.default_collate(items), device)
     generator = common.torch_seeded('held out', args.seed)
     z = latents_of(batch, vae, torch.randn(len(items), *ema_model.shape, generator=generator)
                    .to(device), args.posterior)
     drawn = ema_model.draw(len(items), generator)
     drawn['t'] = torch.linspace(0, 999, len(items)).long()
     cond = condition_of(batch, args, reader)
-    loss = ema_model(z, cond, **common.to(drawn, device))
+    loss = ema_model(z, cond, **common.move(drawn, device))
     if cond is not None:
         own = torch.arange(36, device=device)
         cond = own % args.num_classes if args.num_classes else cond[own % len(cond)]
     z = generate(vae, ema_model, range(36), cond=cond, batch=36)
-    return dict(held_out_loss=loss), vae.preview(vae.decode(z))
+    return dict(held_out_loss=loss), vae.show(vae.decode(z))
 
 
 def parse(argv=None):
     """Arguments and the stage-1 checkpoint they are for: (args, path, state)."""
     parser = build_parser()
+    vae = parser.known(argv).vae
     try:
-        path = find_vae(parser.known(argv).vae)
+        path = common.find_checkpoint(vae, 'vae.pt') or Path(vae)
+        common.require(vae or path.name, 'no stage-1 run in runs/: train one with python '
+                       'train_vae.py')
         state = common.load_checkpoint(path, 'vae')
     except (ValueError, OSError):
         parser.parse_known_args(argv)  # -h works without a stage 1
@@ -243,21 +235,10 @@ def parse(argv=None):
     return args, path, state
 
 
-def main():
-    args, vae_path, first = parse()
-    folder = common.RUNS / args.name
-    if args.slim:
-        return write_slim(folder / 'ldm.pt', args.slim)
-    rank, world, device = common.dist_init(args.device)
-    common.check_run_flags(args, world)
-    common.require(args.ch_mult, '--ch_mult: name the width of at least one level')
-    common.require(args.ema < 1, f'--ema {args.ema}: must be below 1')
-
-    # 1. the frozen first stage, its data, the model
-    vae, _ = first_stage(first, device, vae_path)
-    options = dict(data.ENCODER_ONLY[vae.config.domain])
+def open_data(first, args):
+    """The training and held-out data of stage 1's checkpoint, with what conditions stage 2."""
+    options = dict(data.DATASETS[args.dataset][0].encoder_only)
     if args.captions:
-        common.require(vae.config.domain == 'shape', '--captions: are read for shapes only')
         options['captions'] = args.captions = str(Path(args.captions).resolve())
     train, held_out = (data.open_run_data(first, split, args.data, **options)
                        for split in ('train', 'test'))
@@ -266,16 +247,33 @@ def main():
     common.require(not args.num_classes or max(train.labels) < args.num_classes,
                    f'--num_classes {args.num_classes}: there are labels up to '
                    f'{max(train.labels or [0])}')
-    reader = text_reader(args.text, device) if args.text else None
-    common.require(not reader or getattr(train, 'captions', None), f'--text {args.text}: the data '
-                   'have no captions; name them with --captions')
-    if getattr(train, 'captions', None) and not reader:
+    common.require(not args.text or train.captions, f'--text {args.text}: the data have no '
+                   'captions; name them with --captions')
+    if train.captions and not args.text:
         train.notes.append('captions are not used without --text')
-    if reader and args.text != 'bytes':
+    return train, held_out
+
+
+def main():
+    """The command line: read the flags, then train from where the run stands."""
+    args, vae_path, first = parse()
+    folder = common.RUNS / args.name
+    if args.slim:
+        return write_slim(folder / 'ldm.pt', args.slim)
+    process = common.start_process(args.device, args.amp)
+    device = process.device
+    common.check_run_flags(args, process.world)
+    common.require(args.ema < 1, f'--ema {args.ema}: must be below 1')
+
+    # 1. the frozen first stage, its data, the model
+    vae, _ = first_stage(first, device, vae_path)
+    reader = text_reader(args.text, device) if args.text else None
+    train, held_out = open_data(first, args)
+    if args.text not in ('', 'bytes'):
         args.text = str(Path(args.text).resolve())
-    config = common.pick(args, LDMConfig, domain=vae.config.domain,
-                         planes=vae.config.latent_sizes(), z_channels=vae.config.z_channels,
-                         context_channels=reader.channels if reader else 0)
+    config = common.from_flags(args, LDMConfig, domain=vae.domain, planes=vae.latent_sizes(),
+                               z_channels=vae.config.z_channels,
+                               context_channels=reader.channels if reader else 0)
     torch.manual_seed(args.seed)
     model = LDM(config).to(device)
     average = LDM(config).to(device).requires_grad_(False)
@@ -292,7 +290,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     latents = open_latents(train, vae, args, vae_path, folder)
     if state:
-        model.load_state_dict(state['model'])
+        common.load_weights(model, state['model'], folder / 'ldm.pt')
         opt.load_state_dict(state['opt'])
         step = state['step']
     else:
@@ -304,17 +302,21 @@ def main():
     ema = common.EMA(model, args.ema)
     if state:
         ema.load_state_dict(state['ema'])
-    amp = common.switch(args.amp, common.multiplies_bfloat16(device))
     low, high = model.z_std.min().item(), model.z_std.max().item()
-    log = common.start(folder, 'ldm', args, step, rank, world, device, amp, train, held_out, model,
-                       f'stage 1 at step {first["step"]} of {first["args"]["steps"]}, latent std '
-                       f'{low:.2f} to {high:.2f}')
-    if rank == 0 and (low < 0.7 or high > 1.3) and config.latent_norm == 'none':
-        print('note: latents far from unit deviation; --latent_norm channel or more KL would help')
-    network = torch.compile(model) if common.switch(args.compile, device.type == 'cuda') else model
-    ddp = DistributedDataParallel(network, broadcast_buffers=False) if world > 1 else network
-    batches = common.stream(latents, args, step, rank, world)
-    guard, bar = common.FiniteGuard(device), common.progress(args, step, rank)
+    log = common.start_run(folder, 'ldm', args, process, step, [
+        f'{len(train)} training items', common.parameters_of(model),
+        f'stage 1 at step {first["step"]} of {first["args"]["steps"]}',
+        f'latent std {low:.2f} to {high:.2f}'])
+    if (low < 0.7 or high > 1.3) and config.latent_norm == 'none':
+        train.notes.append('latents far from unit deviation; --latent_norm channel or more KL '
+                           'would help')
+    if process.is_first:
+        common.list_notes(train.notes, train.bad + held_out.bad)
+    compiled = common.resolve(args.compile, device.type == 'cuda')
+    network = torch.compile(model) if compiled else model
+    ddp = DistributedDataParallel(network, broadcast_buffers=False) if process.world > 1 else network
+    batches = common.stream(latents, args, step, process)
+    guard, bar = common.FiniteGuard(device), common.progress(args, step, process)
 
     # 3. train
     started, since = time.time(), step
@@ -326,17 +328,17 @@ def main():
         opt.zero_grad(set_to_none=True)
         total = 0
         for i in range(args.accumulate):
-            batch = common.to(next(batches), device)
-            own = {k: common.rows(v, args, i, rank, world).to(device)
+            batch = common.move(next(batches), device)
+            own = {k: common.own_rows(v, args, i, process).to(device)
                    for k, v in dict(drawn, z=z_noise).items()}
             z = latents_of(batch, vae, own.pop('z'), args.posterior)
             cond = condition_of(batch, args, reader)
-            with common.sync(ddp, i == args.accumulate - 1):
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            with common.accumulating(ddp, i == args.accumulate - 1):
+                with process.autocast():
                     loss = ddp(z, cond, **own)
                 (loss / args.accumulate).backward()
             total = total + loss.detach() / args.accumulate
-        norm = common.clip(model, args.clip)
+        norm = common.clip_gradients(model, args.clip)
         opt.step()
         step += 1
         ema.update(step)
@@ -348,16 +350,16 @@ def main():
             values = common.mean_over_ranks(dict(loss=total))
             rate = (step - since) * args.batch / (time.time() - started)
             bar.set_postfix(loss=f'{values["loss"]:.4f}', items_per_s=f'{rate:.0f}')
-            if rank == 0:
+            if process.is_first:
                 log.write(step=step, **values, norm=norm, lr=common.lr_at(step - 1, args),
                           items_per_s=rate)
-        if rank == 0 and (step % args.eval_every == 0 or step == args.steps):
+        if process.is_first and (step % args.eval_every == 0 or step == args.steps):
             average.load_state_dict(ema.state_dict())
             result, pictures = evaluate(average, vae, held_out, args, reader, device)
             log.write(step=step, **result)
             data.save_grid(folder / 'samples' / f'sample_{step:07d}.png', pictures, 9)
             bar.write(f'step {step}: held-out loss {result["held_out_loss"]:.4f}')
-        if rank == 0 and (step % args.save_every == 0 or step == args.steps):
+        if process.is_first and (step % args.save_every == 0 or step == args.steps):
             guard.check()
             common.save_checkpoint(folder / 'ldm.pt', dict(
                 kind='ldm', step=step, args=vars(args), vae_args=first['args'],

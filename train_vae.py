@@ -1,4 +1,4 @@
-"""Train stage 1, the D2C-VAE (vae.py), on pictures or on shapes.
+"""Train stage 1, the D2C-VAE (vae.py), on any data set of data.py.
 
     python train_vae.py                                        # built-in pictures, minutes on CPU
     python train_vae.py --dataset image --data DIR --group REGEX
@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 import data
 import metrics
-from inr import render_points
-from vae import D2CVAE, VAEConfig, annealed
+from vae import VAEConfig, annealed, build
 
 # Differences from VAEConfig and RunConfig only. The paper gives no batch sizes or step counts: for
 # AFHQ and CelebA-HQ they are the authors' configurations on 8 processes, who published no others.
@@ -75,68 +74,22 @@ def build_parser():
     parser.add_argument('--name', default='', help='run folder below runs/; empty = the preset')
     parser.add_argument('--split', default='', help='held-out fraction, or a file of names; '
                         "empty = the data set's own split, 0.1 where it has none")
-    parser.add_argument('--group', default='', help='regular expression: names equal without what '
-                        'it matches stay on one side (--group=REGEX if it begins with -)')
+    parser.add_argument('--group', default='', help='regular expression: names that become equal '
+                        'when it is deleted stay on one side (--group=REGEX if it begins with -)')
+    parser.add_argument('--captions', default='', help='CSV with a column file, id or modelId and '
+                        'one of description, caption, text, name')
     parser.add_argument('--flip', type=common.parse_bool, default=False, nargs='?', const=True,
                         help='mirror half of the training items, left and right')
-    parser.add_config(data.PictureConfig)
-    parser.add_config(data.ShapeConfig)
-    parser.add_config(VAEConfig)
-    parser.add_config(common.RunConfig)
+    for config in (*data.CONFIGS, VAEConfig, common.RunConfig):
+        parser.add_config(config)
     return parser
 
 
 def open_data(args, split):
-    """The training or held-out data set, as the flags ask."""
+    """The training or held-out data set that the flags ask for."""
     options = dict(data.options_of(vars(args)), flip=args.flip and split == 'train')
-    return data.make_dataset(args.dataset, args.data or None, split, holdout=args.split,
-                             group=args.group or None, **options)
-
-
-@torch.no_grad()
-def measure_pictures(vae, held_out, args, count=64):
-    """Held-out PSNR in dB at r and at the largest scale, posterior mean, and a picture of both.
-
-    Only pictures that are no smaller than a scale count there.
-    """
-    device = next(vae.parameters()).device
-    index = common.spread(len(held_out), count)
-    result, r = {}, args.resolution
-    x = torch.stack([held_out.picture(i, r) for i in index]).to(device)
-    xi = vae.decode(torch.cat([vae.encode(part).mean for part in x.split(16)]))
-    for R in sorted({r, round(max(args.scales) * r)}):
-        fit = [k for k, i in enumerate(index) if R == r or held_out.largest(i) >= R]
-        if not fit:
-            continue
-        truth = torch.stack([held_out.picture(index[k], R) for k in fit]).to(device)
-        y = vae.render([{n: f[fit] for n, f in level.items()} for level in xi], (R, R)).clamp(-1, 1)
-        result[f'psnr_{R}'] = metrics.psnr(truth / 2 + 0.5, y / 2 + 0.5)
-    return result, torch.stack([truth[:16], y[:16]], dim=1).flatten(0, 1)
-
-
-@torch.no_grad()
-def measure_shapes(vae, held_out, args, count=64, points=20_000):
-    """Held-out IoU of the posterior mean, and a picture of point clouds and what became of them."""
-    device, ious, tiles = next(vae.parameters()).device, [], []
-    for k, i in enumerate(common.spread(len(held_out), count)):
-        cloud = held_out.item(i)['points'].to(device)
-        xi = vae.decode(vae.encode(cloud[None]).mean)
-        coords, inside = held_out.volume(i, points)
-        ious.append(metrics.iou(vae.query(xi, coords.to(device))[..., 0] > 0,
-                                inside.to(device)[None]))
-        if k < 16:
-            drawn = render_points(cloud, 128).expand(1, 3, -1, -1) * 2 - 1
-            tiles += [drawn, vae.preview(xi)]
-    return dict(iou=torch.cat(ious).mean()), torch.cat(tiles)
-
-
-def evaluate(vae, held_out, args):
-    """What the domain is measured by, held out, as {name: value}, and a picture to look at."""
-    vae.eval()
-    measure = dict(image=measure_pictures, shape=measure_shapes)[vae.config.domain]
-    result = measure(vae, held_out, args)
-    vae.train()
-    return result
+    return data.make_dataset(args.dataset, args.data or None, split, args.split,
+                             args.group or None, **options)
 
 
 @torch.no_grad()
@@ -156,23 +109,24 @@ def save(path, step, args, model, opt, dataset):
 
 
 def main():
+    """The command line: read the flags, then train from where the run stands."""
     parser = build_parser()
     args = parser.parse_preset(PRESETS, parser.known().dataset)
     args.name = args.name or args.preset
-    rank, world, device = common.dist_init(args.device)
-    common.check_run_flags(args, world)
-    common.require(args.ch_mult, '--ch_mult: name the width of at least one level')
+    process = common.start_process(args.device, args.amp)
+    common.check_run_flags(args, process.world)
     common.require(args.anneal > 0 and (args.sn_end > 0 or not args.sn_start),
                    '--anneal and --sn_end: must be positive')
-    common.require(not args.data or not args.dataset.startswith('toy_'), f'--data {args.data}: '
-                   f'{args.dataset} is computed; say what the data are, as in --dataset image')
+    common.require(not args.data or not data.DATASETS[args.dataset][0].computed,
+                   f'--data {args.data}: {args.dataset} is computed; say what the data are, as in '
+                   '--dataset image')
 
     # 1. data and model
     train, held_out = open_data(args, 'train'), open_data(args, 'test')
-    config = common.pick(args, VAEConfig, domain=train.domain, channels=train.channels,
-                         extent=train.extent)
+    config = common.from_flags(args, VAEConfig, domain=train.domain, channels=train.channels,
+                               extent=train.extent)
     torch.manual_seed(args.seed)
-    model = D2CVAE(config).to(device)
+    model = build(config).to(process.device)
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
                             weight_decay=args.weight_decay, fused=True)
 
@@ -189,37 +143,37 @@ def main():
         if args.init:
             common.load_weights(model, common.load_checkpoint(args.init)['vae'], args.init)
         model.spectral(rounds=40)
-    amp = common.switch(args.amp, common.multiplies_bfloat16(device))
-    log = common.start(folder, 'vae', args, step, rank, world, device, amp, train, held_out, model,
-                       f'latent {config.z_channels} x {config.latent_sizes()}, '
-                       f'N_ref {config.n_ref}')
-    if rank == 0 and not state:
-        (folder / 'splits.json').write_text(json.dumps(train.splits()))
-    network = torch.compile(model) if common.switch(args.compile, device.type == 'cuda') else model
-    ddp = DistributedDataParallel(network, broadcast_buffers=False) if world > 1 else network
-    batches = common.stream(train, args, step, rank, world)
-    guard, bar = common.FiniteGuard(device), common.progress(args, step, rank)
-    sizes = config.latent_sizes()
-    length = sum(h * w for h, w in sizes.values())
+    log = common.start_run(folder, 'vae', args, process, step, [
+        f'{len(train)} training items', common.parameters_of(model),
+        f'latent {config.z_channels} x {model.latent_sizes()}', f'N_ref {config.n_ref}'])
+    if process.is_first:
+        common.list_notes(train.notes, train.bad + held_out.bad)
+        if not state:
+            (folder / 'splits.json').write_text(json.dumps(train.splits()))
+    cuda = process.device.type == 'cuda'
+    network = torch.compile(model) if common.resolve(args.compile, cuda) else model
+    ddp = DistributedDataParallel(network, broadcast_buffers=False) if process.world > 1 else network
+    batches = common.stream(train, args, step, process)
+    guard, bar = common.FiniteGuard(process.device), common.progress(args, step, process)
+    shape = args.batch, config.z_channels, sum(h * w for h, w in model.latent_sizes().values())
 
     # 3. train
     started, since = time.time(), step
     while step < args.steps:
         common.set_lr(opt, common.lr_at(step, args))
-        weights = annealed(step, args.steps, config).to(device)
-        noise = torch.randn(args.batch, config.z_channels, length,
-                            generator=common.torch_seeded('posterior', args.seed, step))
+        weights = annealed(step, args.steps, config).to(process.device)
+        noise = torch.randn(shape, generator=common.torch_seeded('posterior', args.seed, step))
         opt.zero_grad(set_to_none=True)
         totals = {}
         for i in range(args.accumulate):
-            batch = common.to(next(batches), device)
-            own = common.rows(noise, args, i, rank, world).to(device)
-            with common.sync(ddp, i == args.accumulate - 1):
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            batch = common.move(next(batches), process.device)
+            own = common.own_rows(noise, args, i, process).to(process.device)
+            with common.accumulating(ddp, i == args.accumulate - 1):
+                with process.autocast():
                     losses = ddp(batch, weights, own)
                 (losses['total'] / args.accumulate).backward()
             totals = {k: totals.get(k, 0) + v.detach() / args.accumulate for k, v in losses.items()}
-        norm = common.clip(model, args.clip)
+        norm = common.clip_gradients(model, args.clip)
         opt.step()
         step += 1
         guard.update(step, totals['total'], norm)
@@ -230,18 +184,20 @@ def main():
             values = common.mean_over_ranks(totals)
             rate = (step - since) * args.batch / (time.time() - started)
             bar.set_postfix(loss=f'{values["total"]:.4f}', items_per_s=f'{rate:.0f}')
-            if rank == 0:
+            if process.is_first:
                 log.write(step=step, **values, norm=norm, lr=common.lr_at(step - 1, args),
                           items_per_s=rate)
-        if rank == 0 and (step % args.eval_every == 0 or step == args.steps):
-            result, pictures = evaluate(model, held_out, args)
+        if process.is_first and (step % args.eval_every == 0 or step == args.steps):
+            model.eval()
+            result, pictures = metrics.held_out(model, held_out)
+            model.train()
             stats = latent_statistics(model, batch, own)
             log.write(step=step, **result, **stats)
             data.save_grid(folder / 'samples' / f'reconstruction_{step:07d}.png', pictures, 8)
             bar.write(f'step {step}: held out, ' + ', '.join(
                 f'{k} {v:.4g}' for k, v in result.items())
                 + f'; latent std {stats["z_std_min"]:.2f} to {stats["z_std_max"]:.2f}')
-        if rank == 0 and (step % args.save_every == 0 or step == args.steps):
+        if process.is_first and (step % args.save_every == 0 or step == args.steps):
             guard.check()
             save(folder / 'vae.pt', step, args, model, opt, train)
     bar.close()

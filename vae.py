@@ -1,14 +1,19 @@
 """Stage 1, the D2C-VAE: discrete data -> latent planes -> continuous function.
 
     q(z|x) = N(mu, sigma^2)      encoder                             Section 3.1, Eq. 5
-    Xi^1..Xi^n = D(z)            hierarchically-decomposed basis fields (HDBF), Section 3.2
+    Xi^1..Xi^n = D(z)            hierarchically-decomposed basis fields (HDBF), Section 3.1
     omega(c) = pi(gamma(c; Xi))  read-out, in inr.py
     L = mean |omega(c) - x| + (lambda_kl sum KL + lambda_sn SN) / N_ref          Eq. 9
 
+`D2CVAE` is what all domains share. Below it stands one subclass a domain, side by side: how its
+data become features on planes, at which coordinates its function is compared with the truth, and
+what a whole signal is. `DOMAINS` at the foot of the file lists them.
+
 The paper averages the reconstruction and the KL, the authors' code sums both; this is the code's
 balance divided by the constant N_ref, the number of values of a full training signal, so the number
-of coordinates drawn a step does not matter. `kl_mode='paper'` is the literal Table 10. Unlike the
-code there is no LPIPS (inert at its weight) and no adversarial phase (not in the paper).
+of coordinates drawn a step does not matter. `kl_mode='paper'` is Table 10, but for the spectral
+term. Unlike the code there is no LPIPS (inert at its weight) and no adversarial phase (not in the
+paper).
 """
 import math
 from dataclasses import dataclass, fields
@@ -60,7 +65,7 @@ class VAEConfig:
     scale_injection: bool = flag(True, 'modulate the MLP by the sampling period s, Eq. 13')
     loss: str = flag('l1', 'reconstruction loss; bce for occupancy', choices=('l1', 'l2', 'bce'))
     threshold: float = flag(0.5, 'occupancy at which surfaces are drawn')
-    n_ref: int = flag(0, 'N_ref, values of a full training signal; 0 = those of an r x r picture')
+    n_ref: int = flag(0, 'N_ref, values of a full training signal; 0 = the usual of the domain')
     kl_weight: float = flag(0.5, 'lambda_kl at the end of its annealing')
     kl_start: float = flag(1e-4, 'lambda_kl at the start')
     kl_mode: str = flag('code', 'code: sum KL over N_ref; paper: mean KL',
@@ -71,7 +76,6 @@ class VAEConfig:
     anneal: float = flag(0.9, 'share of the steps over which both weights are annealed')
 
     def __post_init__(self):
-        self.n_ref = self.n_ref or self.channels * self.resolution ** 2
         top = 2 ** (len(self.decoder_mult) - 1)
         require(self.resolution >= 2 ** (len(self.ch_mult) - 1), f'--resolution {self.resolution}: '
                 f'too small for {len(self.ch_mult)} encoder levels')
@@ -80,22 +84,9 @@ class VAEConfig:
             and list(self.fields) == sorted(set(self.fields)),
             f'--fields {self.fields}: increasing powers of two that end at {top}, '
             f'the factor of {len(self.decoder_mult)} decoder levels')
-        picture = self.domain == 'image'
-        require(picture or not self.scale_injection, '--scale_injection: is for pictures, whose '
-                'pixels have a size')
-        require(not (picture and self.coord_input), '--coord_input: is not for pictures')
-        require((self.loss == 'bce') == (self.domain == 'shape'), f'--loss {self.loss}: occupancy '
-                'is learnt by bce, and nothing else is')
-        points = {f.name: f.default for f in fields(self) if f.name.startswith('point_')}
-        require(not picture or all(getattr(self, k) == v for k, v in points.items()),
-                f'--{", --".join(points)}: are for point clouds')
         require(0 < self.threshold < 1, f'--threshold {self.threshold}: between 0 and 1')
-
-    def latent_sizes(self, height=None, width=None):
-        """Plane name -> (h, w) of the latent for a signal of this size, by default r everywhere."""
-        factor = 2 ** (len(self.ch_mult) - 1)
-        cells = [-(-(n or self.resolution) // factor) for n in (width, height, None)]
-        return plane_sizes(self.domain, cells)
+        DOMAINS[self.domain].check(self)
+        self.n_ref = self.n_ref or DOMAINS[self.domain].values_of_signal(self)
 
 
 def annealed(step, steps, config):
@@ -130,8 +121,9 @@ class Posterior:
 class HDBFDecoder(nn.Module):
     """One latent plane (B,z,h,w) -> its basis fields, coarse to fine, each (B,field,f*h,f*w).
 
-    The reverse of the encoder; wherever a level's factor is in `fields`, a 1x1 convolution branches
-    off a field. The finest one has its own norm, SiLU and 3x3 convolution, as in the authors' code.
+    The reverse of the encoder; wherever a level's factor f is in `fields`, a 1x1 convolution
+    branches off a field. The finest one has its own norm, SiLU and 3x3 convolution, as in the
+    authors' code. `stretch` is how much a level enlarges (height, width).
     """
 
     def __init__(self, config):
@@ -157,14 +149,14 @@ class HDBFDecoder(nn.Module):
                 if 2 ** i in self.fields:
                     self.heads[str(2 ** i)] = nn.Conv2d(width, c.field_channels, 1)
 
-    def forward(self, z):
+    def forward(self, z, stretch=(2, 2)):
         h, xi = self.stem(z), []
         for i, level in enumerate(self.levels):
             h = level(h)
             if 2 ** i in self.fields:
                 xi.append(self.heads[str(2 ** i)](h))
             if i < len(self.ups):
-                h = self.ups[i](h)
+                h = self.ups[i](h, (stretch[0] * h.shape[2], stretch[1] * h.shape[3]))
         return xi
 
 
@@ -172,8 +164,8 @@ class SpectralPenalty:
     """SN: sum of the largest singular values of all convolutions + sum of max |gamma| of all norms.
 
     As in LSGM and the authors' code. Convolutions of one shape share a batched power iteration,
-    which goes on from call to call; its vectors are buffers of `owner`, so they resume exactly. A
-    new model needs one call of about 40 rounds to begin with.
+    which goes on from call to call; its vectors are buffers of `owner`, so that checkpoints hold
+    them. A new model needs one call of about 40 rounds to begin with.
     """
 
     def __init__(self, owner, modules):
@@ -206,69 +198,94 @@ def points_at_a_time(device):
     return 2048 * torch.get_num_threads() if device.type == 'cpu' else 262144
 
 
-def on_planes(network, planes):
-    """`network`, plane (B,C,H,W) -> list of planes, on each of a dict of planes: a list of dicts.
-
-    Planes of one shape go through it side by side, as one batch.
-    """
-    groups, done = {}, {}
-    for name, plane in planes.items():
-        groups.setdefault(plane.shape, []).append(name)
-    for names in groups.values():
-        x = planes[names[0]] if len(names) == 1 else torch.cat([planes[n] for n in names])
-        done.update(zip(names, zip(*(y.chunk(len(names)) for y in network(x)))))
-    return [dict(zip(planes, level)) for level in zip(*(done[n] for n in planes))]
+def one_by_one(xi):
+    """The basis fields of each sample of a batch."""
+    for i in range(len(xi[0]['xy'])):
+        yield [{name: f[i:i + 1] for name, f in level.items()} for level in xi]
 
 
 class D2CVAE(nn.Module):
     """The first stage. `forward` is the whole training step, so that DDP sees one call.
 
     One encoder and one decoder serve all planes (Section 3.1); only the 1x1 convolutions at the
-    latent are a plane's own, as in the authors' code.
+    latent are a plane's own, as in the authors' code. A domain is a subclass with
+
+        domain, reads      its name, and the key of an item that the encoder reads
+        build_encoder(c)   the modules in front of the latent planes
+        features(x)        data -> {plane: (B, 2 z_channels, h, w)}
+        predict(xi, batch) the function's values and the truth they are compared with
+        signal(xi, R)      the whole signal at resolution R
+        show(xi, size)     a picture of it, (B,3,size,size) in [-1,1], to look at
+        values_of_signal   N_ref where the preset gives none
+
+    and, as class attributes, `stretch`, how much the decoder enlarges (height, width) of a plane
+    where that is not (2, 2); `allowed`, the values that a flag may have; and `own_flags`, flags
+    that mean nothing for a domain without them.
     """
+
+    stretch, allowed, own_flags = {}, {}, ()
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        axes = PLANES[c.domain]
-        self.points = None
-        if c.domain == 'shape':
-            self.points = LocalPoolPointNet(axes, 3, c.resolution, c.point_hidden, c.point_blocks,
-                                            c.point_channels, c.point_local)
-        self.encoder = ConvEncoder(c.point_channels if self.points else c.channels, c.ch, c.ch_mult,
-                                   c.num_res_blocks, c.z_channels)
+        axes = PLANES[self.domain]
+        self.build_encoder(c)
         self.quant, self.post_quant = (nn.ModuleDict({name: nn.Conv2d(n, n, 1) for name in axes})
                                        for n in (2 * c.z_channels, c.z_channels))
         self.decoder = HDBFDecoder(c)
         looked_up = c.field_channels * (len(axes) if c.plane_merge == 'concat' else 1)
         self.mlp = CFCMLP([looked_up] * len(self.decoder.fields), c.channels, c.mlp_width,
                           c.mlp_blocks, c.mlp_layers, c.conditioning, c.cfc_merge,
-                          c.scale_injection, c.resolution, 3 if c.coord_input else 0)
+                          c.scale_injection, c.resolution,
+                          1 + max(map(max, axes.values())) if c.coord_input else 0)
         scope = [self.encoder, self.quant]
         if c.sn_scope == 'all':
             scope += [self.post_quant, self.decoder]
         self.spectral = SpectralPenalty(self, scope)
         self.to(memory_format=torch.channels_last)  # about twice the speed of NCHW on CPU
 
-    def encode(self, batch):
-        """Data -> Posterior.
+    @classmethod
+    def check(cls, config):
+        """ValueError where a flag has a value that this domain does not take."""
+        for name, values in cls.allowed.items():
+            value = getattr(config, name)
+            require(value in values, f'--{name} {value}: {cls.domain} data take '
+                    f'{" or ".join(map(str, values))}')
+        default = {f.name: f.default for f in fields(config)}
+        for other in DOMAINS.values():
+            for name in {*other.own_flags} - {*cls.own_flags}:
+                require(getattr(config, name) == default[name],
+                        f'--{name}: is for {other.domain} data')
 
-        A dict with 'image' (B,3,H,W) or 'points' (B,N,3), in [-1,1], or that tensor itself.
+    def latent_sizes(self):
+        """Plane name -> (h, w) of the latent of a signal of the training resolution."""
+        cells = -(-self.config.resolution // 2 ** (len(self.config.ch_mult) - 1))
+        return plane_sizes(self.domain, [cells] * 3)
+
+    def on_planes(self, network, planes):
+        """`network`, (plane (B,C,H,W), its stretch) -> list of planes, on each: a list of dicts.
+
+        Planes of one shape and stretch go through it side by side, as one batch.
         """
-        x = batch
-        if isinstance(batch, dict):
-            x = batch['points' if self.points else 'image']
-        planes = self.points(x) if self.points else dict(xy=x)
-        planes = {name: p.contiguous(memory_format=torch.channels_last)
-                  for name, p in planes.items()}
-        features, = on_planes(lambda p: [self.encoder(p)], planes)
+        groups, done = {}, {}
+        for name, plane in planes.items():
+            groups.setdefault((plane.shape, self.stretch.get(name, (2, 2))), []).append(name)
+        for (_, stretch), names in groups.items():
+            x = planes[names[0]] if len(names) == 1 else torch.cat([planes[n] for n in names])
+            parts = [y.chunk(len(names)) for y in network(x, stretch)]
+            done.update(zip(names, zip(*parts)))
+        return [dict(zip(planes, level)) for level in zip(*(done[n] for n in planes))]
+
+    def encode(self, batch):
+        """Data, as a batch of items or the tensor itself that the encoder reads -> Posterior."""
+        features = self.features(batch[self.reads] if isinstance(batch, dict) else batch)
         moments = {name: self.quant[name](h) for name, h in features.items()}
         return Posterior(pack(moments), {name: tuple(m.shape[2:]) for name, m in moments.items()})
 
     def decode(self, z, sizes=None):
         """z (B,C,L) -> xi, a list coarse to fine of dicts plane name -> (B,C,H,W)."""
-        planes = unpack(z, sizes or self.config.latent_sizes())
-        return on_planes(self.decoder, {n: self.post_quant[n](p) for n, p in planes.items()})
+        planes = unpack(z, sizes or self.latent_sizes())
+        return self.on_planes(self.decoder, {n: self.post_quant[n](p) for n, p in planes.items()})
 
     def merge(self, parts):
         """What was looked up in the planes of one field, (B,N,C) each, as one (B,N,C')."""
@@ -277,19 +294,19 @@ class D2CVAE(nn.Module):
 
     def look_up(self, xi, points):
         """p^1..p^n at points (B,N,D): a list of (B,N,C)."""
-        axes = PLANES[self.config.domain]
+        axes = PLANES[self.domain]
         return [self.merge(sample_field(field, points[..., axes[name]])
                            for name, field in level.items()) for level in xi]
 
     def query(self, xi, coords, scale=None):
-        """omega(c) at any points: coords (N,D), (B,N,D) or grids (H,W,D), (B,H,W,D) -> (B,...,3).
+        """omega(c) at any points: coords (N,D), (B,N,D) or grids (H,W,D), (B,H,W,D) -> (B,...,C).
 
-        (B,...,3) stands for the channels of the signal: colours, or the logit of occupancy. Three
-        dimensions of which the first is 1 or B are a batch of points, so a grid of B rows
-        must come as (1,H,W,D). `scale` is s, a float or (B,); None derives it from a regular grid
-        and takes the training period 1 for scattered points.
+        C are the channels of the signal: colours, or the logit of occupancy. Three dimensions of
+        which the first is 1 or B are a batch of points, so a grid of B rows must come as (1,H,W,D).
+        `scale` is s, a float or (B,); None derives it from a regular grid and takes the training
+        period 1 for scattered points.
         """
-        batch = len(next(iter(xi[0].values())))
+        batch = len(xi[0]['xy'])
         batched = coords.dim() > 2 and coords.shape[0] in (1, batch)
         coords = coords if batched else coords[None]
         shape = coords.shape[1:-1]
@@ -300,109 +317,65 @@ class D2CVAE(nn.Module):
         return values.unflatten(1, shape)
 
     @torch.no_grad()
-    def render(self, xi, size, box=None, antialias=True, chunk=None):
-        """Pictures (B,3,h,w) of `size` (h, w) over `box` ((x_lo,x_hi),(y_lo,y_hi)), default all.
+    def render(self, xi, size, box=None, antialias=True, chunk=None, at=()):
+        """The function on a grid of `size` (h, w) over x and y: (B,C,h,w).
 
-        Evaluates at most about `chunk` points at a time, so the memory beyond the result does not
-        grow with `size`. Where a grid is coarser than r, the function is evaluated at a multiple
-        of it that is at least r and area-averaged, since the MLP never saw s > 1 and point samples
-        would alias; `antialias=False` gives the raw values.
+        box: ((x_lo,x_hi),(y_lo,y_hi)), default everything. at: further coordinates, z or t, that
+        all pixels share. Where the grid is coarser than r, the function is evaluated on `fold`
+        times as many pixels, at least r, and averaged, since the MLP never saw s > 1 and point
+        samples would alias; `antialias=False` gives the raw values. About `chunk` points are
+        evaluated at a time, so that the memory beyond the result does not grow with `size`.
         """
-        field = xi[0]['xy']
+        field, size = xi[0]['xy'], tuple(size)
         box = [(-1.0, 1.0)] * 2 if box is None else box
         box = torch.as_tensor(box, dtype=torch.float32, device=field.device)
-        size, r = tuple(size), self.config.resolution
         if min(size) < 1 or (box[:, 0] >= box[:, 1]).any():
             raise ValueError(f'cannot render {size} pixels over the box {box.tolist()}')
-        chunk = chunk or points_at_a_time(field.device)
-        extent = ((box[:, 1] - box[:, 0]) / 2).tolist()[::-1]  # share of the height, width
-        fold = [math.ceil(r * e / n - 1e-6) if antialias else 1 for n, e in zip(size, extent)]
-        fold = [max(f, 1) for f in fold]
+        fold = self.oversampling(size, box) if antialias else (1, 1)
         fine = [n * f for n, f in zip(size, fold)]
-        mlp = self.mlp.at(grid_scale(r, fine, box)[None])
+        mlp = self.mlp.at(grid_scale(self.config.resolution, fine, box)[None])
         xs, ys = cell_centres(fine[1], box[0]), cell_centres(fine[0], box[1])
-        # In pixels: full rows where they fit, otherwise a part of one.
-        columns = min(size[1], max(1, chunk // (fold[0] * fold[1])))
-        rows = max(1, chunk // (columns * fold[0] * fold[1]))
-        samples = max(1, chunk // (fine[0] * fine[1]))
+        samples, rows, columns = self.tiling(size, fold, chunk or points_at_a_time(field.device))
         result = field.new_empty(len(field), self.config.channels, *size)
         for i in range(0, len(field), samples):
             part = [{k: f[i:i + samples] for k, f in level.items()} for level in xi]
             for top, left in product(range(0, size[0], rows), range(0, size[1], columns)):
                 y = ys[top * fold[0]:(top + rows) * fold[0]]
                 x = xs[left * fold[1]:(left + columns) * fold[1]]
-                points = torch.cartesian_prod(y, x).flip(1).expand(len(part[0]['xy']), -1, -1)
-                tile = mlp(self.look_up(part, points)).mT.unflatten(2, (-1, len(x)))
+                points = torch.cartesian_prod(y, x).flip(1)  # (N, 2), x first
+                points = torch.cat([points, points.new_tensor([*at]).expand(len(points), -1)], 1)
+                points = points.expand(len(part[0]['xy']), -1, -1)
+                tile = mlp(self.look_up(part, points), points).mT.unflatten(2, (-1, len(x)))
                 tile = F.avg_pool2d(tile, fold) if max(fold) > 1 else tile
                 result[i:i + samples, :, top:top + rows, left:left + columns] = tile
         return result
 
-    def surfaces(self, xi, resolution, threshold=None, coarse=64, chunk=None):
-        """The surfaces where the occupancy is `threshold`, in the units of the data.
-
-        A list of (vertices (V,3), faces (F,3)), one for each sample of xi; `resolution` is cells
-        along each axis of the box; `coarse` and `chunk` as for `inr.extract_mesh`.
-        """
-        threshold, found = threshold or self.config.threshold, []
-        device = xi[0]['xy'].device
-        for own in self.one_by_one(xi):
-            vertices, faces = extract_mesh(
-                lambda p: self.query(own, p[None]), resolution,
-                math.log(threshold / (1 - threshold)), None, coarse,
-                chunk or points_at_a_time(device), device)
-            found.append((vertices * self.config.extent, faces))
-        return found
+    def oversampling(self, size, box):
+        """Samples for each pixel along (height, width) that make a grid of `size` as fine as r."""
+        shares = ((box[:, 1] - box[:, 0]) / 2).tolist()[::-1]  # of the full height, width
+        return [max(1, math.ceil(self.config.resolution * share / n - 1e-6))
+                for n, share in zip(size, shares)]
 
     @staticmethod
-    def one_by_one(xi):
-        """The basis fields of each sample of a batch."""
-        for i in range(len(xi[0]['xy'])):
-            yield [{name: f[i:i + 1] for name, f in level.items()} for level in xi]
-
-    @torch.enable_grad()
-    def normals(self, xi, vertices):
-        """Unit normals (V,3) at points of one sample's surface, against its field's gradient."""
-        parts = []
-        for part in vertices.split(points_at_a_time(vertices.device)):
-            points = (part / self.config.extent).requires_grad_()
-            slope, = torch.autograd.grad(self.query(xi, points[None]).sum(), points)
-            parts.append(F.normalize(-slope, dim=1))
-        return torch.cat(parts) if parts else torch.zeros_like(vertices)
-
-    def preview(self, xi, size=None, resolution=64):
-        """A picture (B,3,S,S) of each sample, in [-1,1]; surfaces are drawn. S: r, or 128."""
-        if self.config.domain == 'image':
-            return self.render(xi, (size or self.config.resolution,) * 2)
-        drawn = [draw_mesh(vertices / self.config.extent, faces, size or 128)
-                 for vertices, faces in self.surfaces(xi, resolution, coarse=32)]
-        return torch.stack(drawn)
-
-    def reconstruct(self, batch, noise=None):
-        """Posterior, the values of the function it decodes to, and what they should be.
-
-        Pictures, read on the targets' grids: (B,3,h,w); otherwise (B,M), at the batch's coords.
-        """
-        posterior = self.encode(batch)
-        xi = self.decode(posterior.sample(noise), posterior.sizes)
-        if self.config.domain == 'shape':
-            return posterior, self.query(xi, batch['coords'])[..., 0], batch['occupancy']
-        h, w = batch['target'].shape[2:]
-        xs, ys = cell_centres(w, batch['box'][:, 0]), cell_centres(h, batch['box'][:, 1])
-        pe = [sample_grid(level['xy'], xs, ys) for level in xi]
-        values = self.mlp(pe, scale=batch['scale']).mT.unflatten(2, (h, w))
-        return posterior, values, batch['target']
+    def tiling(size, fold, chunk):
+        """(samples, rows, columns) of pixels to evaluate at once; parts of a row only if one is
+        longer than `chunk`."""
+        each = fold[0] * fold[1]
+        columns = min(size[1], max(1, chunk // each))
+        return (max(1, chunk // (size[0] * size[1] * each)), max(1, chunk // (columns * each)),
+                columns)
 
     def forward(self, batch, weights=None, noise=None):
-        """Losses of a batch (see data.py) as a dict of scalars.
-
-        Pictures: `image`, `target`, `box`, `scale`; shapes: `points`, `coords`, `occupancy`.
+        """Losses of a batch of items (see data.py) as a dict of scalars.
 
         `weights` (2,) is (lambda_kl, lambda_sn), see `annealed`, and by default what they end at;
         `noise` (B,C,L) fixes the posterior sample. Key 'total' is what to minimise; 'kl' is in
         nats a sample.
         """
         c = self.config
-        posterior, values, truth = self.reconstruct(batch, noise)
+        posterior = self.encode(batch)
+        xi = self.decode(posterior.sample(noise), posterior.sizes)
+        values, truth = self.predict(xi, batch)
         if weights is None:
             weights = torch.tensor([c.kl_weight, c.sn_end], device=values.device)
         with torch.autocast(values.device.type, enabled=False):
@@ -415,3 +388,111 @@ class D2CVAE(nn.Module):
                 losses['sn'] = self.spectral()
                 total = total + weights[1] * losses['sn'] / c.n_ref
         return dict(total=total, **losses)
+
+
+# ---- one class a domain ------------------------------------------------------------------------
+
+class PictureVAE(D2CVAE):
+    """Pictures (B,3,H,W) in [-1,1]: colour is a function of (x, y); one plane."""
+
+    domain, reads = 'image', 'image'
+    allowed = dict(loss=('l1', 'l2'), coord_input=(False,))
+
+    @staticmethod
+    def values_of_signal(c):
+        """Those of an r x r picture."""
+        return c.channels * c.resolution ** 2
+
+    def build_encoder(self, c):
+        self.encoder = ConvEncoder(c.channels, c.ch, c.ch_mult, c.num_res_blocks, c.z_channels)
+
+    def features(self, x):
+        """Pictures of any size."""
+        return dict(xy=self.encoder(x.contiguous(memory_format=torch.channels_last)))
+
+    def predict(self, xi, batch):
+        """Colours on each target's own grid, (B,3,h,w), and the targets."""
+        h, w = batch['target'].shape[2:]
+        xs, ys = cell_centres(w, batch['box'][:, 0]), cell_centres(h, batch['box'][:, 1])
+        pe = [sample_grid(level['xy'], xs, ys) for level in xi]
+        values = self.mlp(pe, scale=batch['scale']).mT.unflatten(2, (h, w))
+        return values, batch['target']
+
+    def signal(self, xi, R, box=None, antialias=True):
+        """Pictures (B,3,R,R) or, for R = (h, w), (B,3,h,w), in [-1,1]; the rest as for `render`."""
+        size = (R, R) if isinstance(R, int) else R
+        return self.render(xi, size, box, antialias).clamp(-1, 1)
+
+    def show(self, xi, size=None):
+        """Of the training resolution without a size."""
+        return self.signal(xi, size or self.config.resolution)
+
+
+class ShapeVAE(D2CVAE):
+    """Point clouds (B,N,3) in [-1,1]: occupancy is a function of (x, y, z); three planes."""
+
+    domain, reads, point_features = 'shape', 'points', 3
+    allowed = dict(loss=('bce',), scale_injection=(False,))
+    own_flags = ('point_hidden', 'point_blocks', 'point_channels', 'point_local', 'threshold')
+
+    @staticmethod
+    def values_of_signal(c):
+        """The 2,048 points at which the authors' code asks for occupancy."""
+        return 2048
+
+    def build_encoder(self, c):
+        self.points = LocalPoolPointNet(PLANES[self.domain], self.point_features, c.resolution,
+                                        c.point_hidden, c.point_blocks, c.point_channels,
+                                        c.point_local)
+        self.encoder = ConvEncoder(c.point_channels, c.ch, c.ch_mult, c.num_res_blocks,
+                                   c.z_channels)
+
+    def features(self, x):
+        """Points pooled on three planes, each of which the encoder then reads."""
+        planes = {name: p.contiguous(memory_format=torch.channels_last)
+                  for name, p in self.points(x).items()}
+        features, = self.on_planes(lambda p, stretch: [self.encoder(p)], planes)
+        return features
+
+    def predict(self, xi, batch):
+        """Logits at the items' coordinates, (B,M), and their occupancy."""
+        return self.query(xi, batch['coords'])[..., 0], batch['target']
+
+    def signal(self, xi, R, threshold=None, coarse=64, chunk=None):
+        """The surfaces where the occupancy is `threshold`, in the units of the data.
+
+        A list of (vertices (V,3), faces (F,3)), one for each sample; R is cells along each side of
+        the box; `coarse` and `chunk` as for `inr.extract_mesh`.
+        """
+        threshold, found = threshold or self.config.threshold, []
+        device = xi[0]['xy'].device
+        for own in one_by_one(xi):
+            vertices, faces = extract_mesh(
+                lambda p: self.query(own, p[None]), R, math.log(threshold / (1 - threshold)), None,
+                coarse, chunk or points_at_a_time(device), device)
+            found.append((vertices * self.config.extent, faces))
+        return found
+
+    def show(self, xi, size=128, cells=64):
+        """The surfaces, drawn; `cells` along each side of the box."""
+        drawn = [draw_mesh(vertices / self.config.extent, faces, size)
+                 for vertices, faces in self.signal(xi, cells, coarse=32)]
+        return torch.stack(drawn)
+
+    @torch.enable_grad()
+    def normals(self, xi, vertices):
+        """Unit normals (V,3) at points of one sample's surface, against its field's gradient."""
+        parts = []
+        for part in vertices.split(points_at_a_time(vertices.device)):
+            points = (part / self.config.extent).requires_grad_()
+            slope, = torch.autograd.grad(self.query(xi, points[None]).sum(), points)
+            parts.append(F.normalize(-slope, dim=1))
+        return torch.cat(parts) if parts else torch.zeros_like(vertices)
+
+
+DOMAINS = dict(image=PictureVAE, shape=ShapeVAE)
+
+
+def build(config):
+    """The first stage of a VAEConfig's domain."""
+    return DOMAINS[config.domain](config)
