@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,15 @@ import train_vae
 
 def arguments(**changes):
     return SimpleNamespace(**{**dict(steps=100, batch=12, accumulate=1, lr=2.0, lr_min=0.5, seed=0,
-                                     warmup=10, lr_schedule='cosine', workers=0), **changes})
+                                     warmup=10, lr_schedule='cosine', workers=0, ch_mult=(1, 2)),
+                              **changes})
+
+
+def processes(world):
+    return [common.Process(rank, world, torch.device('cpu'), False) for rank in range(world)]
+
+
+ALONE, = processes(1)
 
 
 class Numbers:
@@ -87,8 +96,10 @@ def test_stream_is_a_new_permutation_each_epoch_keyed_by_position():
 @pytest.mark.mutation('common.py', 'self.first, self.rank = step * batch, rank',
                       'self.first, self.rank = step, rank')
 @pytest.mark.mutation('common.py', 'start += self.round', 'start += self.local')
-@pytest.mark.mutation('common.py', '(round * world + rank) * local', '(round + rank) * local')
-@pytest.mark.mutation('common.py', '(round * world + rank) * local', 'round * world * local')
+@pytest.mark.mutation('common.py', '(round * process.world + process.rank) * local',
+                      '(round + process.rank) * local')
+@pytest.mark.mutation('common.py', '(round * process.world + process.rank) * local',
+                      'round * process.world * local')
 def test_ranks_and_rounds_divide_the_batch_in_order():
     """At every step, rank by rank and round by round, positions and rows make up one batch."""
     batch = 24
@@ -104,7 +115,7 @@ def test_ranks_and_rounds_divide_the_batch_in_order():
                     for i in range(accumulate):
                         for rank in range(world):
                             positions = next(ranks[rank])
-                            own = common.rows(whole, args, i, rank, world)
+                            own = common.own_rows(whole, args, i, processes(world)[rank])
                             assert positions == own.tolist()  # each item meets its own noise
                             seen += positions
                     assert seen == whole.tolist()
@@ -114,9 +125,9 @@ def test_ranks_and_rounds_divide_the_batch_in_order():
 @pytest.mark.mutation('common.py', 'positions = Positions(step,', 'positions = Positions(0,')
 def test_stream_resumes_at_a_step_with_any_workers():
     args = arguments(batch=6, accumulate=2, seed=9)
-    straight = common.stream(Numbers(20), args, 0, 0, 1)
+    straight = common.stream(Numbers(20), args, 0, ALONE)
     batches = [next(straight) for _ in range(12)]  # six steps
-    resumed = common.stream(Numbers(20), arguments(**{**vars(args), 'workers': 2}), 4, 0, 1)
+    resumed = common.stream(Numbers(20), arguments(**{**vars(args), 'workers': 2}), 4, ALONE)
     others = [next(resumed) for _ in batches[8:]]
     del resumed  # stop its workers: the frames of a failure would keep them, and stop them slowly
     for batch, other in zip(batches[8:], others):
@@ -207,21 +218,12 @@ def test_guard_names_the_first_bad_step():
 
 
 @pytest.mark.mutation('common.py', "limit or float('inf')", 'limit or 1.0')
-def test_clip():
+def test_clipping():
     for limit, after in ((0.5, 0.5), (0.0, 10.0), (20.0, 10.0)):
         p = nn.Parameter(torch.zeros(2))
         p.grad = torch.tensor([6.0, 8.0])
-        assert common.clip(nn.ParameterList([p]), limit).item() == pytest.approx(10)
+        assert common.clip_gradients(nn.ParameterList([p]), limit).item() == pytest.approx(10)
         assert p.grad.norm().item() == pytest.approx(after, rel=1e-4)
-
-
-@pytest.mark.mutation('common.py', 'if last or not hasattr', 'if not hasattr')
-@pytest.mark.mutation('common.py', 'if last or not hasattr', 'if not last or not hasattr')
-def test_gradients_are_averaged_in_the_last_round_only():
-    ddp = SimpleNamespace(no_sync=lambda: 'no sync')
-    assert common.sync(ddp, last=False) == 'no sync' and common.sync(ddp, last=True) != 'no sync'
-    with common.sync(nn.Linear(1, 1), last=False):  # one process
-        pass
 
 
 # ---- checkpoints and log -----------------------------------------------------------------------
@@ -325,14 +327,30 @@ def test_log_survives_a_torn_last_line(tmp_path):
         assert [v['step'] for v in lines] == ([1, 1, 6] if torn == whole.strip() else [1, 6])
 
 
-def test_newest_run(tmp_path):
-    assert common.newest_run('vae.pt', tmp_path / 'none') is None
-    for k, name in enumerate(('b', 'a')):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / 'vae.pt').touch()
-        os.utime(tmp_path / name / 'vae.pt', (1000 * k, 1000 * k))
-    assert common.newest_run('vae.pt', tmp_path) == tmp_path / 'a'
-    assert common.newest_run('ldm.pt', tmp_path) is None
+@pytest.mark.mutation('common.py', 'for path in (Path(text), RUNS / text)',
+                      'for path in (RUNS / text, Path(text))')
+@pytest.mark.mutation('common.py', "candidate.suffix == '.pt' and candidate.is_file()",
+                      'candidate.is_file()')
+@pytest.mark.mutation('common.py', 'p.stat().st_mtime', 'p')
+def test_which_run_is_meant(tmp_path, monkeypatch):
+    """A file, a folder, a run's name, or nothing for the newest run; None if there is none."""
+    monkeypatch.chdir(tmp_path)
+    assert common.find_checkpoint('', 'vae.pt') is None
+    files = ('b/ldm.pt', 'runs/b/ldm.pt', 'runs/b/vae.pt', 'runs/a/vae.pt', 'runs/c/note.txt')
+    for k, file in enumerate(files):
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (1000 * k,) * 2 if path.name == 'ldm.pt' else (5000 - 1000 * k,) * 2)
+    both = ('ldm.pt', 'vae.pt')
+    for text, wanted, expected in (
+            ('a', both, 'runs/a/vae.pt'), ('a', both[:1], None), ('b', both, 'b/ldm.pt'),
+            ('runs/b', both, 'runs/b/ldm.pt'), ('runs/b', both[::-1], 'runs/b/vae.pt'),
+            ('runs/b/vae.pt', both, 'runs/b/vae.pt'), ('nowhere', both, None),
+            ('runs/c/note.txt', both, None), ('', both, 'runs/b/ldm.pt'),
+            ('', both[1:], 'runs/b/vae.pt')):
+        found = common.find_checkpoint(text, *wanted)
+        assert found == (expected and Path(expected)), (text, wanted)
 
 
 # ---- flags -------------------------------------------------------------------------------------
@@ -399,7 +417,7 @@ def test_flags_of_a_dataclass():
                  '--unknown=1', '--widt=3', '--inner=x'):
         message = refused(tiny_parser(), text)
         assert text.split('=')[0] in message and '\n' not in message and ' -h)' in message, text
-    config = common.pick(args, Config, inner='set')
+    config = common.from_flags(args, Config, inner='set')
     assert (config.sizes, config.fast, config.inner) == ((4, 2), True, 'set')
 
 
@@ -428,8 +446,9 @@ def test_presets_fit_both_scripts():
 @pytest.mark.mutation('common.py', 'require(args.lr > 0,', 'require(args.lr >= 0,')
 def test_run_flags_no_run_can_have():
     common.check_run_flags(arguments(batch=12, accumulate=3), 2)
-    for changes in (dict(batch=13), dict(batch=12, accumulate=4), dict(lr=0.0)):
-        with pytest.raises(ValueError, match='--batch|--lr'):
+    for flag, changes in (('batch', dict(batch=13)), ('batch', dict(batch=12, accumulate=4)),
+                          ('lr', dict(lr=0.0)), ('ch_mult', dict(ch_mult=()))):
+        with pytest.raises(ValueError, match=f'--{flag}'):
             common.check_run_flags(arguments(**changes), 2)
 
 
@@ -440,7 +459,7 @@ def test_run_makes_one_line_of_an_error(capsys):
     bars = []
 
     def main():
-        bar = common.progress(SimpleNamespace(steps=3, name='bar'), 0, 0)
+        bar = common.progress(SimpleNamespace(steps=3, name='bar'), 0, ALONE)
         bars.append(bar.n)
         raise ValueError('first\n  second')
     with pytest.raises(SystemExit) as caught:
@@ -488,7 +507,7 @@ def test_errors_of_workers_and_of_memory_are_one_line(capsys):
 def test_device_that_is_not_there():
     for device in ('nonsense', 'cuda:99'):
         with pytest.raises(ValueError, match=f'--device {device}'):
-            common.dist_init(device)
+            common.start_process(device)
 
 
 PROBE = '''
@@ -501,9 +520,9 @@ libc.mallinfo2.restype, libc.malloc.restype = Info, ctypes.c_void_p
 keep_freed_memory()
 before = libc.mallinfo2().mapped
 block = libc.malloc(ctypes.c_size_t(size))
-assert libc.mallinfo2().mapped == before, 'came from the system'
+print('from the system', libc.mallinfo2().mapped > before)
 libc.free(ctypes.c_void_p(block))
-assert libc.mallinfo2().arena >= size, 'went back to the system'
+print('back to the system', libc.mallinfo2().arena < size)
 '''
 
 
@@ -511,13 +530,8 @@ assert libc.mallinfo2().arena >= size, 'went back to the system'
 @pytest.mark.mutation('common.py', 'mallopt(-4, 0)', 'pass')
 @pytest.mark.mutation('common.py', 'mallopt(-1, 2 ** 31 - 1)', 'mallopt(-1, 2 ** 20)')
 def test_large_blocks_stay_in_the_process(repo):
-    assert subprocess.run([sys.executable, '-c', PROBE, repo / 'common.py']).returncode == 0
-
-
-@pytest.mark.mutation('common.py', "auto if choice == 'auto' else", '')
-def test_auto_leaves_the_choice_to_the_machine():
-    assert [common.switch(c, auto) for c in ('on', 'off', 'auto') for auto in (True, False)] == [
-        True, True, False, False, True, False]
+    said = subprocess.check_output([sys.executable, '-c', PROBE, repo / 'common.py'], text=True)
+    assert said.splitlines() == ['from the system False', 'back to the system False']
 
 
 @pytest.mark.mutation('common.py', "tiles or dots and 'Gen", "tiles or dots or 'Gen")

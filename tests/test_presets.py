@@ -43,28 +43,28 @@ def flags_of(name):
 
 def first_stage(args):
     """The VAE that train_vae.py makes with these flags."""
-    domain = data.domain_of(args.dataset)
-    return vae.D2CVAE(common.pick(args, vae.VAEConfig, domain=domain,
-                                  channels=dict(image=3, shape=1)[domain]))
+    kind, _ = data.DATASETS[args.dataset]
+    return vae.build(common.from_flags(args, vae.VAEConfig, domain=kind.domain,
+                                       channels=kind.channels, extent=kind.extent))
 
 
 def batch_of(args, items):
     """A batch as the data set of these flags gives it, without numbers."""
-    if data.domain_of(args.dataset) == 'image':
+    if data.DATASETS[args.dataset][0].domain == 'image':
         picture = torch.empty(items, 3, args.resolution, args.resolution)
         return dict(image=picture, target=picture, box=torch.empty(items, 2, 2),
                     scale=torch.empty(items))
     return dict(points=torch.empty(items, args.points, 3),
-                coords=torch.empty(items, args.queries, 3),
-                occupancy=torch.empty(items, args.queries))
+                coords=torch.empty(items, args.queries, 3), target=torch.empty(items, args.queries))
 
 
 def second_stage(args, first, text=''):
     """The LDM that train_ldm.py makes with these flags on this first stage."""
-    c, args.text = first.config, text
+    args.text = text
     width = encoders.ByteText().norm.normalized_shape[0] if text else 0
-    return ldm.LDM(common.pick(args, ldm.LDMConfig, domain=c.domain, planes=c.latent_sizes(),
-                               z_channels=c.z_channels, context_channels=width))
+    return ldm.LDM(common.from_flags(
+        args, ldm.LDMConfig, domain=first.domain, planes=first.latent_sizes(),
+        z_channels=first.config.z_channels, context_channels=width))
 
 
 def items_of(args):
@@ -109,11 +109,11 @@ def run_first_stage(args):
     """Check the shapes of what stage 1 makes: the VAE, and the bytes of a step."""
     items = items_of(args)
     model, batch = first_stage(args), batch_of(args, items)
-    c, sizes = model.config, model.config.latent_sizes()
+    c, sizes = model.config, model.latent_sizes()
     with torch.no_grad():
         z = model.encode(batch).mean
         xi = model.decode(z)
-        coords = torch.empty(7, 2 if c.domain == 'image' else 3)
+        coords = torch.empty(7, 2 if model.domain == 'image' else 3)
         assert model.query(xi, coords, 1.0).shape == (items, 7, c.channels)
     assert z.shape == (items, c.z_channels, sum(h * w for h, w in sizes.values()))
     assert [{plane: f.shape for plane, f in level.items()} for level in xi] == [
