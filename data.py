@@ -788,7 +788,7 @@ class Items(Dataset):
     def __init__(self, flip=False, cache_bytes=2 ** 30):
         """flip: mirror half of the items. cache_bytes: memory for what was read, per process."""
         self.flip, self.cache = flip, Cache(cache_bytes)
-        self.names, self.bad, self.notes = [], [], []
+        self.bad, self.notes = [], []
 
     def __len__(self):
         return len(self.names)

@@ -421,7 +421,7 @@ class PictureVAE(D2CVAE):
     def signal(self, xi, R, box=None, antialias=True):
         """Pictures (B,3,R,R) or, for R = (h, w), (B,3,h,w), in [-1,1]; the rest as for `render`."""
         size = (R, R) if isinstance(R, int) else R
-        return self.render(xi, size, box, antialias).clamp(-1, 1)
+        return self.render(xi, size, box, antialias).clamp_(-1, 1)  # in place: it may be large
 
     def show(self, xi, size=None):
         """Of the training resolution without a size."""

@@ -121,11 +121,12 @@ def test_toy_splits_share_no_seed():
     train, test, both = (data.make_dataset('toy_image', split=s, resolution=32)
                          for s in ('train', 'test', 'all'))
     assert (len(train), len(test), len(both)) == (20_000, 1_000, 21_000)
-    assert not set(train.seeds) & set(test.seeds)
-    assert data.toy_seeds('fresh', 10 ** 6) not in {*train.seeds, *test.seeds}
-    assert torch.equal(train.picture(7, 24), data.toy_image([data.toy_seeds('train', 7)], 24)[0])
-    with pytest.raises(ValueError, match='has 1000'):
-        data.toy_seeds('test', 1000)
+    assert not set(train.numbers) & set(test.numbers)
+    assert torch.equal(train.picture(7, 24), data.toy_image([7], 24)[0])
+    assert torch.equal(test.picture(7, 24), data.toy_image([2 ** 30 + 7], 24)[0])
+    for wrong in (dict(holdout='0.5'), dict(group='x'), dict(captions='a.csv')):
+        with pytest.raises(ValueError, match='computed, with a fixed split'):
+            data.make_dataset('toy_image', resolution=32, **wrong)
 
 
 @pytest.mark.mutation('data.py', 'x0 = R - left - r if flip else left', 'x0 = left')
@@ -272,42 +273,12 @@ def test_the_default_place_may_be_a_zip(folder, monkeypatch):
         pytest.fail(str(error))
 
 
-@pytest.mark.mutation('data.py', "*root.glob('*train_lmdb/data.mdb')", '')
-@pytest.mark.mutation('data.py', 'self.opened[self.root] = os.getpid(), environment', 'pass')
-def test_lsun_lmdb_needs_its_package_only_then(tmp_path, monkeypatch):
-    """A stand-in for lmdb with the calls the reader makes."""
-    stored = {}
-    for k in range(4):
-        buffer = io.BytesIO()
-        Image.fromarray(noise(32, 40, k)).save(buffer, 'webp', lossless=True)
-        stored[f'key{k}'.encode()] = buffer.getvalue()
-
-    class Table(dict):
-        begin = cursor = __enter__ = lambda self: self
-        __exit__ = lambda self, *error: None
-        iternext = lambda self, values: iter(self)
-
-    place = tmp_path / 'church_outdoor_train_lmdb'
-    place.mkdir()
-    (place / 'data.mdb').touch()
-    monkeypatch.setitem(sys.modules, 'lmdb', None)
-    with pytest.raises(ValueError, match='pip install lmdb'):
-        data.make_dataset('lsun_church', tmp_path, resolution=16)
-    opened = []
-
-    def open_once(place, **options):
-        opened.append(place)
-        return Table(stored)
-    monkeypatch.setitem(sys.modules, 'lmdb', types.SimpleNamespace(open=open_once))
-    monkeypatch.setattr(data.Lmdb, 'opened', {})
-    parts = [data.make_dataset('lsun_church', tmp_path, side, resolution=32)
-             for side in ('train', 'test')]
-    assert sorted(parts[0].names + parts[1].names) == ['key0', 'key1', 'key2', 'key3']
-    dataset = data.make_dataset('lsun_church', tmp_path, 'all', resolution=32)
-    assert dataset.names == ['key0', 'key1', 'key2', 'key3']
-    got = data.to_uint8(dataset.picture(2, 32)).permute(1, 2, 0).numpy()
-    assert (got == noise(32, 40, 2)[:, 4:36]).all()
-    assert opened == [str(place.resolve())]  # lmdb refuses a second time
+@pytest.mark.mutation('data.py', "root.glob('**/data.mdb')", '[]')
+def test_an_lmdb_is_refused_with_the_tool_that_unpacks_it(tmp_path):
+    (tmp_path / 'church_outdoor_train_lmdb').mkdir()
+    (tmp_path / 'church_outdoor_train_lmdb' / 'data.mdb').write_bytes(b'')
+    with pytest.raises(ValueError, match='python data.py export'):
+        data.make_dataset('lsun_church', tmp_path, resolution=32)
 
 
 # ---- bad files ----------------------------------------------------------------------------------
@@ -382,8 +353,8 @@ def test_missing_places_say_the_cure(tmp_path):
 
 
 @pytest.mark.mutation('data.py', '1 <= s < np.inf', '0 <= s < np.inf')
-@pytest.mark.mutation('data.py', 'resolution < 4', 'resolution < 0')
-@pytest.mark.mutation('data.py', 'len(probs) != len(scales)', 'False')
+@pytest.mark.mutation('data.py', 'resolution >= 4', 'resolution >= 0')
+@pytest.mark.mutation('data.py', 'len(probs) == len(scales)', 'True')
 def test_impossible_options_are_refused():
     for options, message in ((dict(scales=(0.5, 1)), '--scales'),
                              (dict(scales=(1, float('inf'))), '--scales'),
@@ -481,6 +452,33 @@ def test_the_cache_is_bounded_and_changes_nothing(folder):
     assert not plain.cache.kept
 
 
+@pytest.mark.mutation('data.py', "found['text'] = texts[int(rng.integers(len(texts))) if rng else 0]",
+                      "found['text'] = texts[0]")
+@pytest.mark.mutation('data.py', "'id', 'file')", "'id')")
+def test_pictures_have_captions_by_file_name(folder):
+    """By path, last part or stem; several texts of one are drawn in turn."""
+    os.makedirs(folder / 'deep')
+    os.rename(folder / 'p3.png', folder / 'deep' / 'p3.png')
+    (folder / 'c.csv').write_text('\ufefffile,caption\np0.png,a  red\np0.png,b\np3.png,c\np4,d\n',
+                                  encoding='utf-8')
+    try:
+        dataset = pictures(folder, captions=str(folder / 'c.csv'))
+    except ValueError as error:
+        pytest.fail(str(error))
+    texts = dict(zip(dataset.names, dataset.captions))
+    assert (texts['p0.png'], texts['deep/p3.png'], texts['p4.png']) == (['a red', 'b'], ['c'], ['d'])
+    assert '9 pictures have no caption' in dataset.notes
+    i = dataset.names.index('p0.png')
+    assert {dataset.item(i, common.seeded(k))['text'] for k in range(9)} == {'a red', 'b'}
+    assert dataset.item(dataset.names.index('p5.png'))['text'] == ''
+
+
+@pytest.mark.mutation('data.py', 'if self.stand_in(i) == i]', ']')
+def test_no_neighbour_is_substituted_among_the_readable(folder):
+    cut(folder / 'p4.png')
+    assert pictures(folder).readable(range(12)) == [*range(4), *range(5, 12)]
+
+
 # ---- splits -------------------------------------------------------------------------------------
 
 NAMES = [f'face{k}-tone{t}.png' for k in range(400) for t in range(5)]
@@ -533,11 +531,11 @@ def test_split_files(tmp_path):
 
 @pytest.mark.mutation('data.py', 'if holdout and len(hashes) > 1:', 'if len(hashes) > 1:')
 def test_an_empty_part_is_an_error(folder):
-    with pytest.raises(ValueError, match='no picture is in the test part'):
+    with pytest.raises(ValueError, match='no pictures in the test part'):
         pictures(folder, 'test', holdout=0.0)
 
 
-@pytest.mark.mutation('data.py', "holdout=info['splits']", "holdout=args['split']")
+@pytest.mark.mutation('data.py', "split, info['splits'],", "split, args['split'],")
 def test_a_finished_run_gets_its_split_back(folder):
     args = dict(dataset='image', data=str(folder), resolution=16, scales=(1.0,), scale_probs=(),
                 continuous=False, flip=False, split='0.3', group=None, seed=4)
@@ -605,7 +603,7 @@ def cifar(tmp_path):
 
 
 @pytest.mark.mutation('data.py', '.transpose(0, 2, 3, 1)', '.transpose(0, 3, 2, 1)')
-@pytest.mark.mutation('data.py', "dict(label=self.labels[self.usable(i)])", "dict(label=0)")
+@pytest.mark.mutation('data.py', "dict(label=self.labels[i])", "dict(label=0)")
 def test_cifar_layouts(cifar):
     places = [cifar / 'plain', cifar / 'plain' / 'cifar-10-batches-py', cifar / 'packed',
               cifar / 'packed' / 'cifar-10-python.tar.gz']

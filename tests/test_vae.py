@@ -15,7 +15,7 @@ TINY = dict(resolution=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=4,
 
 
 def tiny(**changes):
-    return vae.D2CVAE(vae.VAEConfig(**{**TINY, **changes}))
+    return vae.build(vae.VAEConfig(**{**TINY, **changes}))
 
 
 def batch_of(n=3, r=16, h=16, w=16):
@@ -50,7 +50,7 @@ def test_any_picture_size():
     model = tiny()
     for size in ((16, 16), (13, 21), (5, 64), (1, 3)):
         q = model.encode(torch.rand(2, 3, *size))
-        assert q.sizes == model.config.latent_sizes(*size)
+        assert q.sizes == dict(xy=tuple(-(-n // 2) for n in size))
         xi = model.decode(q.mean, q.sizes)
         h, w = q.sizes['xy']
         assert [f['xy'].shape[2:] for f in xi] == [(h, w), (2 * h, 2 * w)]
@@ -67,7 +67,7 @@ def test_groups_of_a_norm():
         assert count == max(fit, default=1)
 
 
-@pytest.mark.mutation('vae.py', 'Upsample(width))', 'nn.Identity())')
+@pytest.mark.mutation('vae.py', '(stretch[0] * h.shape[2], ', '(h.shape[2], ')
 def test_any_number_of_fields():
     for mult, fields in (((1,), (1,)), ((2, 1), (2,)), ((2, 1), (1, 2)), ((4, 2, 1), (1, 4)),
                          ((4, 2, 2, 1), (1, 2, 4, 8))):
@@ -88,11 +88,55 @@ def test_impossible_configurations_are_refused():
 def test_parameters_of_the_paper():
     """Table 9's AFHQ: z 64 x 64 x 64 from 256 x 256, fields of 64 channels at 64, 128, 256."""
     config = vae.VAEConfig()
-    assert config.latent_sizes() == dict(xy=(64, 64)) and config.n_ref == 196608
     with torch.device('meta'):
-        decoder = vae.HDBFDecoder(config)
-    fields = decoder(torch.empty(1, 64, 64, 64, device='meta'))
+        model = vae.build(config)
+    assert model.latent_sizes() == dict(xy=(64, 64)) and config.n_ref == 196608
+    fields = model.decoder(torch.empty(1, 64, 64, 64, device='meta'))
     assert [tuple(f.shape[1:]) for f in fields] == [(64, 64, 64), (64, 128, 128), (64, 256, 256)]
+
+
+# ---- domains -----------------------------------------------------------------------------------
+
+SHAPE = dict(domain='shape', channels=1, loss='bce', scale_injection=False, point_hidden=8)
+
+
+@pytest.mark.mutation('vae.py', 'self.stretch.get(name, (2, 2))), [])', '(2, 2)), [])')
+@pytest.mark.mutation('vae.py', 'stretch[1] * h.shape[3]))', '2 * h.shape[3]))')
+def test_a_plane_may_grow_along_one_axis_only():
+    """The planes, alike in shape, do not share a batch if they grow differently."""
+    model, z = tiny(**SHAPE), torch.randn(2, 4, 3 * 64)
+    square = model.decode(z)
+    model.stretch = dict(yz=(2, 1), xz=(1, 2))
+    xi = model.decode(z)
+    assert {n: tuple(f.shape[2:]) for n, f in xi[1].items()} == dict(
+        xy=(16, 16), yz=(16, 8), xz=(8, 16))
+    for name in ('xy', 'yz', 'xz'):
+        torch.testing.assert_close(xi[0][name], square[0][name])
+    torch.testing.assert_close(xi[1]['xy'], square[1]['xy'])
+    h = model.post_quant['yz'](inr.unpack(z, model.latent_sizes())['yz'])
+    h = model.decoder.levels[0](model.decoder.stem(h)).repeat_interleave(2, dim=2)
+    h = model.decoder.levels[1](model.decoder.ups[0].conv(h))
+    torch.testing.assert_close(xi[1]['yz'], model.decoder.heads['2'](h))
+
+
+@pytest.mark.mutation('vae.py', 'points.new_tensor([*at])', 'points.new_tensor([*at]).neg()')
+def test_a_render_is_a_slice_of_the_function():
+    model = tiny(**SHAPE, coord_input=True).requires_grad_(False)
+    xi = model.decode(torch.randn(2, 4, 3 * 64))
+    grid = torch.cat([inr.make_grid(20, 24), torch.full((20, 24, 1), 0.3)], dim=2)
+    torch.testing.assert_close(model.render(xi, (20, 24), at=(0.3,))[:, 0],
+                               model.query(xi, grid[None])[..., 0])
+
+
+@pytest.mark.mutation('vae.py', '{*other.own_flags} - {*cls.own_flags}', '{*cls.own_flags}')
+@pytest.mark.mutation('vae.py', 'require(value in values', 'require(values')
+def test_flags_of_other_domains_are_refused():
+    for changes in (dict(point_hidden=8), dict(threshold=0.2), dict(loss='bce'),
+                    dict(coord_input=True), dict(SHAPE, loss='l1'),
+                    dict(SHAPE, scale_injection=True)):
+        with pytest.raises(ValueError, match='--'):
+            tiny(**changes)
+    assert tiny(**SHAPE, threshold=0.2).config.n_ref == 2048
 
 
 # ---- objective ---------------------------------------------------------------------------------
@@ -218,7 +262,7 @@ def function():
 
 @pytest.mark.mutation('vae.py', 'prod(y, x)', 'prod(ys[:len(y)], x)')
 @pytest.mark.mutation('vae.py', 'prod(y, x)', 'prod(y, xs[:len(x)])')
-@pytest.mark.mutation('vae.py', 'grid_scale(r, fine, box)[None]', 'grid_scale(r, fine)[None]')
+@pytest.mark.mutation('vae.py', 'fine, box)[None]', 'fine)[None]')
 def test_render_equals_query_at_every_chunk_size(function):
     model, xi = function
     for size, box in (((16, 16), None), ((20, 17), None),
@@ -232,8 +276,9 @@ def test_render_equals_query_at_every_chunk_size(function):
                                        rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.mutation('vae.py', 'rows = max(1, chunk //', 'rows = 1 + max(1, chunk //')
-@pytest.mark.mutation('vae.py', 'columns = min(size[1], max(1, chunk // (fold[0] * fold[1])))',
+@pytest.mark.mutation('vae.py', 'max(1, chunk // (columns * each)),',
+                      '1 + max(1, chunk // (columns * each)),')
+@pytest.mark.mutation('vae.py', 'columns = min(size[1], max(1, chunk // each))',
                       'columns = size[1]')
 def test_render_reads_no_more_points_at_a_time_than_asked(function):
     model, xi = function
@@ -250,7 +295,7 @@ def test_render_reads_no_more_points_at_a_time_than_asked(function):
     'vae.py',
     'F.avg_pool2d(tile, fold) if',
     'tile[:, :, ::fold[0], ::fold[1]] if')
-@pytest.mark.mutation('vae.py', 'if antialias else 1', 'if True else 1')
+@pytest.mark.mutation('vae.py', 'if antialias else (1, 1)', 'if True else (1, 1)')
 def test_small_renders_are_area_averages(function):
     model, xi = function
     fine = model.render(xi, (16, 24), antialias=False)
