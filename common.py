@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -597,6 +598,14 @@ def accumulating(ddp, last):
 def clip_gradients(model, limit):
     """Norm of the gradient, which is scaled down to `limit` unless that is 0."""
     return torch.nn.utils.clip_grad_norm_(model.parameters(), limit or float('inf'))
+
+
+def parallel(model, args, process):
+    """The model as training calls it: compiled if --compile says so, in DDP if there are others."""
+    cuda = process.device.type == 'cuda'
+    network = torch.compile(model) if resolve(args.compile, cuda) else model
+    return network if process.world == 1 else DistributedDataParallel(
+        network, broadcast_buffers=False)
 
 
 def mean_over_ranks(values):

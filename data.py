@@ -659,8 +659,8 @@ def read_split(path):
         raise FileNotFoundError(f'--split {path}: neither a fraction nor a file') from None
     except ValueError as error:
         raise ValueError(f'--split {path}: not readable ({error})') from None
-    if not isinstance(given, dict) or 'test' not in given or not set(given) <= {'train', 'test'}:
-        raise ValueError(f'--split {path}: must be {{"train": [names], "test": [names]}}')
+    require(isinstance(given, dict) and 'test' in given and set(given) <= {'train', 'test'},
+            f'--split {path}: must be {{"train": [names], "test": [names]}}')
     return given
 
 
@@ -670,7 +670,7 @@ def divide(names, holdout=None, group=None, seed=0, official=None):
     holdout: None -> `official` if the data set has a split, else 0.1; a fraction: a name is held
     out if its hash with `seed` is below it, so that adding files moves no other; a file (see
     read_split) or such a dict. Without 'train' the rest is the training part.
-    group: regular expression; names equal once what it matches is removed stay on one side.
+    group: regular expression; names that become equal when it is deleted stay on one side.
     ValueError where a name is on both sides, or `group` given and both sides are listed.
     """
     key = group_key(group)
@@ -681,22 +681,18 @@ def divide(names, holdout=None, group=None, seed=0, official=None):
             holdout = float(str(holdout))
         except ValueError:
             holdout = read_split(holdout)
+    if isinstance(holdout, dict) and 'train' in holdout:
+        return listed_sides(holdout, group)
     if isinstance(holdout, dict):
-        if 'train' in holdout:
-            return listed_sides(holdout, group)
-        return divide_by_list(names, holdout['test'], key)
-    if not 0 <= holdout < 1:
-        raise ValueError(f'--split {holdout}: the held-out fraction must be in [0, 1)')
-    hashes = {k: hash01(seed, k) for k in sorted({key(n) for n in names})}
-    held = {k for k, u in hashes.items() if u < holdout}
-    if holdout and len(hashes) > 1:  # small sets: neither side may be empty
-        held = (held or {min(hashes, key=hashes.get)}) - {max(hashes, key=hashes.get)}
+        held = listed_groups(names, holdout['test'], key)
+    else:
+        held = drawn_groups({key(n) for n in names}, holdout, seed)
     return {'train': [n for n in names if key(n) not in held],
             'test': [n for n in names if key(n) in held]}
 
 
 def group_key(group):
-    """name -> what must not be on two sides."""
+    """The function name -> what is left of it: names with the same rest stay on one side."""
     try:
         return partial(re.compile(group).sub, '') if group else str
     except re.error as error:
@@ -706,24 +702,30 @@ def group_key(group):
 def listed_sides(sides, group):
     """A split of which both sides are listed, checked."""
     twice = {*sides['train']} & {*sides['test']}
-    if twice:
-        raise ValueError(f'--split: {len(twice)} names are on both sides, e.g. {min(twice)}')
-    if group:
-        raise ValueError(f'--group {group}: the split lists both sides; give a fraction as '
-                         '--split, or leave --group out')
+    require(not twice, f'--split: {len(twice)} names are on both sides, e.g. '
+            + min(twice, default=''))
+    require(not group, f'--group {group}: the split lists both sides; give a fraction as --split, '
+            'or leave --group out')
     return {side: list(sides[side]) for side in ('train', 'test')}
 
 
-def divide_by_list(names, listed, key):
-    """Hold out the listed names (with or without suffix) and whatever belongs to their groups."""
+def listed_groups(names, listed, key):
+    """Keys of the listed names (with or without suffix), all of which must be in the data."""
     known = {os.path.splitext(n)[0]: n for n in names} | {n: n for n in names}
     unknown = [n for n in listed if n not in known]
-    if unknown:
-        raise ValueError(f'--split: {len(unknown)} of {len(listed)} held-out names are not in the '
-                         f'data, e.g. {unknown[0]}')
-    held = {key(known[n]) for n in listed}
-    return {'train': [n for n in names if key(n) not in held],
-            'test': [n for n in names if key(n) in held]}
+    require(not unknown, f'--split: {len(unknown)} of {len(listed)} held-out names are not in the '
+            f'data, e.g. {", ".join(unknown[:1])}')
+    return {key(known[n]) for n in listed}
+
+
+def drawn_groups(keys, fraction, seed):
+    """About this fraction of the keys, by their hashes; of a small set neither none nor all."""
+    require(0 <= fraction < 1, f'--split {fraction}: the held-out fraction must be in [0, 1)')
+    hashes = {k: hash01(seed, k) for k in sorted(keys)}
+    held = {k for k, u in hashes.items() if u < fraction}
+    if fraction and len(hashes) > 1:
+        held = (held or {min(hashes, key=hashes.get)}) - {max(hashes, key=hashes.get)}
+    return held
 
 
 # ---- what a data set is --------------------------------------------------------------------------
@@ -2021,12 +2023,12 @@ def main():
     what = 'decode everything, print counts, write a preview'
     flags = commands.add_parser('check', help=what, description=what)
     flags.add_argument('dataset', help=f'one of {", ".join(NAMES)}, or a folder or zip')
-    flags.add_argument('--captions', default='', help='CSV of captions: file or id, and text')
+    flags.add_argument('--captions', default='', help='CSV with file or id, and caption or text')
     flags.add_argument('--data', default='', help='where the data are, default data/DATASET')
     flags.add_argument('--res', type=int, default=64, help='side of the preview pictures')
     flags.add_argument('--split', default='', help='held-out fraction, or a file of the split')
-    flags.add_argument('--group', default='', help='regular expression: names that become equal when '
-                       'it is deleted stay on one side (--group=REGEX if it begins with -)')
+    flags.add_argument('--group', default='', help='regular expression: names that become equal '
+                       'when it is deleted stay on one side (--group=REGEX if it begins with -)')
     flags.add_argument('--out', default='', help='preview, default out/check_DATASET.png')
     flags.set_defaults(run=check)
     what = 'sample meshes into the files that shapes are trained on'

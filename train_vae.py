@@ -11,7 +11,6 @@ import json
 import time
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 import data
@@ -20,6 +19,7 @@ from vae import VAEConfig, annealed, build
 
 # Differences from VAEConfig and RunConfig only. The paper gives no batch sizes or step counts: for
 # AFHQ and CelebA-HQ they are the authors' configurations on 8 processes, who published no others.
+# What follows a preset was measured, see RESULTS.md; those without were not run.
 PAPER = dict(scales=(1.0, 1.5, 2.0), scale_probs=(0.3, 0.3, 0.4), flip=True, accumulate=5)
 AUTHORS = dict(PAPER, decoder_ch=128, mlp_layers=3, sn_start=5.0)
 SMALL = dict(num_res_blocks=1, ch=32, decoder_ch=32, z_channels=16, field_channels=32,
@@ -36,9 +36,9 @@ SMALL_SHAPES = dict(SHAPES, resolution=32, ch=32, ch_mult=(1, 2), decoder_mult=(
 PRESETS = {
     'toy_image': dict(SMALL, dataset='toy_image', resolution=32, ch=24, decoder_ch=24,
                       ch_mult=(1, 2, 3), decoder_mult=(3, 2, 1), kl_weight=0.01, steps=1850,
-                      save_every=250),
+                      save_every=250),  # 2 cores 3.1 minutes, held-out PSNR 30.8 dB
     'image_64': dict(SMALL, dataset='image', resolution=64, scale_probs=(0.3, 0.3, 0.4),
-                     kl_weight=0.05, steps=2500),
+                     kl_weight=0.05, steps=2500),  # 3,054 emoji, 2 cores 31 minutes, 31.4 dB
     'image_256': dict(PAPER, dataset='image', batch=80, steps=20_000),
     'afhq_cat': dict(PAPER, dataset='afhq_cat', batch=160, steps=6_300),
     'afhq_dog': dict(PAPER, dataset='afhq_dog', batch=160, steps=6_300),
@@ -52,9 +52,9 @@ PRESETS = {
     'afhq_dog_code': dict(AUTHORS, dataset='afhq_dog', batch=160, steps=6_300),
     'celebahq_code': dict(AUTHORS, dataset='celebahq', num_res_blocks=3, batch=400, steps=15_000),
     'toy_shape': dict(SMALL_SHAPES, dataset='toy_shape', points=1000, clouds=1, lr=3e-3,
-                      kl_weight=0.002, steps=2200),
+                      kl_weight=0.002, steps=2200),  # 2 cores 7.4 minutes, held-out IoU 0.957
     'shape_small': dict(SMALL_SHAPES, dataset='shape', points=2000, lr=2e-3, kl_weight=0.004,
-                        steps=7000),
+                        steps=7000),  # 390 furniture meshes, 2 cores 44 minutes, IoU 0.534
     'shapenet_chair': dict(SHAPES, dataset='shapenet_chair', steps=3_000),
     'shapenet': dict(SHAPES, dataset='shapenet', steps=23_000),
     'text2shape': dict(SHAPES, dataset='text2shape', steps=8_000),
@@ -150,9 +150,7 @@ def main():
         common.list_notes(train.notes, train.bad + held_out.bad)
         if not state:
             (folder / 'splits.json').write_text(json.dumps(train.splits()))
-    cuda = process.device.type == 'cuda'
-    network = torch.compile(model) if common.resolve(args.compile, cuda) else model
-    ddp = DistributedDataParallel(network, broadcast_buffers=False) if process.world > 1 else network
+    ddp = common.parallel(model, args, process)
     batches = common.stream(train, args, step, process)
     guard, bar = common.FiniteGuard(process.device), common.progress(args, step, process)
     shape = args.batch, config.z_channels, sum(h * w for h, w in model.latent_sizes().values())

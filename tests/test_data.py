@@ -484,9 +484,9 @@ def test_no_neighbour_is_substituted_among_the_readable(folder):
 NAMES = [f'face{k}-tone{t}.png' for k in range(400) for t in range(5)]
 
 
-@pytest.mark.mutation('data.py', 'u < holdout', 'u > holdout')
-@pytest.mark.mutation('data.py', "hash01(seed, k) for k in sorted({key(n) for n in names})",
-                      "hash01(seed, j) for j, k in enumerate(sorted({key(n) for n in names}))")
+@pytest.mark.mutation('data.py', 'u < fraction', 'u > fraction')
+@pytest.mark.mutation('data.py', "hash01(seed, k) for k in sorted(keys)",
+                      "hash01(seed, j) for j, k in enumerate(sorted(keys))")
 def test_a_fraction_is_held_out_by_name():
     split = data.divide(NAMES, 0.2)
     assert sorted(split['train'] + split['test']) == sorted(NAMES)
@@ -511,7 +511,8 @@ def test_groups_stay_on_one_side():
         data.divide(NAMES, 0.2, group='(')
 
 
-@pytest.mark.mutation('data.py', "if 'train' in holdout:", 'if False:')
+@pytest.mark.mutation('data.py', "if isinstance(holdout, dict) and 'train' in holdout:",
+                      'if False:')
 def test_split_files(tmp_path):
     given = {'train': NAMES[5:9], 'test': NAMES[:3]}
     (tmp_path / 's.json').write_text(json.dumps(given))
@@ -529,7 +530,7 @@ def test_split_files(tmp_path):
         data.divide(NAMES, 'nowhere.txt')
 
 
-@pytest.mark.mutation('data.py', 'if holdout and len(hashes) > 1:', 'if len(hashes) > 1:')
+@pytest.mark.mutation('data.py', 'if fraction and len(hashes) > 1:', 'if len(hashes) > 1:')
 def test_an_empty_part_is_an_error(folder):
     with pytest.raises(ValueError, match='no pictures in the test part'):
         pictures(folder, 'test', holdout=0.0)
@@ -554,9 +555,7 @@ def test_a_finished_run_gets_its_split_back(folder):
 
 
 @pytest.mark.mutation('data.py', "{*sides['train']} & {*sides['test']}", 'set()')
-@pytest.mark.mutation('data.py', """    if group:
-        raise""", """    if False:
-        raise""")
+@pytest.mark.mutation('data.py', 'require(not group, f', 'require(True, f')
 def test_a_split_of_two_sides_is_checked():
     sides = dict(train=['a', 'b'], test=['c'])
     assert data.divide('abc', sides) == sides
