@@ -1,23 +1,22 @@
 """The scripts as a user runs them: train, stop, resume, several processes, sample, misuse.
 
-Most runs happen inside this process, which spares the start of Python; a script that is killed or
-started by torchrun is a process of its own.
+Most runs happen inside this process, which spares the start of Python; a script that is killed is a
+fork of it, and one that torchrun starts a process of its own.
 """
 import contextlib
+import inspect
 import io
 import itertools
 import json
 import os
 import pickle
-import random
 import re
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import time
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -42,22 +41,40 @@ VAE = (f'{TINY} --resolution 16 --ch 8 --decoder_ch 8 --field_channels 4 --mlp_w
 LDM = f'{TINY} --ch 16 --ch_mult 1,2 --ema 0.9 --cache none'
 
 
+class ScriptCrashed(Exception):
+    """A script ended with a traceback: no assertion of a test, so no mutant dies of it."""
+
+
+@contextlib.contextmanager
+def default(function, **values):
+    """Other defaults of a function's parameters, for a while."""
+    function = inspect.unwrap(function)
+    before, parameters = function.__defaults__, inspect.signature(function).parameters.values()
+    function.__defaults__ = tuple(values.get(p.name, p.default) for p in parameters
+                                  if p.default is not p.empty)
+    try:
+        yield
+    finally:
+        function.__defaults__ = before
+
+
 def call(folder, script, *flags, repo=ROOT):
-    """Run a script in `folder`: exit code, output, errors. Each of `flags` may hold several."""
+    """Run a script in `folder`: exit code, output, errors. Each of `flags` may hold several.
+
+    What training draws to look at is coarse. ScriptCrashed if the script ends with an exception.
+    """
     argv = [str(repo / script), *' '.join(map(str, flags)).split()]
     out, err, code, before = io.StringIO(), io.StringIO(), 0, (os.getcwd(), sys.argv)
     os.chdir(folder)
     sys.argv = argv
     try:
         with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-              mock.patch.object(vae.D2CVAE.preview, '__defaults__', (None, 16))):  # to look at only
-            try:
-                runpy.run_path(argv[0], run_name='__main__')
-            except SystemExit as stop:
-                code = stop.code or 0
-            except Exception:  # as Python itself would do
-                code = 1
-                traceback.print_exc()
+              default(vae.ShapeVAE.show, cells=16), default(ldm.generate, steps=2)):
+            runpy.run_path(argv[0], run_name='__main__')
+    except SystemExit as stop:
+        code = stop.code or 0
+    except Exception as error:
+        raise ScriptCrashed(' '.join(argv)) from error
     finally:
         os.chdir(before[0])
         sys.argv = before[1]
@@ -65,6 +82,7 @@ def call(folder, script, *flags, repo=ROOT):
 
 
 def done(folder, script, *flags, repo=ROOT):
+    """The same for a script that must not refuse what it is asked."""
     result = call(folder, script, *flags, repo=repo)
     assert result.code == 0, result.err[-2000:]
     return result
@@ -180,20 +198,24 @@ def test_both_stages_end_to_end(toy):
 STAGES = {'train_vae.py': ('vae.pt', VAE), 'train_ldm.py': ('ldm.pt', LDM)}
 
 
-def interrupted(folder, script, flags, at, repo, monkeypatch):
-    """Train until Ctrl-C in step `at`; then run the command again: keys of its noise, result."""
-    update, keys, seeded = common.FiniteGuard.update, [], common.torch_seeded
+def stopped(folder, script, flags, at, repo=ROOT):
+    """Train until Ctrl-C in step `at`."""
+    update = common.FiniteGuard.update
 
     def stop(self, step, *values):
         if step == at:
             raise KeyboardInterrupt
         update(self, step, *values)
-    with monkeypatch.context() as patch:
-        patch.setattr(common.FiniteGuard, 'update', stop)
+    with mock.patch.object(common.FiniteGuard, 'update', stop):
         result = call(folder, script, flags, repo=repo)
-        assert result.code == 130 and result.err.splitlines()[-1].startswith('stopped;')
-    with monkeypatch.context() as patch:
-        patch.setattr(common, 'torch_seeded', lambda *k: keys.append(k) or seeded(*k))
+    assert result.code == 130 and result.err.splitlines()[-1].startswith('stopped;')
+
+
+def interrupted(folder, script, flags, at, repo):
+    """The same, then the command again to the end: the keys of its noise, its result."""
+    stopped(folder, script, flags, at, repo)
+    keys, seeded = [], common.torch_seeded
+    with mock.patch.object(common, 'torch_seeded', lambda *k: keys.append(k) or seeded(*k)):
         return keys, done(folder, script, flags, '--workers 2', repo=repo)
 
 
@@ -203,8 +225,8 @@ def interrupted(folder, script, flags, at, repo, monkeypatch):
 @pytest.mark.mutation('train_vae.py', 'common.lr_at(step, args))\n', 'common.lr_at(0, args))\n')
 @pytest.mark.mutation('vae.py', "owner.register_buffer(f'sn_u_{rows}x{columns}', u)",
                       "owner.register_buffer(f'sn_u_{rows}x{columns}', u, persistent=False)")
-def test_stage_1_resumes_bit_by_bit(toy, tmp_path, repo, monkeypatch):
-    keys, result = interrupted(tmp_path, 'train_vae.py', VAE, 5, repo, monkeypatch)
+def test_stage_1_resumes_bit_by_bit(toy, tmp_path, repo):
+    keys, result = interrupted(tmp_path, 'train_vae.py', VAE, 5, repo)
     assert 'continues at step 4 of 6' in result.out.splitlines()[0]
     assert [k for k in keys if k[0] == 'posterior'] == [('posterior', 0, 4), ('posterior', 0, 5)]
     run = tmp_path / 'runs' / 'toy_image'
@@ -217,44 +239,61 @@ def test_stage_1_resumes_bit_by_bit(toy, tmp_path, repo, monkeypatch):
 @pytest.mark.mutation('train_ldm.py', "('diffusion', args.seed, step)", "('diffusion', args.seed)")
 @pytest.mark.mutation('train_ldm.py', "ema.load_state_dict(state['ema'])", 'pass')
 @pytest.mark.mutation('train_ldm.py', 'stream(latents, args, step,', 'stream(latents, args, 0,')
-def test_stage_2_resumes_bit_by_bit(toy, copy, repo, monkeypatch):
+def test_stage_2_resumes_bit_by_bit(toy, copy, repo):
     run = copy / 'runs' / 'toy_image'
     (run / 'ldm.pt').unlink()
-    keys, result = interrupted(copy, 'train_ldm.py', LDM, 5, repo, monkeypatch)
+    keys, result = interrupted(copy, 'train_ldm.py', LDM, 5, repo)
     assert 'continues at step 4 of 6' in result.out.splitlines()[0]
     assert [k for k in keys if k[0] == 'diffusion'] == [('diffusion', 0, 4), ('diffusion', 0, 5)]
     assert_same(run / 'ldm.pt', toy.run / 'ldm.pt')
     assert [v['step'] for v in log_of(run, 'vae')] == [1, 2, 3, 4, 5, 6]  # left alone
 
 
+def killed(folder, script, flags, repo, owner, name, at):
+    """Run a script in a fork that dies by kill -9 in the call number `at` of owner.name."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def fatal(*args):
+        if next(calls) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    child = os.fork()
+    if not child:
+        try:
+            with mock.patch.object(owner, name, fatal):
+                call(folder, script, flags, repo=repo)
+        finally:
+            os._exit(0)  # not reached by a script that is killed
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        raise ScriptCrashed(f'{script} {flags}: was to be killed')
+
+
 @pytest.mark.mutation('common.py', 'self.first, self.rank = step * batch, rank',
                       'self.first, self.rank = 0, rank')
 @pytest.mark.mutation('common.py', "if s.endswith('}')]", "]")
-def test_a_kill_loses_nothing(toy, copy, repo):
-    """kill -9 at any moment, then the same command: bit by bit the run that nobody killed."""
-    for script in STAGES if repo == ROOT else ['train_ldm.py']:  # one is enough for a mutant
-        killed_and_continued(script, toy, copy, repo)
+@pytest.mark.mutation('common.py', "path.with_name(path.name + '.tmp')", 'path')
+@pytest.mark.parametrize('script', STAGES)
+def test_a_kill_loses_nothing(script, toy, copy, repo):
+    """kill -9 while a checkpoint is put into place, again within a step, then to the end.
 
-
-def killed_and_continued(script, toy, copy, repo):
+    Bit by bit, this is the run that nobody killed.
+    """
     file, flags = STAGES[script]
-    run, delay = copy / 'runs' / 'toy_image', random.uniform(0, 0.4)
-    (run / file).unlink()
-    command = [sys.executable, repo / script, *flags.split(), '--save_every', '1']
-    process = subprocess.Popen(command, cwd=copy, env=dict(os.environ, OMP_NUM_THREADS='1'),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (run / file).exists() and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(delay)
-    process.kill()
-    process.wait()
-    (run / f'{file}.tmp').write_bytes(b'half a checkpoint')  # where a kill may well strike
+    run, stage = copy / 'runs' / 'toy_image', Path(file).stem
+    for path in [run / 'log.jsonl', *([run / 'args.json'] if stage == 'vae' else []), run / file]:
+        path.unlink()
+    killed(copy, script, flags, repo, common, 'save_checkpoint', 2)  # of step 4
+    assert common.load_checkpoint(run / file)['step'] == 2
+    (run / f'{file}.tmp').write_bytes((run / file).read_bytes()[:999])  # as within its writing
     with (run / 'log.jsonl').open('a') as log:
         log.write('{"stage": "')
+    killed(copy, script, flags, repo, common.FiniteGuard, 'update', 3)  # in step 5
+    assert common.load_checkpoint(run / file)['step'] == 4
     result = done(copy, script, flags, repo=repo)
-    assert 'continues at step' in result.out, delay
+    assert 'continues at step 4 of 6' in result.out
     assert_same(run / file, toy.run / file)
-    assert [v['step'] for v in log_of(run, Path(file).stem)] == [1, 2, 3, 4, 5, 6], delay
+    assert [v['step'] for v in log_of(run, stage)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_finished_runs_and_longer_ones(toy, copy):
@@ -266,7 +305,8 @@ def test_finished_runs_and_longer_ones(toy, copy):
 
 
 @pytest.mark.mutation('train_ldm.py', '(loss / args.accumulate).backward()', 'loss.backward()')
-@pytest.mark.mutation('common.py', 'start = (round * world + rank) * local', 'start = 0')
+@pytest.mark.mutation('common.py', 'start = (round * process.world + process.rank) * local',
+                      'start = 0')
 def test_accumulation_changes_nothing(toy, copy, repo):
     done(copy, 'train_ldm.py', LDM, '--name rounds --vae toy_image --accumulate 2', repo=repo)
     run = copy / 'runs' / 'rounds'
@@ -274,18 +314,81 @@ def test_accumulation_changes_nothing(toy, copy, repo):
         assert x['norm'] == pytest.approx(y['norm'], rel=1e-4)
 
 
-@pytest.mark.mutation('train_vae.py', 'enabled=amp', 'enabled=False')
-@pytest.mark.mutation('train_ldm.py', 'enabled=amp', 'enabled=False')
+def assert_half(half, full, stage, step):
+    """A run in bfloat16 is near that in float32, and is another one; its losses are in float32."""
+    a, b = (log_of(run, stage)[step - 1] for run in (half, full))
+    for k in ('reconstruction' if stage == 'vae' else 'loss', 'norm'):
+        assert a[k] == pytest.approx(b[k], rel=0.02)
+    assert a['norm'] != b['norm']  # stage 2's first losses hardly depend on the network
+    if stage == 'vae':
+        assert a['sn'] == pytest.approx(b['sn'], rel=1e-5)
+
+
+@pytest.mark.mutation('train_vae.py', 'with process.autocast():', 'if True:')
+@pytest.mark.mutation('train_ldm.py', 'with process.autocast():', 'if True:')
 def test_bfloat16_is_near_float32(toy, copy, repo):
     for script, (file, flags) in STAGES.items():
         done(copy, script, flags, '--name half --amp on --steps 2', *(
             ['--vae toy_image'] if file == 'ldm.pt' else []), repo=repo)
-        stage = Path(file).stem
-        step = 1 if stage == 'ldm' else 0  # stage 2 starts from an output of zero
-        a, b = (log_of(copy / 'runs' / n, stage)[step] for n in ('half', 'toy_image'))
-        for k in ('total' if stage == 'vae' else 'loss', 'norm'):
-            assert a[k] == pytest.approx(b[k], rel=0.05)
-        assert a['norm'] != b['norm']  # stage 2's first losses hardly depend on the network
+    runs = copy / 'runs'
+    assert_half(runs / 'half', runs / 'toy_image', 'vae', 1)
+    assert_half(runs / 'half', runs / 'toy_image', 'ldm', 2)  # starts from an output of zero
+
+
+@pytest.mark.mutation('vae.py', 'with torch.autocast(values.device.type, enabled=False):', 'if True:')
+@pytest.mark.mutation('common.py', 'enabled=self.amp', 'enabled=False')
+def test_bfloat16_of_shapes_and_text_is_near_float32(shapes, tmp_path, repo):
+    folder = Path(shutil.copytree(shapes.folder, tmp_path / 'copy'))
+    done(folder, 'train_vae.py', THINGS, '--name half --amp on --steps 2', repo=repo)
+    done(folder, 'train_ldm.py', WORDS, '--vae things --name half --amp on --steps 2', repo=repo)
+    assert_half(folder / 'runs' / 'half', shapes.run, 'vae', 1)
+    assert_half(folder / 'runs' / 'half', shapes.run, 'ldm', 2)
+
+
+def first_batch(args, r, largest):
+    """The first pictures of training at a continuous scale, drawn anew: image, target, R, corner."""
+    order = common.seeded('order', 0, 0).permutation(20_000)
+    for k in range(args.batch):
+        rng = common.seeded('item', 0, k)
+        R = int(rng.integers(r, largest + 1))
+        top, left = map(int, rng.integers(0, R - r + 1, 2)) if R > r else (0, 0)
+        whole = data.toy_image([order[k]], R)[0]
+        yield data.toy_image([order[k]], r), whole[:, top:top + r, left:left + r], R, (top, left)
+
+
+@pytest.mark.mutation('data.py', 'if self.continuous:\n            return int', 'if False:\n            return int')
+@pytest.mark.mutation('vae.py', "self.mlp(pe, scale=batch['scale'])", 'self.mlp(pe, scale=batch["scale"] ** 0)')
+@pytest.mark.mutation('vae.py', 'else posterior.mean[0].numel()', 'else c.n_ref')
+def test_continuous_scales_and_the_balance_of_the_paper(tmp_path, repo):
+    """Both terms of the first loss, from new pictures and the network that the seed makes.
+
+    The mean of |omega(c) - x| at the cell centres of each crop, with s = r/R; and the mean over the
+    latent of KL(q || N(0, I)), as `--kl_mode paper` has it.
+    """
+    done(tmp_path, 'train_vae.py', VAE, '--continuous --scales 1,2 --kl_mode paper --kl_start 0.3 '
+         '--kl_weight 0.3 --sn_start 0 --steps 1', repo=repo)
+    line, = log_of(tmp_path / 'runs' / 'toy_image', 'vae')
+    state = common.load_checkpoint(tmp_path / 'runs' / 'toy_image' / 'vae.pt')
+    args, config = SimpleNamespace(**state['args']), vae.VAEConfig(**state['vae_config'])
+    torch.manual_seed(0)
+    model = vae.build(config)
+    noise = torch.randn(args.batch, *[4, 16], generator=common.torch_seeded('posterior', 0, 0))
+    errors, divergences, sizes = [], [], set()
+    for (image, target, R, (top, left)), own in zip(first_batch(args, 16, 32), noise):
+        with torch.no_grad():
+            q = model.encode(image)
+            y, x = torch.meshgrid(*(2 * (torch.arange(16) + first + 0.5) / R - 1
+                                    for first in (top, left)), indexing='ij')
+            values = model.query(model.decode(q.mean + (q.logvar / 2).exp() * own),
+                                 torch.stack([x, y], dim=-1)[None], scale=16 / R)
+        errors.append((values[0] - target.permute(1, 2, 0)).abs().mean())
+        normal = torch.distributions.Normal(q.mean, (q.logvar / 2).exp())
+        divergences.append(torch.distributions.kl_divergence(
+            normal, torch.distributions.Normal(0.0, 1.0)).mean())
+        sizes.add(R)
+    assert len(sizes - {16, 24, 32}) > 1
+    assert line['reconstruction'] == pytest.approx(np.mean(errors), rel=1e-5)
+    assert line['total'] == pytest.approx(np.mean(errors) + 0.3 * np.mean(divergences), rel=1e-5)
 
 
 def test_fine_tuning_starts_from_the_given_weights(toy, copy):
@@ -297,13 +400,20 @@ def test_fine_tuning_starts_from_the_given_weights(toy, copy):
 
 
 DRIVER = '''
-import json, sys
+import functools, json, sys
 sys.path.insert(0, sys.argv[1])
-import torch.distributed as dist, common, metrics, train_ldm, train_vae, vae
-vae.D2CVAE.preview.__defaults__ = None, 16
+import torch, torch.distributed as dist, common, metrics, train_ldm, train_vae, vae
+torch.compile = functools.partial(torch.compile, backend='aot_eager_decomp_partition')
+vae.ShapeVAE.show.__defaults__ = 128, 16
+train_ldm.generate = functools.partial(train_ldm.generate, steps=2)
 for script, *argv in json.loads(sys.argv[2]):
     sys.argv = [script, *argv]
     dict(train_vae=train_vae, train_ldm=train_ldm, metrics=metrics)[script].main()
+    if '--compile' in argv:
+        from torch._dynamo.utils import counters
+        print(f'{script}: graphs {counters["stats"]["unique_graphs"]}, '
+              f'breaks {sum(counters["graph_break"].values())}', flush=True)
+        counters.clear()
 common.run(lambda: None)
 '''
 
@@ -325,46 +435,67 @@ def two_processes(folder, jobs, tmp_path, repo):
                           stdout=pipe, stderr=pipe, text=True) as process:
         yield said
         out, err = process.communicate()
-    assert process.returncode == 0, err[-3000:]
+    if process.returncode:
+        raise ScriptCrashed(err[-3000:])
     said += out.splitlines()
 
 
 @pytest.mark.mutation('common.py', 'start = self.first + self.rank * self.local',
                       'start = self.first')
-def test_two_processes_equal_one(toy, photos, shapes, tmp_path, repo):
-    """torchrun with two processes, both stages, with accumulation, cached latents, shapes, text."""
+@pytest.mark.mutation('common.py', 'self.first, self.rank = step * batch, rank',
+                      'self.first, self.rank = step * (batch // world), rank')
+@pytest.mark.mutation('vae.py', 'total = reconstruction + weights[0] * kl / n',
+                      'total = reconstruction + weights[0].item() * kl / n')
+def test_two_processes_equal_one(toy, photos, shapes, tmp_path, mutation, repo):
+    """torchrun with two processes, both stages: compiled, resumed after one process, with
+    accumulation, cached latents, shapes, text. A compiled step is one graph for all scales."""
     folder = Path(shutil.copytree(toy.folder, tmp_path / 'one'))
     shutil.copytree(photos / 'set', folder / 'set')
     shutil.copytree(photos / 'runs' / 'photos', folder / 'runs' / 'photos')
     shutil.copytree(shapes.folder / 'set', folder / 'solid_set')
     shutil.copy(shapes.folder / 'captions.csv', folder)
     gently = f'{VAE} --eval_every 6 --warmup 100'  # Adam turns noise into steps of size lr
+    small = f'{gently} --ch_mult 1,2 --decoder_mult 2,1 --fields 1,2 --mlp_blocks 2'
     diffusion = f'{LDM} --eval_every 6'
     cached = f'{diffusion} --vae photos --cache memory --accumulate 2'
     things = f'{SHAPE} --dataset shape --data solid_set --steps 4 --warmup 1000'
     said = (f'{TINY} --eval_every 6 --ch 16 --ch_mult 1,2 --vae {shapes.run} --data solid_set '
             '--captions captions.csv --text bytes --steps 4 --warmup 1000')
-    runs = [('train_vae', gently, 'once'), ('train_vae', f'{gently} --accumulate 2', 'twice'),
-            ('train_ldm', f'{diffusion} --vae {toy.run}', 'toy_image'), ('train_ldm', cached, 'photos'),
-            ('train_vae', things, 'solids'), ('train_ldm', said, 'solids')]
-    runs = runs if repo == ROOT else runs[:1]  # enough for the mutant
+    runs = {('train_vae', 'small'): small, ('train_vae', 'twice'): f'{gently} --accumulate 2',
+            ('train_ldm', 'toy_image'): f'{diffusion} --vae {toy.run}',
+            ('train_ldm', 'resumed'): f'{diffusion} --vae {toy.run}',
+            ('train_ldm', 'photos'): cached, ('train_vae', 'solids'): things,
+            ('train_ldm', 'solids'): said}
+    if mutation:  # one run is enough
+        name = 'small' if mutation[0] == 'vae.py' else 'twice'
+        runs = {('train_vae', name): runs['train_vae', name]}
     two = Path(shutil.copytree(folder, tmp_path / 'two'))
-    jobs = [[script, *flags.split(), '--name', name, '--restart'] for script, flags, name in runs]
+    jobs = []
+    for (script, name), flags in runs.items():
+        jobs.append([script, *flags.split(), '--name', name])
+        if name in ('twice', 'resumed'):
+            stopped(two, f'{script}.py', f'{flags} --name {name}', 5)
+        else:
+            jobs[-1] += ['--restart', '--compile', 'on' if name in ('small', 'toy_image') else 'off']
     with two_processes(two, jobs, tmp_path, repo) as printed:
-        for script, flags, name in runs:
-            if name != 'toy_image':
-                done(folder, f'{script}.py', flags, '--name', name)
+        for (script, name), flags in runs.items():
+            done(folder, f'{script}.py', flags, '--name', name, '--restart')
     assert sum('2 x CPU' in line for line in printed) == len(runs)
-    for script, _, name in runs:
+    for (script, name), flags in runs.items():
         stage = script.removeprefix('train_')
         assert_close(two / 'runs' / name, folder / 'runs' / name, f'{stage}.pt', stage,
-                     2e-5 if name in ('once', 'twice') else 2e-4)  # weights move by 2e-4 in all
+                     2e-5 if name in ('small', 'twice') else 2e-4)  # weights move by 2e-4 in all
+        if name in ('small', 'toy_image'):
+            assert printed.count(f'{script}: graphs 1, breaks 0') == 2
+        if name in ('twice', 'resumed'):
+            assert sum(f'runs/{name}: ' in line and 'continues at step 4 of 6' in line
+                       for line in printed) == 1
 
 
 @pytest.mark.filterwarnings('error')
 @pytest.mark.mutation('data.py', '0, 0, k == 1))', '0, 0, False))')
 @pytest.mark.mutation('train_ldm.py', '(0.5 * posterior.logvar).exp()', 'posterior.logvar.exp()')
-@pytest.mark.mutation('train_ldm.py', 'self.table[i * self.variants', 'self.table[i')
+@pytest.mark.mutation('train_ldm.py', 'self.table[i * self.views', 'self.table[i')
 def test_cached_latents_change_nothing(photos, tmp_path, repo):
     folder = Path(shutil.copytree(photos, tmp_path / 'copy'))
     for cache in ('none', 'memory', 'disk'):
@@ -512,7 +643,10 @@ def test_slim_checkpoint_samples_like_the_full_one(toy, copy, repo):
 
 SHAPE = (f'{TINY} --preset shape_small --resolution 8 --ch 8 --ch_mult 1,2 --decoder_mult 2,1 '
          '--fields 1,2 --decoder_ch 8 --field_channels 4 --mlp_width 16 --z_channels 4 --points 100 '
-         '--queries 256 --point_hidden 8 --clouds 2 --steps 60 --eval_every 30 --lr 1e-2')
+         '--queries 256 --point_hidden 8 --clouds 2 --steps 60 --eval_every 30 --save_every 30 '
+         '--lr 1e-2')
+THINGS = f'{SHAPE} --dataset shape --data set --flip'
+WORDS = f'{TINY} --ch 16 --ch_mult 1,2 --ema 0.9 --captions captions.csv --text bytes'
 
 
 def solid_mesh(seed):
@@ -533,9 +667,8 @@ def shapes(tmp_path_factory, one_thread):
         rows.append(f'{name},thing number {k}')
     (folder / 'captions.csv').write_text('\n'.join(rows))
     done(folder, 'data.py', 'mesh raw --out set --points 800 --split 0.25')
-    first = done(folder, 'train_vae.py', SHAPE, '--dataset shape --data set --name things --flip')
-    second = done(folder, 'train_ldm.py', TINY, '--vae things --ch 16 --ch_mult 1,2 --ema 0.9',
-                  '--captions captions.csv --text bytes')
+    first = done(folder, 'train_vae.py', THINGS, '--name things')
+    second = done(folder, 'train_ldm.py', WORDS, '--vae things')
     return SimpleNamespace(folder=folder, run=folder / 'runs' / 'things', printed=(first, second))
 
 
@@ -556,15 +689,14 @@ def test_shapes_end_to_end(shapes):
 @pytest.mark.mutation('common.py', 'self.first, self.rank = step * batch, rank',
                       'self.first, self.rank = 0, rank')
 @pytest.mark.mutation('train_ldm.py', "opt.load_state_dict(state['opt'])", 'pass')
-def test_shapes_resume_bit_by_bit(shapes, tmp_path, repo, monkeypatch):
+def test_shapes_resume_bit_by_bit(shapes, tmp_path, repo):
     """Clouds, queries, flips, captions and the text encoder go on where they were."""
     folder = Path(shutil.copytree(shapes.folder, tmp_path / 'copy'))
-    solids = f'{SHAPE} --steps 6 --dataset shape --data set --flip'
-    words = f'{TINY} --vae things --ch 16 --ch_mult 1,2 --ema 0.9 --captions captions.csv --text bytes'
+    solids, words = f'{THINGS} --steps 6 --save_every 2', f'{WORDS} --vae things'
     done(folder, 'train_vae.py', solids, '--name whole')
-    interrupted(folder, 'train_vae.py', f'{solids} --name broken', 5, repo, monkeypatch)
+    interrupted(folder, 'train_vae.py', f'{solids} --name broken', 5, repo)
     assert_same(folder / 'runs/broken/vae.pt', folder / 'runs/whole/vae.pt')
-    interrupted(folder, 'train_ldm.py', f'{words} --name broken', 5, repo, monkeypatch)
+    interrupted(folder, 'train_ldm.py', f'{words} --name broken', 5, repo)
     assert_same(folder / 'runs/broken/ldm.pt', folder / 'runs/things/ldm.pt')
 
 
@@ -590,7 +722,7 @@ def test_meshes_out_of_samples_and_reconstructions(shapes, tmp_path, repo):
         points, loc, scale = data.unit_cube(data.read_cloud(tmp_path / name, 100))
         points += 0.005 * common.seeded('cloud noise').standard_normal(points.shape)  # as trained
         cloud = torch.from_numpy(points / 0.55).float()[None]
-        (expected, _), = model.surfaces(model.decode(model.encode(cloud).mean), 16, 0.1)
+        (expected, _), = model.signal(model.decode(model.encode(cloud).mean), 16, 0.1)
         done(tmp_path, 'sample.py', run, f'--reconstruct {name} --res 16 --out back', repo=repo)
         assert len(expected) > 10
         found, _ = data.read_mesh(tmp_path / 'back' / '16' / 'moved.obj')
@@ -602,7 +734,7 @@ def test_meshes_out_of_samples_and_reconstructions(shapes, tmp_path, repo):
 @pytest.mark.mutation('sample.py', 'device)([args.text])', "device)([''])")
 def test_text_reaches_the_shapes(shapes, tmp_path, repo, monkeypatch):
     state = common.load_checkpoint(shapes.run / 'ldm.pt')
-    for name in [k for k in state['ema'] if k.endswith(('.leave.weight', 'unet.out.weight'))]:
+    for name in [k for k in state['ema'] if k.endswith(('.leave.weight', '.proj_out.weight', 'unet.out.weight'))]:
         state['ema'][name] = 0.3 * torch.randn_like(state['ema'][name])  # they start at zero
     common.save_checkpoint(tmp_path / 'ldm.pt', state)
     vae, model, _ = ldm.load(tmp_path / 'ldm.pt')
@@ -755,7 +887,7 @@ MISUSE = [
     ('metrics.py', 'shapes nowhere', 'not a run'),
     ('metrics.py', 'shapes toy_image --threshold 1', '--threshold'),
     ('train_vae.py', f'{NEW} --point_hidden 8', '--point_hidden'),
-    ('train_vae.py', f'{NEW} --points 8', '--points', 'no shape data set'),
+    ('train_vae.py', f'{NEW} --points 8', '--points', 'pictures, which have no such flag'),
     ('train_vae.py', f'{SHAPE} --name new --dataset shape', 'data/shape', 'data.py mesh'),
     ('train_vae.py', f'{SHAPE} --name new --dataset shape --data empty', 'CLASS/ID'),
     ('train_vae.py', f'{SHAPE} --name new --dataset toy_shape --captions a', '--captions'),
@@ -850,11 +982,13 @@ def test_the_bundled_model(tmp_path):
 
 def test_a_process_says_nothing_else(broken):
     """No warning, no traceback beside the one line; help exits 0."""
-    for script, flags, code in (('sample.py', '--run first', 2), ('train_vae.py', '-h', 0)):
-        result = subprocess.run([sys.executable, ROOT / script, *flags.split()], cwd=broken,
-                                capture_output=True, text=True)
-        assert result.returncode == code
-        assert re.fullmatch(r'error: [^\n]*\n' if code else '', result.stderr), result.stderr
+    cases, pipe = (('sample.py', '--run first', 2), ('train_vae.py', '-h', 0)), subprocess.PIPE
+    started = [subprocess.Popen([sys.executable, ROOT / script, *flags.split()], cwd=broken,
+                                stdout=pipe, stderr=pipe, text=True) for script, flags, _ in cases]
+    for process, (_, _, code) in zip(started, cases):
+        _, err = process.communicate()
+        assert process.returncode == code
+        assert re.fullmatch(r'error: [^\n]*\n' if code else '', err), err
 
 
 @pytest.mark.mutation('train_ldm.py', "state['vae_hash'] == digest", "state['vae_hash']")
