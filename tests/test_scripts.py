@@ -249,24 +249,44 @@ def test_stage_2_resumes_bit_by_bit(toy, copy, repo):
     assert [v['step'] for v in log_of(run, 'vae')] == [1, 2, 3, 4, 5, 6]  # left alone
 
 
-def killed(folder, script, flags, repo, owner, name, at):
-    """Run a script in a fork that dies by kill -9 in the call number `at` of owner.name."""
+def killed(folder, script, flags, repo, owner, name, at, last):
+    """Run a script in a fork that dies by kill -9 in call number `at` of owner.name, after `last`."""
     function, calls = getattr(owner, name), itertools.count(1)
 
-    def fatal(*args):
+    def fatal(*args, **more):
         if next(calls) == at:
+            last(*args)
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args)
+        return function(*args, **more)
     child = os.fork()
     if not child:
         try:
             with mock.patch.object(owner, name, fatal):
                 call(folder, script, flags, repo=repo)
+            os._exit(0)
         finally:
-            os._exit(0)  # not reached by a script that is killed
+            os._exit(1)
     _, status = os.waitpid(child, 0)
-    if not os.WIFSIGNALED(status):
-        raise ScriptCrashed(f'{script} {flags}: was to be killed')
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise ScriptCrashed(f'{script} {flags}')
+    assert os.WIFSIGNALED(status), 'ended before it was killed'
+
+
+def half_a_checkpoint(state, path):
+    path.write_bytes(b'PK half a checkpoint')
+
+
+def half_a_line(log):
+    with log.path.open('a') as file:
+        file.write('{"stage": "')
+
+
+def step_of(path):
+    """The step of a checkpoint, None if it cannot be read."""
+    try:
+        return common.load_checkpoint(path)['step']
+    except ValueError:
+        return None
 
 
 @pytest.mark.mutation('common.py', 'self.first, self.rank = step * batch, rank',
@@ -275,21 +295,17 @@ def killed(folder, script, flags, repo, owner, name, at):
 @pytest.mark.mutation('common.py', "path.with_name(path.name + '.tmp')", 'path')
 @pytest.mark.parametrize('script', STAGES)
 def test_a_kill_loses_nothing(script, toy, copy, repo):
-    """kill -9 while a checkpoint is put into place, again within a step, then to the end.
+    """kill -9 while a checkpoint is written, again within a line of the log, then to the end.
 
     Bit by bit, this is the run that nobody killed.
     """
     file, flags = STAGES[script]
     run, stage = copy / 'runs' / 'toy_image', Path(file).stem
-    for path in [run / 'log.jsonl', *([run / 'args.json'] if stage == 'vae' else []), run / file]:
-        path.unlink()
-    killed(copy, script, flags, repo, common, 'save_checkpoint', 2)  # of step 4
-    assert common.load_checkpoint(run / file)['step'] == 2
-    (run / f'{file}.tmp').write_bytes((run / file).read_bytes()[:999])  # as within its writing
-    with (run / 'log.jsonl').open('a') as log:
-        log.write('{"stage": "')
-    killed(copy, script, flags, repo, common.FiniteGuard, 'update', 3)  # in step 5
-    assert common.load_checkpoint(run / file)['step'] == 4
+    (run / file).unlink()
+    killed(copy, script, flags, repo, torch, 'save', 2, half_a_checkpoint)  # that of step 4
+    assert step_of(run / file) == 2
+    killed(copy, script, flags, repo, common.Log, 'write', 4, half_a_line)  # in step 5
+    assert step_of(run / file) == 4
     result = done(copy, script, flags, repo=repo)
     assert 'continues at step 4 of 6' in result.out
     assert_same(run / file, toy.run / file)
@@ -602,7 +618,7 @@ def test_class_labels_reach_the_samples(tmp_path, repo):
     assert (plain.int() - expected.int()).abs().max() > 2
 
 
-@pytest.mark.mutation('sample.py', 'if i not in pictures.broken]', ']')
+@pytest.mark.mutation('data.py', 'for i in index if self.stand_in(i) == i]', 'for i in index]')
 def test_reconstructions(photos, tmp_path, repo):
     run = f'--run {photos}/runs/photos --device cpu'
     done(tmp_path, 'sample.py', run, f'--reconstruct {photos}/set/3.png --res 24x20 --out a',
