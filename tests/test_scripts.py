@@ -471,14 +471,14 @@ def test_two_processes_equal_one(toy, photos, shapes, tmp_path, mutation, repo):
     shutil.copytree(shapes.folder / 'set', folder / 'solid_set')
     shutil.copy(shapes.folder / 'captions.csv', folder)
     gently = f'{VAE} --eval_every 6 --warmup 100'  # Adam turns noise into steps of size lr
-    small = f'{gently} --ch_mult 1,2 --decoder_mult 2,1 --fields 1,2 --mlp_blocks 2'
+    small = f'{gently} --ch_mult 1 --decoder_mult 1 --fields 1 --mlp_blocks 1'
     diffusion = f'{LDM} --eval_every 6'
     cached = f'{diffusion} --vae photos --cache memory --accumulate 2'
     things = f'{SHAPE} --dataset shape --data solid_set --steps 4 --warmup 1000'
     said = (f'{TINY} --eval_every 6 --ch 16 --ch_mult 1,2 --vae {shapes.run} --data solid_set '
             '--captions captions.csv --text bytes --steps 4 --warmup 1000')
     runs = {('train_vae', 'small'): small, ('train_vae', 'twice'): f'{gently} --accumulate 2',
-            ('train_ldm', 'toy_image'): f'{diffusion} --vae {toy.run}',
+            ('train_ldm', 'small'): f'{diffusion} --vae {toy.run} --ch_mult 1,1 --num_res_blocks 1',
             ('train_ldm', 'resumed'): f'{diffusion} --vae {toy.run}',
             ('train_ldm', 'photos'): cached, ('train_vae', 'solids'): things,
             ('train_ldm', 'solids'): said}
@@ -492,7 +492,7 @@ def test_two_processes_equal_one(toy, photos, shapes, tmp_path, mutation, repo):
         if name in ('twice', 'resumed'):
             stopped(two, f'{script}.py', f'{flags} --name {name}', 5)
         else:
-            jobs[-1] += ['--restart', '--compile', 'on' if name in ('small', 'toy_image') else 'off']
+            jobs[-1] += ['--restart', '--compile', 'on' if name == 'small' else 'off']
     with two_processes(two, jobs, tmp_path, repo) as printed:
         for (script, name), flags in runs.items():
             done(folder, f'{script}.py', flags, '--name', name, '--restart')
@@ -501,7 +501,7 @@ def test_two_processes_equal_one(toy, photos, shapes, tmp_path, mutation, repo):
         stage = script.removeprefix('train_')
         assert_close(two / 'runs' / name, folder / 'runs' / name, f'{stage}.pt', stage,
                      2e-5 if name in ('small', 'twice') else 2e-4)  # weights move by 2e-4 in all
-        if name in ('small', 'toy_image'):
+        if name == 'small':
             assert printed.count(f'{script}: graphs 1, breaks 0') == 2
         if name in ('twice', 'resumed'):
             assert sum(f'runs/{name}: ' in line and 'continues at step 4 of 6' in line
