@@ -534,6 +534,7 @@ def test_large_blocks_stay_in_the_process(repo):
     assert said.splitlines() == ['from the system False', 'back to the system False']
 
 
+@pytest.mark.mutation('common.py', "auto if choice == 'auto' else", '')
 @pytest.mark.mutation('common.py', "tiles or dots and 'Gen", "tiles or dots or 'Gen")
 @pytest.mark.mutation('common.py', "'GenuineIntel' not in processor()", 'True')
 def test_bfloat16_where_it_is_faster(monkeypatch):
@@ -541,7 +542,11 @@ def test_bfloat16_where_it_is_faster(monkeypatch):
         monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: tiles, raising=False)
         monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: dots, raising=False)
         monkeypatch.setattr(common, 'processor', lambda: f'vendor_id : {vendor}')
-        return bool(common.multiplies_bfloat16(torch.device(device)))
+        faster = bool(common.multiplies_bfloat16(torch.device(device)))
+        if device == 'cpu':  # what a run does with --amp auto, on and off
+            assert [common.start_process(device, amp).amp for amp in ('auto', 'on', 'off')] == [
+                faster, True, False]
+        return faster
     intel, amd = 'GenuineIntel', 'AuthenticAMD'
     assert choice(True, True, intel) and choice(False, True, amd)
     assert not choice(False, True, intel) and not choice(False, False, amd)

@@ -460,6 +460,7 @@ def two_processes(folder, jobs, tmp_path, repo):
                       'start = self.first')
 @pytest.mark.mutation('common.py', 'self.first, self.rank = step * batch, rank',
                       'self.first, self.rank = step * (batch // world), rank')
+@pytest.mark.mutation('common.py', 'if last or not hasattr', 'if not hasattr')
 @pytest.mark.mutation('vae.py', 'total = reconstruction + weights[0] * kl / n',
                       'total = reconstruction + weights[0].item() * kl / n')
 def test_two_processes_equal_one(toy, photos, shapes, tmp_path, mutation, repo):
