@@ -79,11 +79,11 @@ class Parser(argparse.ArgumentParser):
         """One flag for each field of dataclass `config` that carries help text.
 
         Numbers are at least 0, integers and members of tuples at least 1, unless the default is
-        less or the field's metadata has `low`.
+        less or the field's metadata has `low`. A flag that is there already is left as it is.
         """
-        group = self.add_argument_group(config.__name__)
+        group, there = self.add_argument_group(config.__name__), {a.dest for a in self._actions}
         for field in dataclasses.fields(config):
-            if 'help' not in field.metadata:
+            if 'help' not in field.metadata or field.name in there:
                 continue
             kind, default, more = type(field.default), field.default, {}
             if kind is bool:

@@ -573,7 +573,7 @@ def threaded(function, items, what, workers=8):
 # ---- videos -------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Video:
+class VideoFile:
     """Where the frames of one video lie: a file for each, or one animated file for all."""
     name: str
     frames: tuple
@@ -594,9 +594,9 @@ def find_videos(files):
         folders.setdefault(os.path.dirname(name), []).append(name)
     for folder, names in folders.items():
         if max(count_frames(files, n) for n in names[:3]) < 2:
-            videos.append(Video(folder, tuple(names), False))
+            videos.append(VideoFile(folder, tuple(names), False))
         else:
-            videos += [Video(n, (n,) * count_frames(files, n), True) for n in names]
+            videos += [VideoFile(n, (n,) * count_frames(files, n), True) for n in names]
     return videos
 
 
@@ -770,19 +770,21 @@ class Items(Dataset):
 
     A subclass for a domain says what an item holds:
         item(i, rng)     what training sees: the encoder's input, where the function is compared,
-                         and `target`, what with; all draws come from the numpy Generator `rng`
+                         and `target`, what with; all draws come from the numpy Generator `rng`,
+                         those of draw_view and of `known` first
         view(i, k)       the encoder's input alone, in one of `views` ways: stage 2 keeps a latent
                          of each, and draw_view(rng) is the number of the one `item` would show
-        truth(i, R)      what a reconstruction at resolution R is measured against
+        truth(i, n)      what a reconstruction is measured against: the picture at n x n pixels,
+                         n points of the box and whether they are inside
         picture(i, size) (3,size,size) in [-1, 1], to look at
         facts()          lines for `python data.py check`
-    and, as class attributes, its domain, what a file of it is called (`kind`), the `channels` of
-    the signal, half the side of the data's box (`extent`), the dataclass of its flags (`config`),
-    and options with which no more is read than the encoder needs (`encoder_only`).
+    and, as class attributes, its domain, what its items are called (`kind`), the `channels` of the
+    signal, half the side of the data's box (`extent`), the dataclass of its flags (`config`), and
+    `encoder_only`, options with which no more is read than the encoder needs.
     """
 
     domain = kind = config = None
-    channels, extent, views = 1, 1.0, 1
+    channels, extent = 1, 1.0
     encoder_only = {}
     computed = False  # from a seed and nothing else
     labels = captions = None  # a class number, a list of texts, for each item
@@ -799,15 +801,24 @@ class Items(Dataset):
         return self.item(i)
 
     @classmethod
-    def options(cls, flags):
+    def options_from(cls, flags):
         """Those of the flags (a dict) that such a data set takes, for `make_dataset`."""
         names = ['flip', 'seed', 'captions', *(f.name for f in fields(cls.config))]
         return {k: flags[k] for k in names if k in flags}
 
     @staticmethod
     def lies_at(path):
-        """Whether a folder of unknown content holds such data."""
+        """Whether a folder of unknown content holds data of this domain."""
         return False
+
+    @property
+    def views(self):
+        """In how many ways the encoder may see an item: as it is, and mirrored if flips are on."""
+        return 2 if self.flip else 1
+
+    def draw_view(self, rng):
+        """The number of a view; of the first without an rng."""
+        return int(rng is not None and self.flip and rng.random() < 0.5)
 
     def stand_in(self, i):
         """i, or where item i cannot be read the index of the item that takes its place."""
@@ -884,7 +895,7 @@ class FileItems(Items):
         self.bad = [(n, h) for n, h in headers.items() if isinstance(h, str)]
         self.names = [n for n, h in headers.items() if not isinstance(h, str)]
         self.total, self.last = len(wanted), (None, None)
-        self.decoded, self.broken = set(), set()
+        self.sound = {}  # index -> whether the file could be read, of those that were tried
         self.refuse_bad()
         if selection.captions:
             self.add_captions(read_captions(selection.captions))
@@ -913,7 +924,7 @@ class FileItems(Items):
         return self.sides
 
     def stand_in(self, i):
-        while i in self.broken or i not in self.decoded and not self.try_decode(i):
+        while not self.can_read(i):
             i = (i + 1) % len(self)
         return i
 
@@ -924,30 +935,35 @@ class FileItems(Items):
             last = self.last = i, self.decode(i)
         return last[1]
 
-    def try_decode(self, i):
-        """Whether item i can be read; if not, it is broken from now on."""
+    def can_read(self, i):
+        """Whether item i can be read; a file that cannot is broken from then on."""
+        if i not in self.sound:
+            why = self.fault(i, self.source)
+            self.judge(i, why)
+            if why:
+                tqdm.write(f'skipped: {self.names[i]}: {why}')
+                self.refuse_bad()
+        return self.sound[i]
+
+    @staticmethod
+    def fault(i, read):
+        """Why read(i) fails, or None."""
         try:
-            self.source(i)
+            read(i)
         except Exception as error:  # a decoder may raise anything on a broken file
-            self.broken.add(i)
-            self.bad.append((self.names[i], reason(error)))
-            tqdm.write(f'skipped: {self.names[i]}: {reason(error)}')
-            self.refuse_bad()
-            return False
-        self.decoded.add(i)
-        return True
+            return reason(error)
+
+    def judge(self, i, why):
+        """Remember whether item i is sound, which it is if there is no `why`."""
+        self.sound[i] = not why
+        if why:
+            self.bad.append((self.names[i], why))
 
     def verify(self):
         """Decode every file now; those that fail join `bad`."""
-        def fault(i):
-            try:
-                self.decode(i)
-            except Exception as error:  # as in try_decode
-                return reason(error)
-        faults = threaded(fault, range(len(self)), 'decoding')
-        self.broken = {i for i, why in enumerate(faults) if why}
-        self.decoded = set(range(len(self))) - self.broken
-        self.bad += [(self.names[i], faults[i]) for i in sorted(self.broken)]
+        faults = threaded(partial(self.fault, read=self.decode), range(len(self)), 'decoding')
+        for i, why in enumerate(faults):
+            self.judge(i, why)
         self.refuse_bad()
 
 
@@ -1018,8 +1034,8 @@ class Pictures(Items):
         self.probs = np.array(probs, float)
 
     @classmethod
-    def options(cls, flags):
-        found = dict(super().options(flags), resolution=flags['resolution'])
+    def options_from(cls, flags):
+        found = dict(super().options_from(flags), resolution=flags['resolution'])
         if found.get('continuous'):
             found['scale_probs'] = None
         return found
@@ -1046,22 +1062,14 @@ class Pictures(Items):
         `box` is its extent. Without an rng the target is the image.
         """
         i, r = self.stand_in(i), self.resolution
-        flip = self.draw_view(rng) == 1
+        flip, known = self.draw_view(rng) == 1, self.known(i, rng)
         R = r if rng is None else self.draw_size(i, rng)
         top, left = (0, 0) if R == r else map(int, rng.integers(0, R - r + 1, 2))  # the last too
         image = self.crop(i, r, 0, 0, flip)
         target = image if R == r else self.crop(i, R, top, left, flip)
         corner = np.array([[left, left + r], [top, top + r]], 'float32')
         return dict(image=image, target=target, scale=torch.tensor(r / R),
-                    box=torch.from_numpy(2 * corner / R - 1), **self.known(i, rng))
-
-    @property
-    def views(self):
-        """As it is and, where the data set flips, mirrored."""
-        return 2 if self.flip else 1
-
-    def draw_view(self, rng):
-        return int(rng is not None and self.flip and rng.random() < 0.5)
+                    box=torch.from_numpy(2 * corner / R - 1), **known)
 
     def view(self, i, k):
         return dict(image=self.crop(self.stand_in(i), self.resolution, 0, 0, k == 1))
@@ -1703,7 +1711,7 @@ class Shapes(Items):
     def __init__(self, points=3000, queries=2048, near=0.0, noise=0.005, clouds=4, **options):
         super().__init__(**options)
         require(0 <= near <= 1, f'--near {near}: a share, from 0 to 1')
-        self.points, self.queries, self.noise, self.views = points, queries, noise, clouds
+        self.points, self.queries, self.noise, self.clouds = points, queries, noise, clouds
         self.near = round(near * queries)
 
     @staticmethod
@@ -1733,8 +1741,12 @@ class Shapes(Items):
         return dict(points=cloud, coords=coords, **self.known(i, rng),
                     target=torch.from_numpy(occupancy.astype('float32')))
 
+    @property
+    def views(self):
+        """So many `clouds` of each shape, flipped or not."""
+        return self.clouds
+
     def draw_view(self, rng):
-        """Each of the `clouds` is as likely."""
         return int(rng.integers(self.views)) if rng else 0
 
     def view(self, i, k):
@@ -1900,8 +1912,8 @@ class FileShapes(FileItems, Shapes):
         return torch.from_numpy(points), torch.from_numpy(inside.astype(bool))
 
     def facts(self):
-        good = [i for i in range(len(self)) if i not in self.broken]
-        share = sorted(self.truth(i)[1].float().mean().item() for i in good)
+        share = sorted(self.truth(i)[1].float().mean().item()
+                       for i in self.readable(range(len(self))))
         yield 'classes   ' + ', '.join(f'{self.labels.count(k)} {title}'
                                        for k, title in enumerate(self.titles))
         yield (f'inside    {share[0]:.2%} of the box min, {share[len(share) // 2]:.2%} median, '
@@ -1919,7 +1931,9 @@ def text2shape(name, root, selection, **options):
 
 # ---- the table of data sets ---------------------------------------------------------------------
 
-DATASETS = {  # name: (its kind, what opens it); a user's own files go by the name of their domain
+# name: (base class, what opens it: (name, root, selection, **options) -> the data set). A user's own
+# files go by the name of their domain.
+DATASETS = {
     'toy_image': (ToyPictures, ToyPictures),
     'image': (Pictures, picture_files),
     'celebahq': (Pictures, picture_files),
@@ -1943,11 +1957,11 @@ def options_of(flags):
     ValueError where a flag differs from its default and is for another kind of data.
     """
     base, _ = DATASETS[flags['dataset']]
-    for config in CONFIGS:
-        for f in fields(config) if config is not base.config else ():
-            require(flags.get(f.name, f.default) == f.default,
-                    f'--{f.name}: {flags["dataset"]} holds {base.kind}, which have no such flag')
-    return base.options(flags)
+    own = [f.name for f in fields(base.config)]
+    for f in [f for config in CONFIGS for f in fields(config) if f.name not in own]:
+        require(flags.get(f.name, f.default) == f.default,
+                f'--{f.name}: {flags["dataset"]} holds {base.kind}, which have no such flag')
+    return base.options_from(flags)
 
 
 def make_dataset(name, root=None, split='train', holdout=None, group=None, seed=0, tolerant=False,
@@ -1993,7 +2007,7 @@ def check(args):
     if name not in NAMES:
         name, root = kind_of(name), args.data or name
     base, _ = DATASETS[name]
-    options = base.options(dict(resolution=args.res, captions=args.captions))
+    options = base.options_from(dict(vars(args), resolution=args.res, seed=0))
     dataset = make_dataset(name, root, 'all', args.split, args.group, tolerant=True, **options)
     if dataset.computed:
         print(f'{name}: computed; ' + ', '.join(f'{k} {v[0]}' for k, v in dataset.splits().items()))

@@ -1,4 +1,4 @@
-"""Draw pictures or surfaces from a trained run, at any resolution: the samples are functions.
+"""Draw samples from a trained run, at any resolution: they are functions.
 
     python sample.py --res 512                        # newest run, or the bundled model
     python sample.py --run runs/NAME --sweep 64,128,512 --num 4 --seed 7
@@ -9,10 +9,10 @@
 
 Every size is rendered from the same latents. Pictures go to --out, a folder for each size with one
 PNG a sample, and a grid; surfaces likewise as meshes, and the grid shows them. `OUTPUTS` at the end
-says, for each domain, what is encoded, what is written, and which flags are its own.
+says, for each domain, what is encoded, what is written, and which flags it has.
 """
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Callable
 
@@ -21,6 +21,7 @@ import torch
 import common
 import data
 import ldm as stage2
+from common import flag
 from encoders import text_reader
 from inr import draw_mesh
 
@@ -60,18 +61,6 @@ def build_parser():
                         'frame, stretched if they differ; empty = the training resolution. '
                         'Surfaces: cells along each side of the box; empty = 128')
     parser.add_argument('--sweep', default='', help='several sizes of the same samples, 64,128,512')
-    parser.add_argument('--box', type=common.parse_tuple(float), default=(),
-                        help='x_lo,x_hi,y_lo,y_hi in -1..1: render this region only '
-                        '(--box=-1,0,-1,0 is the upper left quarter)')
-    parser.add_argument('--antialias', type=common.parse_bool, default=None,
-                        help='below the training resolution, average instead of point-sampling; '
-                        'default yes')
-    parser.add_argument('--format', default=None, choices=[s[1:] for s in data.MESH_WRITERS],
-                        help='of meshes, default obj')
-    parser.add_argument('--threshold', type=float, default=None,
-                        help="occupancy at which a surface lies, default the run's own")
-    parser.add_argument('--turntable', action='store_true',
-                        help='a GIF of the surfaces turning, too')
     parser.add_argument('--num', type=int, default=16, help='samples')
     parser.add_argument('--seed', type=int, default=0, help='seed of the first; the next count up')
     parser.add_argument('--sampler', default='dpmpp', choices=('dpmpp', 'ddim', 'ddpm', 'rk45'),
@@ -89,11 +78,13 @@ def build_parser():
     parser.add_argument('--interpolate', type=int, default=0, metavar='K',
                         help='K pictures from each seed to the next')
     parser.add_argument('--reconstruct', default='', metavar='PATH',
-                        help='encode this picture, or those of this folder, instead of sampling; '
-                        'or this mesh or point cloud')
+                        help='encode this instead of sampling: a picture or a folder of them; a '
+                        'mesh or point cloud')
     parser.add_argument('--amp', action='store_true', help='the diffusion model in bfloat16')
     parser.add_argument('--batch', type=int, default=16, help='samples denoised at a time')
     parser.add_argument('--device', default='auto', help='cpu, cuda, ...')
+    for output in OUTPUTS.values():
+        parser.add_config(output.flags)
     return parser
 
 
@@ -139,19 +130,37 @@ def file_name(name):
     return re.sub(r'[^\w-]', '_', name)
 
 
+@torch.no_grad()
+def encode_items(items, vae, device):
+    """Names, fit for files and each another, and posterior means of those that can be read."""
+    items.verify()
+    common.list_notes([], items.bad)
+    good = items.readable(range(len(items)))
+    z = torch.cat([vae.encode(items.view(i, 0)[vae.reads][None].to(device)).mean for i in good])
+    names = [file_name(items.names[i].replace('/', '__')) for i in good]
+    return [n if names.count(n) == 1 else f'{n}_{k}' for k, n in enumerate(names)], z
+
+
 # ---- pictures ----------------------------------------------------------------------------------
 
-@torch.no_grad()
+@dataclass
+class PictureFlags:
+    """Flags of runs that make pictures."""
+    box: tuple = flag((), 'x_lo,x_hi,y_lo,y_hi in -1..1: render this region only '
+                      '(--box=-1,0,-1,0 is the upper left quarter)', low=-1)
+    antialias: bool = flag(True, 'below the training resolution, average instead of point-sampling')
+
+
+def check_pictures(args, sizes):
+    """ValueError for a --box that is none."""
+    parse_box(args.box)
+
+
 def encode_pictures(path, vae, training, device):
     """Names and posterior means of a picture, or of all pictures of a folder or zip."""
-    r = vae.config.resolution
-    pictures = data.make_dataset('image', path, 'all', resolution=r, tolerant=True)
-    pictures.verify()
-    common.list_notes([], pictures.bad)
-    good = pictures.readable(range(len(pictures)))
-    z = torch.cat([vae.encode(pictures.truth(i, r)[None].to(device)).mean for i in good])
-    names = [file_name(pictures.names[i].replace('/', '__')) for i in good]
-    return [n if names.count(n) == 1 else f'{n}_{k}' for k, n in enumerate(names)], z, None
+    pictures = data.make_dataset('image', path, 'all', resolution=vae.config.resolution,
+                                 tolerant=True)
+    return *encode_items(pictures, vae, device), None
 
 
 @torch.no_grad()
@@ -160,23 +169,38 @@ def write_pictures(vae, z, names, sizes, args, place):
 
     A grid holds the first 64 pictures, rendered anew where they are larger than 256.
     """
-    out, antialias, box = Path(args.out), args.antialias is not False, parse_box(args.box)
-    for h, w in sizes or [(vae.config.resolution,) * 2]:
+    out, box, sizes = Path(args.out), parse_box(args.box), sizes or [(vae.config.resolution,) * 2]
+    for h, w in sizes:
         shrink = min(1, 256 / max(h, w))
         small = max(1, round(h * shrink)), max(1, round(w * shrink))
         thumbnails = []
         for name, latent in zip(common.tqdm(names, desc=f'{h}x{w}', unit='picture'), z):
             xi = vae.decode(latent[None])
-            picture = data.to_uint8(vae.signal(xi, (h, w), box, antialias)[0])
+            picture = data.to_uint8(vae.signal(xi, (h, w), box, args.antialias)[0])
             data.save_png(out / f'{h}x{w}' / f'{name}.png', picture)
             if len(thumbnails) < 64:
                 thumbnails.append(picture if small == (h, w) else
-                                  data.to_uint8(vae.signal(xi, small, box, antialias)[0]))
+                                  data.to_uint8(vae.signal(xi, small, box, args.antialias)[0]))
         data.save_grid(out / f'grid_{h}x{w}.png', torch.stack(thumbnails))
-    print(f'{len(names) * len(sizes or [0])} pictures and {len(sizes or [0])} grids in {out}')
+    print(f'{len(names) * len(sizes)} pictures and {len(sizes)} grids in {out}')
 
 
 # ---- surfaces ----------------------------------------------------------------------------------
+
+@dataclass
+class SurfaceFlags:
+    """Flags of runs that make surfaces."""
+    format: str = flag('obj', 'of the meshes', choices=tuple(s[1:] for s in data.MESH_WRITERS))
+    threshold: float = flag(0.0, "occupancy at which a surface lies; 0 = the run's own")
+    turntable: bool = flag(False, 'a GIF of the surfaces turning, too')
+
+
+def check_surfaces(args, sizes):
+    """ValueError for a --threshold or --res that is none."""
+    common.require(args.threshold < 1, f'--threshold {args.threshold}: must be below 1')
+    common.require(all(h == w for h, w in sizes or ()), f'--res {args.sweep or args.res}: this run '
+                   'makes surfaces; give one number, the cells along each side of the box')
+
 
 @torch.no_grad()
 def encode_shape(path, vae, training, device):
@@ -205,14 +229,13 @@ def write_meshes(vae, z, names, sizes, args, place):
 
     `place` = (loc, scale) of what was reconstructed: vertices go out as v * scale + loc.
     """
-    (loc, scale), form, out = place or (0.0, 1.0), args.format or 'obj', Path(args.out)
-    sizes = sizes or [(128, 128)]
+    (loc, scale), out, sizes = place or (0.0, 1.0), Path(args.out), sizes or [(128, 128)]
     for resolution, _ in sizes:
         shown = []
         for name, latent in zip(common.tqdm(names, desc=f'{resolution}', unit='mesh'), z):
             xi = vae.decode(latent[None])
-            (vertices, faces), = vae.signal(xi, resolution, args.threshold)
-            data.write_mesh(out / f'{resolution}' / f'{name}.{form}',
+            (vertices, faces), = vae.signal(xi, resolution, args.threshold or None)
+            data.write_mesh(out / f'{resolution}' / f'{name}.{args.format}',
                             vertices.double().cpu().numpy() * scale + loc, faces.cpu(),
                             vae.normals(xi, vertices).cpu())
             if len(shown) < 64:
@@ -230,16 +253,15 @@ def write_meshes(vae, z, names, sizes, args, place):
 class Output:
     """What a domain's samples become."""
     makes: str  # what its runs are said to make
+    flags: type  # a dataclass; runs whose output does not have a flag refuse it
+    check: Callable  # (args, sizes or None): raises ValueError for values that cannot be
     encode: Callable  # (path, vae, flags of stage 1, device) -> names, latents, place or None
     write: Callable  # (vae, latents, names, sizes or None, args, place)
-    own_flags: tuple  # which an other domain's runs refuse
-    square: bool = False  # a size is one number
 
 
 OUTPUTS = dict(
-    image=Output('pictures', encode_pictures, write_pictures, ('box', 'antialias')),
-    shape=Output('surfaces', encode_shape, write_meshes, ('format', 'threshold', 'turntable'),
-                 square=True))
+    image=Output('pictures', PictureFlags, check_pictures, encode_pictures, write_pictures),
+    shape=Output('surfaces', SurfaceFlags, check_surfaces, encode_shape, write_meshes))
 
 
 def check_flags(args):
@@ -252,10 +274,7 @@ def check_flags(args):
     common.require(args.guidance in (None, 1) or args.label is not None or args.text,
                    f'--guidance {args.guidance}: has no effect without --label or --text')
     common.require(not (args.res and args.sweep), '--res and --sweep: give one of them')
-    parse_box(args.box)
     common.require(not (args.text and args.label is not None), '--text and --label: give one')
-    common.require(args.threshold is None or 0 < args.threshold < 1,
-                   f'--threshold {args.threshold}: between 0 and 1')
     asked = args.text or args.label is not None or args.guidance is not None or args.interpolate
     common.require(not (args.reconstruct and asked), '--reconstruct: nothing is sampled; leave '
                    '--text, --label, --guidance and --interpolate out')
@@ -264,14 +283,12 @@ def check_flags(args):
 
 def check_domain(args, output, sizes):
     """ValueError for flags that mean nothing for what the run makes."""
-    default = vars(build_parser().parse_args([]))
+    own = [f.name for f in fields(output.flags)]
     for other in OUTPUTS.values():
-        for flag in {*other.own_flags} - {*output.own_flags}:
-            common.require(getattr(args, flag) == default[flag],
-                           f'--{flag}: is for {other.makes}; this run makes {output.makes}')
-    common.require(not output.square or all(h == w for h, w in sizes or ()),
-                   f'--res {args.sweep or args.res}: this run makes {output.makes}; give one '
-                   'number, the cells along each side of the box')
+        for f in [f for f in fields(other.flags) if f.name not in own]:
+            common.require(getattr(args, f.name) == f.default, f'--{f.name}: is for {other.makes}; '
+                           f'this run makes {output.makes}')
+    output.check(args, sizes)
 
 
 def main():

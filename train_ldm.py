@@ -97,8 +97,8 @@ class Latents:
     """A data set's latents as (mean, std), encoded once in each of its views.
 
     In memory, rows are shared out over the processes and gathered; a file is written by the first
-    process. `item` makes the same draws as the data set's own, so that training with and without
-    the cache is the same wherever there are no more views than those kept.
+    process. `item` draws a view as the data set's own does, so that pictures train alike with and
+    without the cache; of a shape it knows no other clouds than those kept.
     """
 
     def __init__(self, dataset, vae, file=None):
@@ -228,8 +228,7 @@ def parse(argv=None):
     except (ValueError, OSError):
         parser.parse_known_args(argv)  # -h works without a stage 1
         raise
-    theirs = state['args']['preset']
-    args = parser.parse_preset(PRESETS, theirs if theirs in PRESETS else 'image_64', argv)
+    args = parser.parse_preset(PRESETS, state['args']['preset'], argv)
     args.vae, args.name = str(path), args.name or path.resolve().parent.name
     args.dataset = state['args']['dataset']
     return args, path, state

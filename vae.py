@@ -210,17 +210,17 @@ class D2CVAE(nn.Module):
     One encoder and one decoder serve all planes (Section 3.1); only the 1x1 convolutions at the
     latent are a plane's own, as in the authors' code. A domain is a subclass with
 
-        domain, reads      its name, and the key of an item that the encoder reads
-        build_encoder(c)   the modules in front of the latent planes
-        features(x)        data -> {plane: (B, 2 z_channels, h, w)}
-        predict(xi, batch) the function's values and the truth they are compared with
-        signal(xi, R)      the whole signal at resolution R
-        show(xi, size)     a picture of it, (B,3,size,size) in [-1,1], to look at
-        values_of_signal   N_ref where the preset gives none
+        domain, reads       its name, and the key of an item that the encoder reads
+        build_encoder(c)    the modules in front of the latent planes
+        features(x)         data -> {plane: (B, 2 z_channels, h, w)}
+        predict(xi, batch)  the function's values and the truth they are compared with
+        signal(xi, R)       the whole signal: pictures R pixels, surfaces R cells a side
+        show(xi, size=...)  a picture of it, (B,3,size,size) in [-1,1], to look at
+        values_of_signal(c) N_ref where the preset gives none
 
-    and, as class attributes, `stretch`, how much the decoder enlarges (height, width) of a plane
-    where that is not (2, 2); `allowed`, the values that a flag may have; and `own_flags`, flags
-    that mean nothing for a domain without them.
+    and, as class attributes, `stretch`, how much a level of the decoder enlarges (height, width) of
+    a plane where that is not (2, 2): yt=(1, 2) keeps t; `allowed`, the values that a flag may have;
+    `own_flags`, flags that domains without them refuse.
     """
 
     stretch, allowed, own_flags = {}, {}, ()
@@ -257,10 +257,13 @@ class D2CVAE(nn.Module):
                 require(getattr(config, name) == default[name],
                         f'--{name}: is for {other.domain} data')
 
+    def latent_cells(self):
+        """Cells of the latent along x, y, z or t, for a signal of the training resolution."""
+        return [-(-self.config.resolution // 2 ** (len(self.config.ch_mult) - 1))] * 3
+
     def latent_sizes(self):
-        """Plane name -> (h, w) of the latent of a signal of the training resolution."""
-        cells = -(-self.config.resolution // 2 ** (len(self.config.ch_mult) - 1))
-        return plane_sizes(self.domain, [cells] * 3)
+        """Plane name -> (h, w) of that latent."""
+        return plane_sizes(self.domain, self.latent_cells())
 
     def on_planes(self, network, planes):
         """`network`, (plane (B,C,H,W), its stretch) -> list of planes, on each: a list of dicts.
@@ -275,6 +278,13 @@ class D2CVAE(nn.Module):
             parts = [y.chunk(len(names)) for y in network(x, stretch)]
             done.update(zip(names, zip(*parts)))
         return [dict(zip(planes, level)) for level in zip(*(done[n] for n in planes))]
+
+    def encode_planes(self, planes):
+        """`self.encoder` on each of a dict of planes."""
+        planes = {name: p.contiguous(memory_format=torch.channels_last)
+                  for name, p in planes.items()}
+        features, = self.on_planes(lambda p, stretch: [self.encoder(p)], planes)
+        return features
 
     def encode(self, batch):
         """Data, as a batch of items or the tensor itself that the encoder reads -> Posterior."""
@@ -301,7 +311,7 @@ class D2CVAE(nn.Module):
     def query(self, xi, coords, scale=None):
         """omega(c) at any points: coords (N,D), (B,N,D) or grids (H,W,D), (B,H,W,D) -> (B,...,C).
 
-        C are the channels of the signal: colours, or the logit of occupancy. Three dimensions of
+        C are the channels of the signal: colours, the logit of occupancy, ... Three dimensions of
         which the first is 1 or B are a batch of points, so a grid of B rows must come as (1,H,W,D).
         `scale` is s, a float or (B,); None derives it from a regular grid and takes the training
         period 1 for scattered points.
@@ -408,7 +418,7 @@ class PictureVAE(D2CVAE):
 
     def features(self, x):
         """Pictures of any size."""
-        return dict(xy=self.encoder(x.contiguous(memory_format=torch.channels_last)))
+        return self.encode_planes(dict(xy=x))
 
     def predict(self, xi, batch):
         """Colours on each target's own grid, (B,3,h,w), and the targets."""
@@ -449,10 +459,7 @@ class ShapeVAE(D2CVAE):
 
     def features(self, x):
         """Points pooled on three planes, each of which the encoder then reads."""
-        planes = {name: p.contiguous(memory_format=torch.channels_last)
-                  for name, p in self.points(x).items()}
-        features, = self.on_planes(lambda p, stretch: [self.encoder(p)], planes)
-        return features
+        return self.encode_planes(self.points(x))
 
     def predict(self, xi, batch):
         """Logits at the items' coordinates, (B,M), and their occupancy."""
