@@ -558,7 +558,7 @@ def test_a_sample_is_the_same_in_any_batch(toy, tmp_path, repo):
 
 
 @pytest.mark.mutation('sample.py', 'int(match[2] or match[1])))', 'int(match[1])))')
-@pytest.mark.mutation('sample.py', '(h, w), box, antialias)[0])', '(h, w), None, antialias)[0])')
+@pytest.mark.mutation('sample.py', '(h, w), box, args.antialias)[0])', '(h, w), None, args.antialias)[0])')
 def test_sizes_sweep_and_zoom(toy, copy, tmp_path, repo):
     """Every size, and every part of a picture, is read from the same function."""
     flags = '--device cpu --num 2 --steps 4'
@@ -942,8 +942,8 @@ MISUSE = [
     ('sample.py', '--run toy_image --guidance 2', '--guidance'),
     ('sample.py', '--run toy_image --text chair', 'reads no text'),
     ('sample.py', '--run toy_image --turntable', '--turntable', 'pictures'),
-    ('sample.py', '--run toy_image --format obj', '--format'),
-    ('sample.py', '--run toy_image --threshold 2', '--threshold 2'),
+    ('sample.py', '--run toy_image --format stl', '--format', 'surfaces'),
+    ('sample.py', '--run toy_image --threshold 0.3', '--threshold', 'surfaces'),
     ('sample.py', '--run toy_image --reader x', '--reader'),
     ('sample.py', '--run toy_image --reconstruct empty --label 1', '--reconstruct', '--label'),
     ('sample.py', '--run toy_image --steps 0', '--steps 0'),
