@@ -219,9 +219,9 @@ class LocalPoolPointNet(nn.Module):
                  local=False):
         super().__init__()
         self.planes, self.resolution, self.local = planes, resolution, local
-        self.enter = nn.Linear(in_features + 3 * local, 2 * hidden)
+        self.proj_in = nn.Linear(in_features + 3 * local, 2 * hidden)
         self.blocks = nn.ModuleList(PointBlock(2 * hidden, hidden) for _ in range(blocks))
-        self.leave = nn.Linear(hidden, out_channels)
+        self.proj_out = nn.Linear(hidden, out_channels)
 
     def forward(self, points):
         batch, R = len(points), self.resolution
@@ -229,14 +229,14 @@ class LocalPoolPointNet(nn.Module):
         if self.local:
             points = torch.cat([points, place_in_cell(points[..., :3], R)], dim=2)
         with torch.autocast(points.device.type, enabled=False):  # bfloat16 has 8 bits for a place
-            h = self.enter(points.flatten(0, 1))  # (B*N, 2*hidden)
+            h = self.proj_in(points.flatten(0, 1))  # (B*N, 2*hidden)
         for i, block in enumerate(self.blocks):
             if i > 0:
                 pooled = [pool_cells(h, c, batch * R * R, 'amax').index_select(0, c)
                           for c in cells.values()]
                 h = torch.cat([h, sum(pooled)], dim=1)
             h = block(h)
-        h = self.leave(h).float()  # bfloat16 cannot count beyond 256
+        h = self.proj_out(h).float()  # bfloat16 cannot count beyond 256
         return {name: pool_cells(h, c, batch * R * R, 'mean').view(batch, R, R, -1).permute(
             0, 3, 1, 2) for name, c in cells.items()}
 

@@ -28,9 +28,9 @@ PLANES = {
 
 # ---- planes and coordinates ------------------------------------------------------------------
 
-def plane_sizes(domain, extent):
-    """Plane name -> (H, W) for a latent of `extent` cells along each coordinate (X, Y, ...)."""
-    return {name: (extent[v], extent[u]) for name, (u, v) in PLANES[domain].items()}
+def plane_sizes(domain, cells):
+    """Plane name -> (H, W) for a latent with `cells` (X, Y, ...) along the coordinates."""
+    return {name: (cells[v], cells[u]) for name, (u, v) in PLANES[domain].items()}
 
 
 def pack(planes):
@@ -82,7 +82,7 @@ def grid_scale(resolution, size, box=None):
 
 
 @torch.no_grad()
-def points_scale(resolution, coords):
+def scale_of_points(resolution, coords):
     """s of points (B,N,2) that are a flattened regular grid; 1, the training period, of others.
 
     A grid has at least two rows and columns, and the same points for every item.
@@ -249,7 +249,7 @@ class CFCMLP(nn.Module):
         self.out = linear(width, out_channels, width, demodulate=False)
 
     @torch.no_grad()
-    def at(self, scale):
+    def fixed_scale(self, scale):
         """The network of one period, scale (1,): a copy with the modulation multiplied into it."""
         if self.style is None:
             return self
@@ -277,7 +277,7 @@ class CFCMLP(nn.Module):
         style = None
         if self.style is not None:
             if scale is None:
-                scale = points_scale(self.resolution, coords)[None]
+                scale = scale_of_points(self.resolution, coords)[None]
             style = self.style(scale)
         first = {'cfc': pe[0], 'single': pe[-1]}.get(self.conditioning)
         h = self.blocks[0](torch.cat(pe, -1) if first is None else first, style)

@@ -115,19 +115,19 @@ class TextAttention(nn.Module):
 
     def __init__(self, channels, heads, context_channels):
         super().__init__()
-        self.norm, self.enter = norm(channels), nn.Linear(channels, channels)
-        self.itself = Attention(channels, heads)
+        self.norm, self.proj_in = norm(channels), nn.Linear(channels, channels)
+        self.self_attention = Attention(channels, heads)
         self.text = Attention(channels, heads, context_channels)
         self.ff_norm, self.ff = norm(channels), nn.Linear(channels, 8 * channels)
         self.ff_out = nn.Linear(4 * channels, channels)
-        self.leave = zeroed(nn.Linear(channels, channels))
+        self.proj_out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x, context):
-        h = self.enter(self.norm(x).transpose(1, 2)).transpose(1, 2)
-        h = self.text(self.itself(h), context)
+        h = self.proj_in(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        h = self.text(self.self_attention(h), context)
         value, gate = self.ff(self.ff_norm(h).transpose(1, 2)).chunk(2, dim=2)
         h = h.transpose(1, 2) + self.ff_out(value * F.gelu(gate))  # (B, N, C)
-        return x + self.leave(h).transpose(1, 2)
+        return x + self.proj_out(h).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -217,7 +217,7 @@ class UNet(nn.Module):
         emb = self.time(time_embedding(t, self.ch))  # (B, E)
         if self.label is not None:
             emb, cond = emb + self.label(cond), None
-        xs, embs = self.enter(z, emb)
+        xs, embs = self.split_planes(z, emb)
         skips = [xs]
         for layer in self.down:
             if isinstance(layer, Downsample):
@@ -234,9 +234,9 @@ class UNet(nn.Module):
                 xs = [torch.cat([x, skip], dim=1) for x, skip in zip(xs, skips.pop())]
                 xs = layer(xs, embs, batch, cond)
         xs = [self.out(F.silu(self.out_norm(x), inplace=True)) for x in xs]
-        return self.leave(xs, batch).reshape(batch, channels, -1)
+        return self.join_planes(xs, batch).reshape(batch, channels, -1)
 
-    def enter(self, z, emb):
+    def split_planes(self, z, emb):
         """Latents -> stem features (B*P,ch,H,W) and embeddings (B*P,E), one of each a group."""
         planes, xs, embs = list(unpack(z, self.sizes).values()), [], []
         for group in self.groups.values():
@@ -251,7 +251,7 @@ class UNet(nn.Module):
             embs.append(e.flatten(0, 1))
         return xs, embs
 
-    def leave(self, xs, batch):
+    def join_planes(self, xs, batch):
         """Group tensors (B*P,C,H,W) -> latents (B,C,L), the planes back in their order."""
         planes = {}
         for group, x in zip(self.groups.values(), xs):

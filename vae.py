@@ -319,7 +319,7 @@ class D2CVAE(nn.Module):
         fold = [math.ceil(r * e / n - 1e-6) if antialias else 1 for n, e in zip(size, extent)]
         fold = [max(f, 1) for f in fold]
         fine = [n * f for n, f in zip(size, fold)]
-        mlp = self.mlp.at(grid_scale(r, fine, box)[None])
+        mlp = self.mlp.fixed_scale(grid_scale(r, fine, box)[None])
         xs, ys = cell_centres(fine[1], box[0]), cell_centres(fine[0], box[1])
         # In pixels: full rows where they fit, otherwise a part of one.
         columns = min(size[1], max(1, chunk // (fold[0] * fold[1])))

@@ -42,7 +42,7 @@ def test_scale_is_the_sampling_period():
 @pytest.mark.mutation('inr.py', '* resolution / 2 if same', '* resolution if same')
 def test_scale_of_points_is_that_of_their_grid(size):
     points = inr.make_grid(*size).reshape(1, -1, 2)
-    torch.testing.assert_close(inr.points_scale(16, points), inr.grid_scale(16, size))
+    torch.testing.assert_close(inr.scale_of_points(16, points), inr.grid_scale(16, size))
 
 
 @pytest.mark.mutation(
@@ -55,7 +55,7 @@ def test_scale_of_scattered_points_is_that_of_training():
     bent = inr.make_grid(4, 4).reshape(1, -1, 2) ** 3
     for points in (torch.rand(1, 100, 2), row, row[:, :1], row.flip(2), mixed, bent,
                    torch.rand(1, 2, 2)):
-        assert inr.points_scale(16, points) == 1
+        assert inr.scale_of_points(16, points) == 1
 
 
 @pytest.mark.mutation(
@@ -74,14 +74,14 @@ def test_double_precision_throughout():
     pe = [torch.randn(2, 5, 4, dtype=torch.double) for _ in range(2)]
     s = torch.tensor([0.5], dtype=torch.double)
     try:
-        torch.testing.assert_close(mlp.at(s)(pe), mlp(pe, scale=s), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(mlp.fixed_scale(s)(pe), mlp(pe, scale=s), rtol=1e-12, atol=1e-12)
     except RuntimeError as error:
         pytest.fail(str(error))
 
 
 # ---- planes ------------------------------------------------------------------------------------
 
-@pytest.mark.mutation('inr.py', '(extent[v], extent[u])', '(extent[u], extent[v])')
+@pytest.mark.mutation('inr.py', '(cells[v], cells[u])', '(cells[u], cells[v])')
 def test_plane_sizes_follow_the_axes():
     assert inr.plane_sizes('video', (8, 6, 5)) == dict(xy=(6, 8), yt=(5, 6), xt=(5, 8))
     assert inr.plane_sizes('image', (8, 6)) == dict(xy=(6, 8))
@@ -243,7 +243,7 @@ def test_ablations_depend_on_the_fields_they_should():
         assert [int(g is not None) for g in grads] == seen
 
 
-@pytest.mark.mutation('inr.py', "scale = points_scale(self.resolution, coords)[None]",
+@pytest.mark.mutation('inr.py', "scale = scale_of_points(self.resolution, coords)[None]",
                       'scale = coords.new_ones(1)')
 def test_scale_is_derived_from_the_grid():
     mlp = inr.CFCMLP([4], 3, width=8, resolution=16)
@@ -260,7 +260,7 @@ def test_network_of_one_period_equals_the_modulated_one():
     for p in mlp.parameters():
         torch.nn.init.normal_(p)
     before = mlp(pe, scale=torch.tensor([0.4]))
-    plain = mlp.at(torch.tensor([0.4]))
+    plain = mlp.fixed_scale(torch.tensor([0.4]))
     assert plain.style is None and not any('affine' in n for n, _ in plain.named_parameters())
     torch.testing.assert_close(plain(pe), before)
     assert torch.equal(mlp(pe, scale=torch.tensor([0.4])), before)  # the original is untouched

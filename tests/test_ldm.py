@@ -434,7 +434,8 @@ def test_guidance(kind):
 
 @pytest.mark.mutation('ldm.py', 'torch.where(drop, self.null(len(z0)), cond)', 'cond + 0 * drop')
 @pytest.mark.mutation('ldm.py', 'emb + self.label(cond), None', 'emb + 0 * self.label(cond), None')
-@pytest.mark.mutation('ldm.py', 'self.text(self.itself(h), context)', 'self.itself(h)')
+@pytest.mark.mutation('ldm.py', 'self.text(self.self_attention(h), context)',
+                      'self.self_attention(h)')
 def test_dropped_conditions_do_not_matter_and_others_do():
     for model, cond in (conditional('label'), conditional('text')):
         z0, given = torch.randn(3, 4, 16), model.draw(3)

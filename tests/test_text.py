@@ -432,7 +432,7 @@ def test_own_text_encoder_is_part_of_the_model():
     model = model_of(text='bytes', context_channels=128)
     for block in (*model.unet.down, *model.unet.middle, *model.unet.up):
         if getattr(block, 'attention', None) is not None:
-            torch.nn.init.normal_(block.attention.leave.weight, std=0.1)
+            torch.nn.init.normal_(block.attention.proj_out.weight, std=0.1)
     reader = encoders.text_reader('bytes')
     z, t = torch.randn(2, 3, 48), torch.tensor([10, 500])
     tokens = reader(['a chair', ''])

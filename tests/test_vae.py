@@ -202,7 +202,7 @@ def test_render_keeps_no_graph():
     model = tiny()
     xi = model.decode(torch.randn(1, 4, 64))
     assert not model.render(xi, (8, 8)).requires_grad
-    frozen = model.mlp.at(torch.ones(1))
+    frozen = model.mlp.fixed_scale(torch.ones(1))
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
