@@ -271,14 +271,6 @@ class CFCMLP(nn.Module):
                     setattr(parent, name, folded)
         return plain.requires_grad_(False)
 
-    def join(self, h, pe, i):
-        """What block i > 0 reads: the state h and the i-th look-up, if there is one."""
-        if i >= len(pe):
-            return h
-        if self.merge == 'sum':
-            return h + self.project[i - 1](pe[i])
-        return torch.cat([h, pe[i]], dim=-1)
-
     def forward(self, pe, coords=None, scale=None):
         style = None
         if self.style is not None:
@@ -294,7 +286,11 @@ class CFCMLP(nn.Module):
             with torch.autocast(h.device.type, enabled=False):  # bfloat16 has 8 bits
                 h = h + self.coords(coords)
         for i, block in enumerate(self.blocks[1:], start=1):
-            h = block(self.join(h, pe, i), style)
+            if i < len(pe) and self.merge == 'sum':
+                h = h + self.project[i - 1](pe[i])
+            elif i < len(pe):
+                h = torch.cat([h, pe[i]], dim=-1)
+            h = block(h, style)
         return self.out(h, style)
 
 
