@@ -230,7 +230,7 @@ class LocalPoolPointNet(nn.Module):
         cells = {name: cells_of_points(points, axes, R) for name, axes in self.planes.items()}
         if self.local:
             points = torch.cat([points, place_in_cell(points[..., :3], R)], dim=2)
-        with torch.autocast(points.device.type, enabled=False):  # bfloat16 has 8 bits
+        with torch.autocast(points.device.type, enabled=False):  # bfloat16 blurs places
             h = self.proj_in(points.flatten(0, 1))  # (B*N, 2*hidden)
         for i, block in enumerate(self.blocks):
             if i > 0:
@@ -449,7 +449,7 @@ class BPETokenizer:
 class CLIPReader:
     """Reader that gives the last hidden states (B,77,channels) of CLIP's frozen text encoder.
 
-    `path` is CLIP's file or a folder with it; the vocabulary lies beside it. ValueError if not.
+    `path` is CLIP's file, or a folder with it, beside its vocabulary; ValueError without them.
     """
 
     def __init__(self, path, device='cpu'):

@@ -283,7 +283,7 @@ class CFCMLP(nn.Module):
             pe = pe[-1:]
         h = self.blocks[0](pe[0], style)
         if self.coords is not None:
-            with torch.autocast(h.device.type, enabled=False):  # bfloat16 has 8 bits
+            with torch.autocast(h.device.type, enabled=False):  # bfloat16 blurs places
                 h = h + self.coords(coords)
         for i, block in enumerate(self.blocks[1:], start=1):
             if i < len(pe) and self.merge == 'sum':

@@ -60,7 +60,7 @@ def test_any_picture_size():
 @pytest.mark.mutation('encoders.py', 'channels < 4 * groups', 'channels < groups')
 @pytest.mark.mutation('encoders.py', 'math.gcd(32, channels)', 'math.gcd(16, channels)')
 def test_norms_pool_at_least_four_channels():
-    """A change of one channel is felt by all of its group: a 32nd of the channels, but four or more."""
+    """A change of one channel is felt by its group, a 32nd of the channels but four or more."""
     for channels, group in ((512, 16), (128, 4), (64, 4), (48, 6), (24, 6), (8, 4), (6, 6), (3, 3)):
         x, layer = torch.randn(1, channels, 3, 3), encoders.norm(channels)
         changed = x.clone()
