@@ -602,7 +602,7 @@ def test_meshes_out_of_samples_and_reconstructions(shapes, tmp_path, repo):
 @pytest.mark.mutation('sample.py', 'device)([args.text])', "device)([''])")
 def test_text_reaches_the_shapes(shapes, tmp_path, repo, monkeypatch):
     state = common.load_checkpoint(shapes.run / 'ldm.pt')
-    for name in [k for k in state['ema'] if k.endswith(('.leave.weight', 'unet.out.weight'))]:
+    for name in [k for k in state['ema'] if k.endswith(('.proj_out.weight', 'unet.out.weight'))]:
         state['ema'][name] = 0.3 * torch.randn_like(state['ema'][name])  # they start at zero
     common.save_checkpoint(tmp_path / 'ldm.pt', state)
     vae, model, _ = ldm.load(tmp_path / 'ldm.pt')

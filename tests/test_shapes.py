@@ -157,7 +157,7 @@ def slow_pointnet(net, points):
         centres = torch.tensor([[(cell(p, (a, a))[0] + 0.5) * 2 / R - 1 for a in range(3)]
                                 for p in points])
         points = torch.cat([points, (points[:, :3] - centres) * R], dim=1)
-    features = [net.enter(p) for p in points]
+    features = [net.proj_in(p) for p in points]
     for i, block in enumerate(net.blocks):
         if i > 0:
             pooled = []
@@ -168,7 +168,7 @@ def slow_pointnet(net, points):
                 pooled.append(torch.cat([features[k], sum(parts)]))
             features = pooled
         features = [block(f) for f in features]
-    features = [net.leave(f) for f in features]
+    features = [net.proj_out(f) for f in features]
     planes = {}
     for name, axes in net.planes.items():
         plane = torch.zeros(len(features[0]), R, R)
