@@ -210,7 +210,7 @@ def toy_image(seeds, size, box=None):
 # ---- toy_shape: five families of solids, as functions of (x, y, z), y up ------------------------
 
 class Block:
-    """Axis-aligned box: area, signed distance of points, points uniform on its surface."""
+    """Box with its sides along the axes: `area` of its surface, and the two methods of Lathe."""
 
     def __init__(self, centre, half):
         self.centre, self.half = np.array(centre, float), np.array(half, float)
@@ -229,27 +229,29 @@ class Block:
 
 
 class Lathe:
-    """The polygon `profile`, corners (K,2) of (radius, height), turned round an axis from `foot`.
+    """Solid that a polygon sweeps out as it turns round the line through `foot` along `axis`.
 
-    Counterclockwise; sides on the axis itself are no surface.
+    profile: corners (K,2) as (radius, height above foot), counterclockwise; a side that lies on
+    the axis is no surface.
     """
 
     def __init__(self, profile, foot=(0, 0, 0), axis=(0, 1, 0)):
-        self.a, self.foot = np.array(profile, float), np.array(foot, float)
-        self.side = np.roll(self.a, -1, axis=0) - self.a
+        self.profile, self.foot = np.array(profile, float), np.array(foot, float)
+        self.side = np.roll(self.profile, -1, axis=0) - self.profile
         self.axis = np.array(axis, float) / np.linalg.norm(axis)
         across = np.cross(self.axis, np.eye(3)[np.abs(self.axis).argmin()])
         across /= np.linalg.norm(across)
         self.across = np.stack([across, np.cross(self.axis, across)])
-        radii = 2 * self.a[:, 0] + self.side[:, 0]
+        radii = 2 * self.profile[:, 0] + self.side[:, 0]
         self.areas = np.pi * radii * np.linalg.norm(self.side, axis=1)
         self.area = self.areas.sum()
 
     def distance(self, p):
+        """Signed distance (N,) of points (N,3), negative inside."""
         height = (p - self.foot) @ self.axis
         radius = np.linalg.norm(p - self.foot - height[:, None] * self.axis, axis=1)
         radius = np.maximum(radius, 1e-9)  # the axis itself is inside, too
-        (r, h), (dr, dh) = self.a.T, self.side.T  # (K,)
+        (r, h), (dr, dh) = self.profile.T, self.side.T  # (K,)
         x, y = radius[:, None] - r, height[:, None] - h  # (N, K)
         t = ((x * dr + y * dh) / (dr ** 2 + dh ** 2)).clip(0, 1)
         squared = ((x - t * dr) ** 2 + (y - t * dh) ** 2)[:, self.areas > 0].min(1)
@@ -259,19 +261,20 @@ class Lathe:
         return np.where(inside, -1, 1) * np.sqrt(squared)
 
     def surface(self, n, rng):
-        k, u = rng.choice(len(self.a), n, p=self.areas / self.area), rng.random(n)
-        start, step = self.a[k, 0], self.side[k, 0]
+        """n points uniform on the surface, (n,3)."""
+        k, u = rng.choice(len(self.profile), n, p=self.areas / self.area), rng.random(n)
+        start, step = self.profile[k, 0], self.side[k, 0]
         radius = np.sqrt(start ** 2 + u * ((start + step) ** 2 - start ** 2))
         sloped = np.abs(step) > 1e-9
         t = np.where(sloped, (radius - start) / np.where(sloped, step, 1), u)
         turn = 2 * np.pi * rng.random((n, 1))
-        height = (self.a[k, 1] + t * self.side[k, 1])[:, None]
+        height = (self.profile[k, 1] + t * self.side[k, 1])[:, None]
         around = np.cos(turn) * self.across[0] + np.sin(turn) * self.across[1]
         return self.foot + height * self.axis + radius[:, None] * around
 
 
 def rod(start, end, radius, end_radius=None):
-    """Round bar, or a cone cut off, between two points."""
+    """Round bar between two points, or a cone cut off where the radii at its ends differ."""
     length = np.linalg.norm(np.subtract(end, start))
     wide = radius if end_radius is None else end_radius
     return Lathe([(0, 0), (radius, 0), (wide, length), (0, length)], start,
@@ -279,14 +282,14 @@ def rod(start, end, radius, end_radius=None):
 
 
 def ring(centre, radius, thickness, axis=(0, 1, 0)):
-    """Torus (of 24 sides) round `axis`; thickness is that of the tube."""
+    """Torus round `axis`: a tube `thickness` wide (a polygon of 24 sides) at `radius`."""
     turn = np.arange(24) * np.pi / 12
     circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
     return Lathe(circle * thickness / 2 + (radius, 0), centre, axis)
 
 
 def toy_table(u, rng):
-    """Legs 1/25 to 1/21 of the box thick."""
+    """(parts, caption) of a table (u = rng.uniform); its legs are 1/25 to 1/21 of the box thick."""
     is_round, height, splay = rng.random() < 0.5, u(0.5, 0.8), u(0, 0.35)
     legs, reach, thick = int(rng.integers(3, 5)) if is_round else 4, u(0.55, 0.85), u(0.08, 0.095)
     depth, top = reach if is_round else u(0.5, 0.8), height - u(0.18, 0.26)
@@ -302,7 +305,7 @@ def toy_table(u, rng):
 
 
 def toy_lamp(u, rng):
-    """Its pole is 1/25 to 1/21 of the box thick."""
+    """(parts, caption) of a lamp; its pole is 1/25 to 1/21 of the box thick."""
     foot, wide, narrow, drop = u(0.3, 0.5), u(0.35, 0.6), u(0.12, 0.3), u(0.35, 0.6)
     lean, height, thick = u(-0.3, 0.3), u(0.7, 0.9), u(0.08, 0.095)
     parts = [rod((0, -height, 0), (0, -height + u(0.18, 0.26), 0), foot, 0.8 * foot),
@@ -313,7 +316,7 @@ def toy_lamp(u, rng):
 
 
 def toy_chair(u, rng):
-    """Every part 1/11 to 1/9 of the box thick."""
+    """(parts, caption) of a chair; all its parts are 1/11 to 1/9 of the box thick."""
     seat, half, back, deep = u(-0.15, 0.1), u(0.5, 0.65), u(0.75, 0.9), u(0.5, 0.65)
     thick, slats, arms = u(0.18, 0.22), rng.random() < 0.5, rng.random() < 0.5
     t = thick / 2
@@ -334,7 +337,7 @@ def toy_chair(u, rng):
 
 
 def toy_vase(u, rng):
-    """Hollow, open at the top, with up to two handles."""
+    """(parts, caption) of a vase: hollow, open at the top, with up to two handles."""
     height, belly, neck, lip = u(0.6, 0.9), u(0.42, 0.58), u(0.34, 0.42), u(0.36, 0.46)
     handles, wall = int(rng.integers(0, 3)), 0.2
     width = interpolate.PchipInterpolator([-1, u(-0.4, 0), 0.6, 1], [0.6 * belly, belly, neck, lip])
@@ -353,7 +356,7 @@ def toy_vase(u, rng):
 
 
 def toy_wheel(u, rng):
-    """A tyre, a hub and three to six spokes."""
+    """(parts, caption) of a wheel: a tyre, a hub and three to six spokes."""
     spokes, lying = int(rng.integers(3, 7)), rng.random() < 0.5
     radius, thick, hub, phase = u(0.65, 0.75), u(0.24, 0.32), u(0.22, 0.28), u(0, 2 * np.pi)
     x, y, axis = np.eye(3)[[0, 2, 1] if lying else [0, 1, 2]]
@@ -366,13 +369,11 @@ def toy_wheel(u, rng):
 
 TOY_FAMILIES = dict(table=toy_table, lamp=toy_lamp, chair=toy_chair, vase=toy_vase,
                     wheel=toy_wheel)
-
-
 TOY_SOLIDS = dict(train=(0, 5_000), test=(2 ** 30, 500))  # first seed, how many
 
 
 def toy_shape(seed):
-    """The solid of a seed: family (a key of TOY_FAMILIES), caption, parts."""
+    """The solid of a seed, with family (a key of TOY_FAMILIES), caption and parts."""
     rng = common.seeded('toy_shape', seed)
     family = list(TOY_FAMILIES)[rng.integers(len(TOY_FAMILIES))]
     parts, caption = TOY_FAMILIES[family](rng.uniform, rng)
@@ -380,7 +381,7 @@ def toy_shape(seed):
 
 
 def toy_distance(shape, points):
-    """Signed distance (N,) of points (N,3) in [-1, 1] to a toy solid: exact outside, < 0 inside."""
+    """Signed distance (N,) of points (N,3) to a toy solid: exact outside, negative inside."""
     return np.minimum.reduce([part.distance(points) for part in shape.parts])
 
 
@@ -1164,17 +1165,19 @@ def read_geometry(path):
     a file that cannot be read.
     """
     path, readers = Path(path), MESH_READERS | CLOUD_READERS
-    if path.suffix.lower() not in readers:
+    suffix = path.suffix.lower()
+    if suffix not in readers:
         raise ValueError(f'{path}: neither a mesh ({" ".join(MESH_READERS)}) nor points '
                          f'({" ".join(CLOUD_READERS)})')
     data = path.read_bytes()
     try:
-        vertices, polygons = readers[path.suffix.lower()](data)
+        vertices, polygons = readers[suffix](data)
         faces = [(p[0], b, c) for p in polygons for b, c in zip(p[1:], p[2:])]
         return (np.asarray(vertices, 'float64').reshape(-1, 3),
                 np.asarray(faces, 'int64').reshape(-1, 3))
     except Exception as error:  # a file of some other kind may fail in any line of a reader
-        raise ValueError(f'{path}: not a readable {path.suffix} ({reason(error)})') from None
+        kind = 'mesh' if suffix in MESH_READERS else 'point cloud'
+        raise ValueError(f'{path}: not a readable {kind} ({reason(error)})') from None
 
 
 def finite_extent(points, path):
@@ -1268,8 +1271,9 @@ def write_mesh(path, vertices, faces, normals=None):
 def cells_of(points, size):
     """Indices (2^d, m) of points (N,3) in cells of at most `size`, and which of them are spare.
 
-    Every cell is cut d times at the median of its longest side, k into 2k and 2k + 1: a tree.
-    All cells are full; what is missing to 2^d m points are spare places of points already there.
+    All points are cut in two at the median of their longest side, then each half, and so on d
+    times: cell k becomes cells 2k and 2k + 1, a tree. For all cells to hold m indices, some points
+    stand in two of the 2^d m places; the second is called spare.
     """
     depth = max(0, math.ceil(math.log2(len(points) / size)))
     full = math.ceil(len(points) / 2 ** depth)
@@ -1296,8 +1300,8 @@ def solid_angles(a, b, c):
 def cluster_moments(triangles):
     """Centre, radius, moments N (K,3), S (K,3,3), C (K,3,3,3) of clusters of triangles (K,m,3,3).
 
-    Integrals of n, n x^T and n x^T x^T over the area; n is the unit normal and x the position less
-    the centre, which is the centroid of the area.
+    N, S, C are the integrals of n_i, n_i x_j, n_i x_j x_l over the area, where n is the unit normal
+    and x the position relative to the centre, the centroid of the area.
     """
     a, b, c = triangles.unbind(2)                           # (K, m, 3)
     normals = torch.linalg.cross(b - a, c - a) / 2          # as long as the area is large
@@ -1315,7 +1319,8 @@ def far_angles(r, N, S, C):
     """Solid angles (K,m) of clusters with these moments, whose centres are seen at r (K,m,3).
 
     The first three terms of their Taylor expansion (Barill et al., 2018), with f_i = r_i / |r|^3:
-    sum_i N_i f_i + sum_ij S_ij df_i/dr_j + 1/2 sum_ijl C_ijl d2f_i/dr_j dr_l.
+    sum_i N_i f_i + sum_ij S_ij df_i/dr_j + 1/2 sum_ijl C_ijl d2f_i/dr_j dr_l, where df_i/dr_j =
+    (delta_ij - 3 r_i r_j / |r|^2) / |r|^3. The last line takes |r|^3 out of all three.
     """
     squared = r.square().sum(2)
     first = (r @ N[:, :, None]).squeeze(2)
@@ -1389,10 +1394,9 @@ def surface_points(vertices, faces, n, rng):
 
 def save_npz(path, **arrays):
     """np.savez to `path`, complete or not at all."""
-    def write(temporary):
-        with open(temporary, 'wb') as file:
-            np.savez(file, **arrays)
-    common.replace(path, write)
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    common.replace(path, lambda temporary: temporary.write_bytes(file.getvalue()))
 
 
 def sample_mesh(path, folder, n, near, seed):
