@@ -1104,16 +1104,17 @@ def ply_header(data):
     A property has one type, but a list two: that of its length and that of its values.
     """
     head, found, body = data.partition(b'end_header')
-    if not found or not head.startswith(b'ply'):
-        raise ValueError('no PLY header')
     start, *parts = head.decode('ascii', 'replace').split('\nelement ')
+    form = re.match(r'(?sm)ply\s.*?^format (\S+)', start)
+    if not found or not form:
+        raise ValueError('no PLY header')
     elements = []
     for part in parts:
         (name, count), *lines = map(str.split, part.splitlines())
         elements.append((name, int(count), [
             (words[-1], [PLY_TYPES[w] for w in words[1:-1] if w != 'list'])
             for words in lines if words[:1] == ['property']]))
-    return re.search(r'\nformat (\S+)', start)[1], elements, body.partition(b'\n')[2]
+    return form[1], elements, body.partition(b'\n')[2]
 
 
 def ply_values(form, body):
