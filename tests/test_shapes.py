@@ -102,7 +102,7 @@ def test_two_families_are_thin():
     """A table's legs and a lamp's pole measure less than 1/20 of the box, and more than 1/26."""
     for family in ('table', 'lamp'):
         solid = next(s for s in map(data.toy_shape, range(100)) if s.family == family)
-        radius = solid.parts[1].a[:, 0].max()
+        radius = solid.parts[1].profile[:, 0].max()
         assert 2 / 26 < 2 * radius < 2 / 20
 
 
