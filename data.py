@@ -204,7 +204,7 @@ def toy_image(seeds, size, box=None):
 # ---- toy_shape: five families of solids, as functions of (x, y, z), y up ------------------------
 
 class Block:
-    """Axis-aligned box: area, signed distance of points, points uniform on its surface."""
+    """Box with its sides along the axes: `area` of its surface, and the two methods of Lathe."""
 
     def __init__(self, centre, half):
         self.centre, self.half = np.array(centre, float), np.array(half, float)
@@ -223,27 +223,29 @@ class Block:
 
 
 class Lathe:
-    """The polygon `profile`, corners (K,2) of (radius, height), turned round an axis from `foot`.
+    """Solid that a polygon sweeps out as it turns round the line through `foot` along `axis`.
 
-    Counterclockwise; sides on the axis itself are no surface.
+    profile: corners (K,2) as (radius, height above foot), counterclockwise; a side that lies on
+    the axis is no surface.
     """
 
     def __init__(self, profile, foot=(0, 0, 0), axis=(0, 1, 0)):
-        self.a, self.foot = np.array(profile, float), np.array(foot, float)
-        self.side = np.roll(self.a, -1, axis=0) - self.a
+        self.profile, self.foot = np.array(profile, float), np.array(foot, float)
+        self.side = np.roll(self.profile, -1, axis=0) - self.profile
         self.axis = np.array(axis, float) / np.linalg.norm(axis)
         across = np.cross(self.axis, np.eye(3)[np.abs(self.axis).argmin()])
         across /= np.linalg.norm(across)
         self.across = np.stack([across, np.cross(self.axis, across)])
-        radii = 2 * self.a[:, 0] + self.side[:, 0]
+        radii = 2 * self.profile[:, 0] + self.side[:, 0]
         self.areas = np.pi * radii * np.linalg.norm(self.side, axis=1)
         self.area = self.areas.sum()
 
     def distance(self, p):
+        """Signed distance (N,) of points (N,3), negative inside."""
         height = (p - self.foot) @ self.axis
         radius = np.linalg.norm(p - self.foot - height[:, None] * self.axis, axis=1)
         radius = np.maximum(radius, 1e-9)  # the axis itself is inside, too
-        (r, h), (dr, dh) = self.a.T, self.side.T  # (K,)
+        (r, h), (dr, dh) = self.profile.T, self.side.T  # (K,)
         x, y = radius[:, None] - r, height[:, None] - h  # (N, K)
         t = ((x * dr + y * dh) / (dr ** 2 + dh ** 2)).clip(0, 1)
         squared = ((x - t * dr) ** 2 + (y - t * dh) ** 2)[:, self.areas > 0].min(1)
@@ -253,19 +255,20 @@ class Lathe:
         return np.where(inside, -1, 1) * np.sqrt(squared)
 
     def surface(self, n, rng):
-        k, u = rng.choice(len(self.a), n, p=self.areas / self.area), rng.random(n)
-        start, step = self.a[k, 0], self.side[k, 0]
+        """n points uniform on the surface, (n,3)."""
+        k, u = rng.choice(len(self.profile), n, p=self.areas / self.area), rng.random(n)
+        start, step = self.profile[k, 0], self.side[k, 0]
         radius = np.sqrt(start ** 2 + u * ((start + step) ** 2 - start ** 2))
         sloped = np.abs(step) > 1e-9
         t = np.where(sloped, (radius - start) / np.where(sloped, step, 1), u)
         turn = 2 * np.pi * rng.random((n, 1))
-        height = (self.a[k, 1] + t * self.side[k, 1])[:, None]
+        height = (self.profile[k, 1] + t * self.side[k, 1])[:, None]
         around = np.cos(turn) * self.across[0] + np.sin(turn) * self.across[1]
         return self.foot + height * self.axis + radius[:, None] * around
 
 
 def rod(start, end, radius, end_radius=None):
-    """Round bar, or a cone cut off, between two points."""
+    """Round bar between two points, or a cone cut off where the radii at its ends differ."""
     length = np.linalg.norm(np.subtract(end, start))
     wide = radius if end_radius is None else end_radius
     return Lathe([(0, 0), (radius, 0), (wide, length), (0, length)], start,
@@ -273,14 +276,14 @@ def rod(start, end, radius, end_radius=None):
 
 
 def ring(centre, radius, thickness, axis=(0, 1, 0)):
-    """Torus (of 24 sides) round `axis`; thickness is that of the tube."""
+    """Torus round `axis`: a tube `thickness` wide (a polygon of 24 sides) at `radius`."""
     turn = np.arange(24) * np.pi / 12
     circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
     return Lathe(circle * thickness / 2 + (radius, 0), centre, axis)
 
 
 def toy_table(u, rng):
-    """Legs 1/25 to 1/21 of the box thick."""
+    """(parts, caption) of a table (u = rng.uniform); its legs are 1/25 to 1/21 of the box thick."""
     is_round, height, splay = rng.random() < 0.5, u(0.5, 0.8), u(0, 0.35)
     legs, reach, thick = int(rng.integers(3, 5)) if is_round else 4, u(0.55, 0.85), u(0.08, 0.095)
     depth, top = reach if is_round else u(0.5, 0.8), height - u(0.18, 0.26)
@@ -296,7 +299,7 @@ def toy_table(u, rng):
 
 
 def toy_lamp(u, rng):
-    """Its pole is 1/25 to 1/21 of the box thick."""
+    """(parts, caption) of a lamp; its pole is 1/25 to 1/21 of the box thick."""
     foot, wide, narrow, drop = u(0.3, 0.5), u(0.35, 0.6), u(0.12, 0.3), u(0.35, 0.6)
     lean, height, thick = u(-0.3, 0.3), u(0.7, 0.9), u(0.08, 0.095)
     parts = [rod((0, -height, 0), (0, -height + u(0.18, 0.26), 0), foot, 0.8 * foot),
@@ -307,7 +310,7 @@ def toy_lamp(u, rng):
 
 
 def toy_chair(u, rng):
-    """Every part 1/11 to 1/9 of the box thick."""
+    """(parts, caption) of a chair; all its parts are 1/11 to 1/9 of the box thick."""
     seat, half, back, deep = u(-0.15, 0.1), u(0.5, 0.65), u(0.75, 0.9), u(0.5, 0.65)
     thick, slats, arms = u(0.18, 0.22), rng.random() < 0.5, rng.random() < 0.5
     t = thick / 2
@@ -328,7 +331,7 @@ def toy_chair(u, rng):
 
 
 def toy_vase(u, rng):
-    """Hollow, open at the top, with up to two handles."""
+    """(parts, caption) of a vase: hollow, open at the top, with up to two handles."""
     height, belly, neck, lip = u(0.6, 0.9), u(0.42, 0.58), u(0.34, 0.42), u(0.36, 0.46)
     handles, wall = int(rng.integers(0, 3)), 0.2
     width = interpolate.PchipInterpolator([-1, u(-0.4, 0), 0.6, 1], [0.6 * belly, belly, neck, lip])
@@ -347,7 +350,7 @@ def toy_vase(u, rng):
 
 
 def toy_wheel(u, rng):
-    """A tyre, a hub and three to six spokes."""
+    """(parts, caption) of a wheel: a tyre, a hub and three to six spokes."""
     spokes, lying = int(rng.integers(3, 7)), rng.random() < 0.5
     radius, thick, hub, phase = u(0.65, 0.75), u(0.24, 0.32), u(0.22, 0.28), u(0, 2 * np.pi)
     x, y, axis = np.eye(3)[[0, 2, 1] if lying else [0, 1, 2]]
@@ -360,13 +363,11 @@ def toy_wheel(u, rng):
 
 TOY_FAMILIES = dict(table=toy_table, lamp=toy_lamp, chair=toy_chair, vase=toy_vase,
                     wheel=toy_wheel)
-
-
 TOY_SOLIDS = dict(train=(0, 5_000), test=(2 ** 30, 500))  # first seed, how many
 
 
 def toy_shape(seed):
-    """The solid of a seed: family (a key of TOY_FAMILIES), caption, parts."""
+    """The solid of a seed, with family (a key of TOY_FAMILIES), caption and parts."""
     rng = common.seeded('toy_shape', seed)
     family = list(TOY_FAMILIES)[rng.integers(len(TOY_FAMILIES))]
     parts, caption = TOY_FAMILIES[family](rng.uniform, rng)
@@ -374,7 +375,7 @@ def toy_shape(seed):
 
 
 def toy_distance(shape, points):
-    """Signed distance (N,) of points (N,3) in [-1, 1] to a toy solid: exact outside, < 0 inside."""
+    """Signed distance (N,) of points (N,3) to a toy solid: exact outside, negative inside."""
     return np.minimum.reduce([part.distance(points) for part in shape.parts])
 
 
@@ -1206,11 +1207,6 @@ def cifar10(name, root, selection, **options):
 
 # ---- mesh files ---------------------------------------------------------------------------------
 
-def fans(polygons):
-    """Polygons, lists of vertex numbers, as triangles that share each one's first corner."""
-    return [(p[0], b, c) for p in polygons for b, c in zip(p[1:], p[2:])]
-
-
 def read_obj(data):
     """Wavefront `v` and `f` lines; numbers count from 1, negative ones from the last vertex."""
     vertices, polygons = [], []
@@ -1221,116 +1217,129 @@ def read_obj(data):
         elif key == 'f':
             corners = [int(w.split('/')[0]) for w in words]
             polygons.append([c - 1 if c > 0 else len(vertices) + c for c in corners])
-    return vertices, fans(polygons)
+    return vertices, polygons
 
 
 def read_off(data):
     """OFF; the counts may stand on the header's line, and colours behind a vertex or a face."""
-    lines = [line.split('#')[0].strip() for line in data.decode('utf-8', 'replace').splitlines()]
-    header, _, text = '\n'.join(filter(None, lines)).partition('OFF')
-    if header not in ('', 'C', 'N', 'CN', 'ST'):
+    text = re.sub('#.*', '', data.decode('utf-8', 'replace'))
+    header = re.match(r'\s*(C|N|CN|ST)?OFF', text)
+    if not header:
         raise ValueError('no OFF header')
-    counts, *rows = text.strip().split('\n')
-    n, m = map(int, counts.split()[:2])
+    counts, *rows = filter(None, map(str.split, text[header.end():].splitlines()))
+    n, m = map(int, counts[:2])
     if len(rows) < n + m:
         raise ValueError('cut short')
-    polygons = [list(map(int, row.split()[:1 + int(row.split()[0])])) for row in rows[n:n + m]]
-    return [list(map(float, row.split()[:3])) for row in rows[:n]], fans(p[1:] for p in polygons)
+    polygons = [[int(w) for w in row[1:1 + int(row[0])]] for row in rows[n:n + m]]
+    return [[float(w) for w in row[:3]] for row in rows[:n]], polygons
+
+
+STL_ROW = np.dtype([('normal', '<f4', 3), ('corners', '<f4', (3, 3)), ('attribute', '<u2')])
 
 
 def read_stl(data):
     """STL, binary or text; corners at the same place become one vertex."""
     count = int.from_bytes(data[80:84], 'little')
-    if len(data) == 84 + 50 * count:  # text files, too, may begin with any 80 bytes
-        rows = np.frombuffer(data, np.dtype([('normal', '<f4', 3), ('corners', '<f4', (3, 3)),
-                                             ('attribute', '<u2')]), count, 84)
-        corners = rows['corners'].reshape(-1, 3)
+    if len(data) == 84 + count * STL_ROW.itemsize:  # text may begin with any 80 bytes, too
+        corners = np.frombuffer(data, STL_ROW, count, 84)['corners']
     elif data.lstrip().startswith(b'solid'):
-        found = re.findall(rb'vertex\s+(\S+)\s+(\S+)\s+(\S+)', data)
-        corners = np.array(found).astype(float).reshape(-1, 3)
+        corners = np.array(re.findall(rb'vertex\s+(\S+)\s+(\S+)\s+(\S+)', data)).astype(float)
     else:
         raise ValueError('neither a text STL nor a binary one of the length it states')
-    vertices, index = np.unique(corners, axis=0, return_inverse=True)
+    vertices, index = np.unique(corners.reshape(-1, 3), axis=0, return_inverse=True)
     return vertices, index.reshape(-1, 3)
 
 
-PLY_TYPES = {name: code for names, code in (
-    ('char int8', 'i1'), ('uchar uint8', 'u1'), ('short int16', 'i2'), ('ushort uint16', 'u2'),
-    ('int int32', 'i4'), ('uint uint32', 'u4'), ('float float32', 'f4'), ('double float64', 'f8'))
-    for name in names.split()}
+PLY_TYPES = dict(char='i1', int8='i1', uchar='u1', uint8='u1', short='i2', int16='i2',
+                 ushort='u2', uint16='u2', int='i4', int32='i4', uint='u4', uint32='u4',
+                 float='f4', float32='f4', double='f8', float64='f8')
 
 
 def ply_header(data):
-    """Format, [(element, count, [(property, type, type of its length or None)])], what follows."""
+    """Format, [(element, count, [(property, [types])])], and the bytes behind the header.
+
+    A property has one type, but a list two: that of its length and that of its values.
+    """
     head, found, body = data.partition(b'end_header')
-    lines = [line.split() for line in head.decode('ascii', 'replace').splitlines()]
-    if not found or lines[0] != ['ply']:
+    start, *parts = head.decode('ascii', 'replace').split('\nelement ')
+    form = re.match(r'(?sm)ply\s.*?^format (\S+)', start)
+    if not found or not form:
         raise ValueError('no PLY header')
-    form, elements = None, []
-    for key, *words in filter(None, lines[1:]):
-        if key == 'format':
-            form = words[0]
-        elif key == 'element':
-            elements.append((words[0], int(words[1]), []))
-        elif key == 'property':
-            types = [PLY_TYPES[w] for w in words[:-1] if w != 'list']
-            elements[-1][2].append((words[-1], types[-1], types[0] if len(types) > 1 else None))
-    return form, elements, body.partition(b'\n')[2]
+    elements = []
+    for part in parts:
+        (name, count), *lines = map(str.split, part.splitlines())
+        elements.append((name, int(count), [
+            (words[-1], [PLY_TYPES[w] for w in words[1:-1] if w != 'list'])
+            for words in lines if words[:1] == ['property']]))
+    return form[1], elements, body.partition(b'\n')[2]
+
+
+def ply_values(form, body):
+    """The function (type, count) -> list of the next `count` numbers of the body of a PLY file."""
+    if form == 'ascii':
+        words = iter(body.split())
+        return lambda kind, count: [float(next(words)) for _ in range(count)]
+    order, stream = dict(binary_little_endian='<', binary_big_endian='>')[form], io.BytesIO(body)
+
+    def take(kind, count):
+        kind = np.dtype(order + kind)
+        return np.frombuffer(stream.read(count * kind.itemsize), kind, count).tolist()
+    return take
 
 
 def read_ply(data):
     """PLY, text or binary of either byte order; only positions and faces are kept."""
     form, elements, body = ply_header(data)
-    if form == 'ascii':
-        words = iter(body.split())
+    take = ply_values(form, body)
+    rows = {element: [{name: take(kind, int(take(*length, 1)[0]) if length else 1)
+                       for name, (*length, kind) in properties} for _ in range(count)]
+            for element, count, properties in elements}
+    vertices = [[row[axis][0] for axis in 'xyz'] for row in rows['vertex']]
+    polygons = [row.get('vertex_indices') or row.get('vertex_index') or []
+                for row in rows.get('face', [])]
+    return vertices, polygons
 
-        def take(kind, count):
-            return [float(next(words)) for _ in range(count)]
-    else:
-        order, place = dict(binary_little_endian='<', binary_big_endian='>')[form], 0
 
-        def take(kind, count):
-            nonlocal place
-            values = np.frombuffer(body, order + kind, count, place)
-            place += values.nbytes
-            return values.tolist()
-    columns = dict(vertex={}, face={})
-    for element, count, properties in elements:
-        table = {name: [] for name, _, _ in properties}
-        for _ in range(count):
-            for name, kind, length in properties:
-                n = int(take(length, 1)[0]) if length else 1
-                table[name].append(take(kind, n))
-        columns[element] = table
-    vertices = np.hstack([columns['vertex'][axis] for axis in 'xyz'])
-    polygons = columns['face'].get('vertex_indices') or columns['face'].get('vertex_index') or []
-    return vertices, fans([int(k) for k in p] for p in polygons)
+def read_array(data):
+    """Points of an array (N, 3 or more), .npy or named `points` in an .npz; the rest is dropped."""
+    loaded = np.load(io.BytesIO(data))
+    points = loaded if isinstance(loaded, np.ndarray) else loaded['points']
+    return np.reshape(points[:, :3], (len(points), 3)), []
+
+
+def read_text(data):
+    """Points as text, a line each, that begins with three numbers."""
+    return np.loadtxt(io.BytesIO(data), usecols=(0, 1, 2), ndmin=2), []
 
 
 MESH_READERS = {'.obj': read_obj, '.off': read_off, '.ply': read_ply, '.stl': read_stl}
+CLOUD_READERS = {'.npz': read_array, '.npy': read_array, '.xyz': read_text, '.txt': read_text}
 
 
 def read_geometry(path):
-    """(vertices (V,3) float64, triangles (F,3) int64, maybe none) of a mesh file, as they stand.
+    """(vertices (V,3) float64, triangles (F,3) int64, maybe none) of a file of a mesh or of points.
 
     Polygons become fans; colours, normals and materials are passed over. ValueError, one line, for
     a file that cannot be read.
     """
-    path = Path(path)
-    if path.suffix.lower() not in MESH_READERS:
-        raise ValueError(f'{path}: not one of {" ".join(MESH_READERS)}')
+    path, readers = Path(path), MESH_READERS | CLOUD_READERS
+    suffix = path.suffix.lower()
+    if suffix not in readers:
+        raise ValueError(f'{path}: neither a mesh ({" ".join(MESH_READERS)}) nor points '
+                         f'({" ".join(CLOUD_READERS)})')
     data = path.read_bytes()
     try:
-        vertices, faces = MESH_READERS[path.suffix.lower()](data)
-        vertices = np.asarray(vertices, 'float64').reshape(-1, 3)
-        faces = np.asarray(faces, 'int64').reshape(-1, 3)
+        vertices, polygons = readers[suffix](data)
+        faces = [(p[0], b, c) for p in polygons for b, c in zip(p[1:], p[2:])]
+        return (np.asarray(vertices, 'float64').reshape(-1, 3),
+                np.asarray(faces, 'int64').reshape(-1, 3))
     except Exception as error:  # a file of some other kind may fail in any line of a reader
-        raise ValueError(f'{path}: not a readable mesh ({reason(error)})') from None
-    return vertices, faces
+        kind = 'mesh' if suffix in MESH_READERS else 'point cloud'
+        raise ValueError(f'{path}: not a readable {kind} ({reason(error)})') from None
 
 
 def finite_extent(points, path):
-    """The points (N,3), if they have a place and a size."""
+    """The points (N,3), if they have a place and a size; otherwise ValueError."""
     if not len(points) or not np.isfinite(points).all() or not np.ptp(points, axis=0).any():
         raise ValueError(f'{path}: no finite extent')
     return points
@@ -1350,71 +1359,52 @@ def read_mesh(path):
     return finite_extent(vertices[used], path), faces.reshape(-1, 3)
 
 
-CLOUD_SUFFIXES = ('.npz', '.npy', '.xyz', '.txt')
-
-
 def read_cloud(path, n, seed=0):
-    """n points (n,3) of a surface: of a mesh, or of a file of points, drawn from those there.
+    """n points (n,3) of a surface: of a mesh, or drawn from a file of points.
 
     Points: .npz with `points`, .npy, text with three numbers a line, or a mesh file without faces.
     """
-    path, rng = Path(path), common.seeded('cloud file', seed)
-    if not path.exists():
+    if not Path(path).exists():
         raise FileNotFoundError(f'{path}: no such file')
-    if path.suffix.lower() in MESH_READERS:
-        points, faces = read_geometry(path)
-        if len(faces):
-            return surface_points(*read_mesh(path), n, rng)[0]
-    elif path.suffix.lower() in CLOUD_SUFFIXES:
-        try:
-            if path.suffix.lower() in ('.xyz', '.txt'):
-                points = np.loadtxt(path, usecols=(0, 1, 2), ndmin=2)
-            else:
-                loaded = np.load(path)
-                points = loaded if isinstance(loaded, np.ndarray) else loaded['points']
-            points = np.asarray(points, 'float64')[:, :3].reshape(-1, 3)
-        except Exception as error:  # as for meshes
-            raise ValueError(f'{path}: not a readable point cloud ({reason(error)})') from None
-    else:
-        raise ValueError(f'{path}: neither a mesh ({" ".join(MESH_READERS)}) nor points '
-                         f'({" ".join(CLOUD_SUFFIXES)})')
+    rng = common.seeded('cloud file', seed)
+    points, faces = read_geometry(path)
+    if len(faces):
+        return surface_points(*read_mesh(path), n, rng)[0]
     points = finite_extent(points, path)
     return points[rng.choice(len(points), n, replace=len(points) < n)]
 
 
 def obj_bytes(vertices, faces, normals):
     """A mesh as the bytes of an .obj file."""
-    lines = ['v %.7g %.7g %.7g' % tuple(v) for v in vertices]
-    corner = '%d'
-    if normals is not None:
-        lines += ['vn %.5g %.5g %.5g' % tuple(v) for v in normals]
-        corner = '%d//%d'
-        faces = np.repeat(faces, 2, axis=1)
-    lines += [' '.join(['f', *[corner] * 3]) % tuple(f) for f in faces + 1]
-    return ('\n'.join(lines) + '\n').encode()
+    file = io.BytesIO()
+    np.savetxt(file, vertices, 'v %.7g %.7g %.7g')
+    if normals is None:
+        np.savetxt(file, faces + 1, 'f %d %d %d')
+    else:
+        np.savetxt(file, normals, 'vn %.5g %.5g %.5g')
+        np.savetxt(file, np.repeat(faces + 1, 2, axis=1), 'f %d//%d %d//%d %d//%d')
+    return file.getvalue()
 
 
 def ply_bytes(vertices, faces, normals):
     """A mesh as the bytes of a binary .ply file."""
+    columns = vertices if normals is None else np.hstack([vertices, normals])
+    names = ('x', 'y', 'z', 'nx', 'ny', 'nz')[:columns.shape[1]]
+    header = ['ply', 'format binary_little_endian 1.0', f'element vertex {len(vertices)}',
+              *(f'property float {name}' for name in names), f'element face {len(faces)}',
+              'property list uchar int vertex_indices', 'end_header\n']
     rows = np.empty(len(faces), np.dtype([('count', 'u1'), ('corners', '<i4', 3)]))
     rows['count'], rows['corners'] = 3, faces
-    names = ['x', 'y', 'z'] + ['nx', 'ny', 'nz'] * (normals is not None)
-    if normals is not None:
-        vertices = np.concatenate([vertices, normals], axis=1)
-    properties = ''.join(f'property float {name}\n' for name in names)
-    header = (f'ply\nformat binary_little_endian 1.0\nelement vertex {len(vertices)}\n{properties}'
-              f'element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n')
-    return header.encode() + vertices.astype('<f4').tobytes() + rows.tobytes()
+    return '\n'.join(header).encode() + columns.astype('<f4').tobytes() + rows.tobytes()
 
 
 def stl_bytes(vertices, faces, normals):
     """A mesh as the bytes of a binary .stl file, whose normals are those of the faces."""
-    corners = vertices[faces].astype('float32')
-    sides = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    rows = np.zeros(len(faces), np.dtype([('normal', '<f4', 3), ('corners', '<f4', (3, 3)),
-                                          ('attribute', '<u2')]))
-    rows['normal'] = sides / np.maximum(np.linalg.norm(sides, axis=1, keepdims=True), 1e-30)
-    rows['corners'] = corners
+    rows = np.zeros(len(faces), STL_ROW)
+    a, b, c = rows['corners'].transpose(1, 0, 2)
+    rows['corners'] = vertices[faces]
+    across = np.cross(b - a, c - a)
+    rows['normal'] = across / np.maximum(np.linalg.norm(across, axis=1, keepdims=True), 1e-30)
     return b'\0' * 80 + len(faces).to_bytes(4, 'little') + rows.tobytes()
 
 
@@ -1437,107 +1427,104 @@ def write_mesh(path, vertices, faces, normals=None):
 # ---- inside or outside a mesh -------------------------------------------------------------------
 
 def cells_of(points, size):
-    """Indices (2^d, m) of points (N,3) in cells of at most `size`, halved along the longest side.
+    """Indices (2^d, m) of points (N,3) in cells of at most `size`, and which of them are spare.
 
-    Cells 2k and 2k + 1 of one halving lie in cell k of the one before, so that they are a tree.
-    Where N is not a multiple of 2^d, some indices stand twice: which, `first` (2^d, m) says, False
-    for a repetition. Returns (indices, first).
+    All points are cut in two at the median of their longest side, then each half, and so on d
+    times: cell k becomes cells 2k and 2k + 1, a tree. For all cells to hold m indices, some points
+    stand in two of the 2^d m places; the second is called spare.
     """
     depth = max(0, math.ceil(math.log2(len(points) / size)))
-    total = 2 ** depth * math.ceil(len(points) / 2 ** depth)
-    index = (torch.arange(total) * len(points)) // total
-    first = torch.ones(total, dtype=torch.bool)
-    first[1:] = index[1:] != index[:-1]
-    index, first = index[None], first[None]
+    full = math.ceil(len(points) / 2 ** depth)
+    cells = torch.arange(2 ** depth * full)[None]           # N, N + 1, ...: points 0, 1, ... again
     for _ in range(depth):
-        p = points[index]  # (cells, m, 3)
-        axis = (p.amax(1) - p.amin(1)).argmax(1)
-        order = p.gather(2, axis[:, None, None].expand(-1, p.shape[1], 1))[..., 0].argsort(1)
-        index = index.gather(1, order).reshape(2 * len(index), -1)
-        first = first.gather(1, order).reshape(index.shape)
-    return index, first
+        p = points[cells % len(points)]                     # (cells, m, 3)
+        longest = (p.amax(1) - p.amin(1)).argmax(1)         # axis of each cell
+        along = p[torch.arange(len(p)), :, longest]         # (cells, m)
+        cells = cells.gather(1, along.argsort(1)).reshape(2 * len(cells), -1)
+    return cells % len(points), cells >= len(points)
 
 
 def solid_angles(a, b, c):
-    """Signed solid angles of triangles (corners (...,3)) at the origin; van Oosterom (1983)."""
+    """Signed solid angles W of triangles with corners a, b, c (...,3), seen from the origin.
+
+    tan(W / 2) = a . (b x c) / (|a||b||c| + a.b |c| + b.c |a| + c.a |b|), van Oosterom (1983).
+    """
     la, lb, lc = (x.norm(dim=-1) for x in (a, b, c))
     volume = (a * torch.linalg.cross(b, c)).sum(-1)
     rest = la * lb * lc + (a * b).sum(-1) * lc + (b * c).sum(-1) * la + (c * a).sum(-1) * lb
     return 2 * torch.atan2(volume, rest)
 
 
-class WindingNumber:
-    """w(q) = sum of the solid angles of all triangles seen from q, over 4 pi: 1 inside, 0 outside.
+def cluster_moments(triangles):
+    """Centre, radius, moments N (K,3), S (K,3,3), C (K,3,3,3) of clusters of triangles (K,m,3,3).
 
-    Fractional near holes (Jacobson et al., 2013). Clusters of triangles far from q count by the
-    first three terms of their expansion about the area centroid (Barill et al., 2018), near ones
-    triangle by triangle; `beta` is how many cluster radii are far.
+    N, S, C are the integrals of n_i, n_i x_j, n_i x_j x_l over the area, where n is the unit normal
+    and x the position relative to the centre, the centroid of the area.
     """
+    a, b, c = triangles.unbind(2)                           # (K, m, 3)
+    normals = torch.linalg.cross(b - a, c - a) / 2          # as long as the area is large
+    areas = normals.norm(dim=2, keepdim=True) + 1e-30       # not 0, even for points
+    middles = triangles.mean(2)
+    centre = (areas * middles).sum(1) / areas.sum(1)
+    middles, corners = middles - centre[:, None], triangles - centre[:, None, None]
+    radius = corners.norm(dim=3).flatten(1).amax(1)
+    squares = (9 * middles[..., None] * middles[..., None, :] + corners.mT @ corners) / 12
+    C = torch.einsum('kmi,kmjl->kijl', normals, squares)    # squares: mean x x^T of a triangle
+    return centre, radius, normals.sum(1), normals.mT @ middles, C
 
-    def __init__(self, vertices, faces, beta=2.0, leaf=8):
-        corners = torch.as_tensor(vertices, dtype=torch.float32)[torch.as_tensor(faces)]
-        index, first = cells_of(corners.mean(1), leaf)
-        self.corners = torch.where(first[..., None, None], corners[index],
-                                   corners[index].mean(2, keepdim=True))  # repetitions: no area
-        self.beta, self.levels = beta, []
-        for level in range(int(math.log2(len(index))) + 1):
-            self.levels.append(self.clusters(self.corners.reshape(2 ** level, -1, 3, 3)))
 
-    def clusters(self, corners):
-        """Centre, radius, and both moments of the normals of clusters (K,m,3,3)."""
-        a, b, c = corners.unbind(2)
-        normal = torch.linalg.cross(b - a, c - a) / 2  # length = area
-        area = normal.norm(dim=2, keepdim=True) + 1e-30
-        middle = corners.mean(2)
-        centre = (area * middle).sum(1) / area.sum(1)
-        radius = (corners - centre[:, None, None]).norm(dim=3).flatten(1).amax(1)
-        middle, corners = middle - centre[:, None], corners - centre[:, None, None]
-        square = (9 * middle[..., None] * middle[..., None, :] + corners.mT @ corners) / 12
-        spread = torch.einsum('kmi,kmj->kij', normal, middle)
-        second = torch.einsum('kmi,kmjl->kijl', normal, square)  # square: mean over a triangle
-        trace = 2 * torch.einsum('kiil->kl', second) + torch.einsum('kljj->kl', second)
-        return centre, radius, normal.sum(1), spread, second, trace
+def far_angles(r, N, S, C):
+    """Solid angles (K,m) of clusters with these moments, whose centres are seen at r (K,m,3).
 
-    @torch.no_grad()
-    def __call__(self, points, block=16, budget=2 ** 15):
-        """w at points (N,3), as (N,)."""
-        points = torch.as_tensor(points, dtype=torch.float32)
-        index, _ = cells_of(points, block)
-        blocks = points[index]  # (B, m, 3)
-        middle = (blocks.amax(1) + blocks.amin(1)) / 2
-        reach = (blocks - middle[:, None]).norm(dim=2).amax(1)
-        w = points.new_zeros(index.shape)
-        b, k = torch.arange(len(blocks)), torch.zeros(len(blocks), dtype=torch.long)
-        for depth, (centre, radius, *moments) in enumerate(self.levels):
-            far = (middle[b] - centre[k]).norm(dim=1) - reach[b] > self.beta * radius[k]
-            for i, j in self.pairs(b[far], k[far], budget // blocks.shape[1]):
-                w.index_add_(0, i, self.expansion(centre[j, None] - blocks[i], *(
-                    m[j] for m in moments)))
-            b, k = b[~far], k[~far]
-            if depth < len(self.levels) - 1:
-                b, k = b.repeat_interleave(2), (2 * k[:, None] + torch.arange(2)).flatten()
-        for i, j in self.pairs(b, k, budget // blocks.shape[1] // self.corners.shape[1]):
-            seen = self.corners[j, None] - blocks[i, :, None, None]  # (pairs, m, leaf, 3, 3)
-            w.index_add_(0, i, solid_angles(*seen.unbind(3)).sum(2))
-        result = torch.empty(len(points))
-        result[index] = w / (4 * math.pi)
-        return result
+    The first three terms of their Taylor expansion (Barill et al., 2018), with f_i = r_i / |r|^3:
+    sum_i N_i f_i + sum_ij S_ij df_i/dr_j + 1/2 sum_ijl C_ijl d2f_i/dr_j dr_l, where df_i/dr_j =
+    (delta_ij - 3 r_i r_j / |r|^2) / |r|^3. The last line takes |r|^3 out of all three.
+    """
+    squared = r.square().sum(2)
+    first = (r @ N[:, :, None]).squeeze(2)
+    trace = S.diagonal(dim1=1, dim2=2).sum(1)[:, None]
+    second = trace - 3 * (r @ S * r).sum(2) / squared
+    traces = 2 * torch.einsum('kiil->kl', C) + torch.einsum('klii->kl', C)
+    outer = (r[..., None] * r[..., None, :]).flatten(2)     # (K, m, 9)
+    cubic = (r * (outer @ C.flatten(2).mT)).sum(2)
+    third = 7.5 * cubic / squared - 1.5 * (r @ traces[:, :, None]).squeeze(2)
+    return (first + second + third / squared) / squared ** 1.5
 
-    @staticmethod
-    def pairs(b, k, size):
-        return zip(b.split(max(1, size)), k.split(max(1, size)))
 
-    @staticmethod
-    def expansion(r, normal, spread, second, trace):
-        """Solid angle of clusters at r (K,m,3): moments times derivatives of r / |r|^3."""
-        inverse = 1 / r.square().sum(2)
-        outer = (r[..., None] * r[..., None, :]).flatten(2)  # (K, m, 9)
-        cubic = (r * (outer @ second.flatten(2).mT)).sum(2)
-        first = spread.diagonal(dim1=1, dim2=2).sum(1)[:, None] - 3 * inverse * (
-            outer @ spread.flatten(1)[..., None])[..., 0]
-        linear = r @ torch.stack([normal, trace], dim=2)  # (K, m, 2)
-        return (linear[..., 0] + first - 1.5 * inverse * linear[..., 1]
-                + 7.5 * inverse ** 2 * cubic) * inverse * inverse.sqrt()
+@torch.no_grad()
+def winding_number(points, vertices, faces, beta=2.0, leaf=4, block=16, chunk=512):
+    """w (N,) of a mesh at points (N,3): 1 inside, 0 outside, between them near holes; error < 0.01.
+
+    w = sum of the solid angles of all triangles / 4 pi (Jacobson et al., 2013). Blocks of points
+    go down the tree of triangles: a cluster `beta` radii away or more counts as a whole, others by
+    their halves, and leaves triangle by triangle (Barill et al., 2018).
+    """
+    corners = torch.as_tensor(vertices, dtype=torch.float32)[torch.as_tensor(faces)]
+    cells, spare = cells_of(corners.mean(1), leaf)
+    leaves = corners[cells]                                 # (2^d, m, corner, 3)
+    leaves[spare] = leaves[spare].mean(1, keepdim=True)     # twice there, but one without area
+    points = torch.as_tensor(points, dtype=torch.float32)
+    order, _ = cells_of(points, block)
+    blocks = points[order]                                  # (B, n, 3)
+    middle = (blocks.amax(1) + blocks.amin(1)) / 2
+    reach = (blocks - middle[:, None]).norm(dim=2).amax(1)
+    angles = torch.zeros(order.shape)                       # (B, n)
+    pairs = torch.stack([torch.arange(len(blocks)), torch.zeros(len(blocks), dtype=torch.long)])
+    for level in range(int(math.log2(len(leaves)))):
+        centre, radius, *moments = cluster_moments(leaves.reshape(2 ** level, -1, 3, 3))
+        b, k = pairs                                        # a block and a cluster that it sees
+        far = (middle[b] - centre[k]).norm(dim=1) - reach[b] > beta * radius[k]
+        for b, k in pairs[:, far].split(chunk, dim=1):      # in chunks that stay in the cache
+            seen = centre[k, None] - blocks[b]              # (chunk, n, 3)
+            angles.index_add_(0, b, far_angles(seen, *(m[k] for m in moments)))
+        b, k = pairs[:, ~far]
+        pairs = torch.stack([b.repeat(2), torch.cat([2 * k, 2 * k + 1])])
+    for b, k in pairs.split(chunk, dim=1):
+        seen = leaves[k, None] - blocks[b, :, None, None]   # (chunk, n, m, corner, 3)
+        angles.index_add_(0, b, solid_angles(*seen.unbind(3)).sum(2))
+    w = torch.empty(len(points))
+    w[order] = angles / (4 * math.pi)
+    return w
 
 
 # ---- python data.py mesh: a folder of meshes -> the layout of Occupancy Networks -----------------
@@ -1565,35 +1552,38 @@ def surface_points(vertices, faces, n, rng):
 
 def save_npz(path, **arrays):
     """np.savez to `path`, complete or not at all."""
-    def write(temporary):
-        with open(temporary, 'wb') as file:
-            np.savez(file, **arrays)
-    common.replace(path, write)
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    common.replace(path, lambda temporary: temporary.write_bytes(file.getvalue()))
 
 
-def convert_mesh(path, folder, n, near, seed):
-    """Sample one mesh into FOLDER/{pointcloud,near,points}.npz unless they are there already.
+def sample_mesh(path, folder, n, near, seed):
+    """Write pointcloud.npz (n points), near.npz (`near`, if any) and points.npz (n) of one mesh.
 
-    Returns (share inside, share ambiguous) of n volume points. |w| decides, so that a mesh turned
-    inside out is the same solid. Occupancy is that of the positions as stored, in half precision.
+    |w| > 0.5 is inside, so that a mesh turned inside out is the same solid. Occupancies are those
+    of the positions as stored, in half precision.
     """
-    target = folder / 'points.npz'  # written last
-    if not target.exists():
-        vertices, faces = read_mesh(path)
-        vertices, loc, scale = unit_cube(vertices)
-        rng = common.seeded('mesh', seed, folder.name)
-        points, normals = surface_points(vertices, faces, n, rng)
-        volume = rng.uniform(-HALF_BOX, HALF_BOX, (n, 3)).astype('float16')
-        close = near_points(points[:near], HALF_BOX, rng).astype('float16')
-        w = WindingNumber(vertices, faces)(np.concatenate([volume, close]).astype('float32'))
-        (w, w_near), place = np.split(w.abs().numpy(), [n]), dict(loc=loc, scale=scale)
-        save_npz(folder / 'pointcloud.npz', points=points.astype('float16'),
-                 normals=normals.astype('float16'), **place)
-        if near:
-            save_npz(folder / 'near.npz', points=close, occupancies=np.packbits(w_near > 0.5))
-        save_npz(target, points=volume, occupancies=np.packbits(w > 0.5), **place,
-                 ambiguous=np.mean((w > 0.1) & (w < 0.9)))
-    with np.load(target) as stored:
+    vertices, faces = read_mesh(path)
+    vertices, loc, scale = unit_cube(vertices)
+    rng = common.seeded('mesh', seed, folder.name)
+    points, normals = surface_points(vertices, faces, n, rng)
+    volume = rng.uniform(-HALF_BOX, HALF_BOX, (n, 3)).astype('float16')
+    close = near_points(points[:near], HALF_BOX, rng).astype('float16')
+    w = winding_number(np.concatenate([volume, close]).astype('float32'), vertices, faces)
+    w, w_near = np.split(w.abs().numpy(), [n])
+    save_npz(folder / 'pointcloud.npz', points=points.astype('float16'),
+             normals=normals.astype('float16'), loc=loc, scale=scale)
+    if near:
+        save_npz(folder / 'near.npz', points=close, occupancies=np.packbits(w_near > 0.5))
+    save_npz(folder / 'points.npz', points=volume, occupancies=np.packbits(w > 0.5), loc=loc,
+             scale=scale, ambiguous=np.mean((w > 0.1) & (w < 0.9)))  # last: the others are there
+
+
+def convert_mesh(path, folder, *options):
+    """(share inside, share ambiguous) of the volume points of a mesh, sampled if it is not yet."""
+    if not (folder / 'points.npz').exists():
+        sample_mesh(path, folder, *options)
+    with np.load(folder / 'points.npz') as stored:
         inside = np.unpackbits(stored['occupancies'])[:len(stored['points'])]
         return inside.mean(), float(stored['ambiguous'])
 
@@ -1634,24 +1624,25 @@ def find_meshes(root, classes):
 
 
 def doubt(inside, ambiguous):
-    """Why a mesh is a doubtful solid, or ''."""
+    """Why a mesh with these shares of its points is a doubtful solid, or ''."""
     if ambiguous > AMBIGUOUS:
         return f'{ambiguous:.1%} of the points neither in nor out: holes, or faces turned both ways'
     return f'{inside:.2%} of the box inside: hardly a solid' if inside < HOLLOW else ''
 
 
 def write_lists(out, keys, args):
-    """{train,val,test}.lst in each class folder, and metadata.yaml (its JSON subset)."""
+    """{side: how many}; writes {train,val,test}.lst of each class and metadata.yaml, as JSON."""
     first = divide(['/'.join(k) for k in keys], args.split, args.group, args.seed)
     second = divide(first['train'], args.split, args.group, args.seed + 1)
     sides = dict(train=second['train'], val=second['test'], test=first['test'])
-    for group in {g for g, _ in keys}:
+    groups = sorted({group for group, _ in keys})
+    for group in groups:
         for side, members in sides.items():
-            ids = [n.split('/', 1)[1] for n in members if n.split('/', 1)[0] == group]
+            ids = [n.removeprefix(f'{group}/') for n in members if n.startswith(f'{group}/')]
             text = ''.join(f'{i}\n' for i in ids)
             common.replace(out / group / f'{side}.lst', lambda t, text=text: t.write_text(text))
-    about = {g: dict(id=g, name=g) for g in sorted({g for g, _ in keys})}
-    common.replace(out / 'metadata.yaml', lambda t: t.write_text(json.dumps(about, indent=1)))
+    text = json.dumps({g: dict(id=g, name=g) for g in groups}, indent=1)
+    common.replace(out / 'metadata.yaml', lambda t: t.write_text(text))
     return {side: len(members) for side, members in sides.items()}
 
 
@@ -1659,25 +1650,25 @@ def mesh(args):
     """What `python data.py mesh` does; a second call goes on where the first one was stopped."""
     common.require(args.near <= 1, f'--near {args.near}: a share, from 0 to 1')
     found, out = find_meshes(args.folder, read_classes(args.classes)), Path(args.out)
+    near = round(args.near * args.points)
 
     def convert(key):
         try:
-            return convert_mesh(found[key], out.joinpath(*key), args.points,
-                                round(args.near * args.points), args.seed)
+            return convert_mesh(found[key], out.joinpath(*key), args.points, near, args.seed)
         except ValueError as error:
             return str(error)
     common.keep_freed_memory()
     workers = torch.get_num_threads()
     torch.set_num_threads(1)  # the products are small: a mesh a core beats all cores on each mesh
-    rows = dict(zip(found, threaded(convert, list(found), 'sampling meshes', workers)))
+    results = dict(zip(found, threaded(convert, list(found), 'sampling meshes', workers)))
     torch.set_num_threads(workers)
-    bad = {k: r for k, r in rows.items() if isinstance(r, str)}
-    doubts = {k: doubt(*r) for k, r in rows.items() if k not in bad and doubt(*r)}
+    bad = {k: r for k, r in results.items() if isinstance(r, str)}
+    doubts = {k: doubt(*r) for k, r in results.items() if k not in bad and doubt(*r)}
     for key, why in (bad | doubts).items():
         print(f'{"/".join(key)}: {why}')
-    keys = [k for k in rows if k not in bad and (args.keep or k not in doubts)]
-    if not keys or len(bad) >= 3 and len(bad) > len(rows) / 100:
-        raise ValueError(f'{args.folder}: {len(bad)} of {len(rows)} meshes cannot be read, '
+    keys = [k for k in results if k not in bad and (args.keep or k not in doubts)]
+    if not keys or len(bad) >= 3 and len(bad) > len(results) / 100:
+        raise ValueError(f'{args.folder}: {len(bad)} of {len(results)} meshes cannot be read, '
                          f'{len(doubts)} are doubtful: mend or remove them, or try --keep')
     counts = write_lists(out, keys, args)
     sides = ', '.join(f'{n} {side}' for side, n in counts.items())

@@ -1,11 +1,12 @@
-"""Data -> features, and the convolutional blocks every network here is made of.
+"""Data -> features, and the convolutional blocks of which the networks are made.
 
-The blocks follow DDPM (Ho et al., 2020) and its latent-diffusion descendants: group norm, SiLU,
-3x3 convolution, twice. `ConvEncoder` maps a picture, or any plane of features, to the moments of
-q(z|x), Section 3.1 of the paper; it has no skip connections into the decoder. `LocalPoolPointNet`
-(Convolutional Occupancy Networks, Peng et al., 2020) makes such planes of a point cloud. Texts
-become features for cross-attention: CLIP's (Radford et al., 2021) from its published files, what an
-.npz holds, or those of a small transformer over bytes that is trained along.
+The blocks follow DDPM (Ho et al., 2020) and latent diffusion (Rombach et al., 2022): group norm,
+SiLU and 3x3 convolution, twice. `ConvEncoder` makes of a picture, or of any plane of features, the
+features from which mean and variance of q(z|x) come (Section 3.2, Appendix A); nothing skips from
+it into the decoder. `LocalPoolPointNet` (Convolutional Occupancy Networks, Peng et al., 2020)
+makes planes of features of a point cloud. Texts become features for cross-attention: those of CLIP
+(Radford et al., 2021) from its published files, those stored in an .npz, or those of a small
+transformer over bytes that is trained with the diffusion model.
 """
 import gzip
 import html
@@ -22,9 +23,9 @@ from common import read_tensors, require
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in the precision of its weights, float32 also under autocast.
+    """Group norm in the precision of its weights: in float32 also under autocast.
 
-    (On CPU the backward pass in bfloat16 over groups of few channels is many times slower.)
+    On CPU the backward pass in bfloat16, over groups of few channels, is many times slower.
     """
 
     def forward(self, x):
@@ -32,9 +33,9 @@ class GroupNorm(nn.GroupNorm):
 
 
 def norm(channels):
-    """GroupNorm in 32 groups, or in fewer where a narrow layer would have under 4 channels in one.
+    """GroupNorm in 32 groups; in 16, 8, .. where that is needed for groups of at least 4 channels.
 
-    (On CPU the backward pass over channels-last groups of a single channel is also 3x slower.)
+    On CPU the backward pass over groups of a single channel takes three times as long.
     """
     groups = math.gcd(32, channels)
     while groups > 1 and channels < 4 * groups:
@@ -43,12 +44,12 @@ def norm(channels):
 
 
 def conv3x3(in_channels, out_channels, stride=1):
-    """3x3 convolution that keeps the size at stride 1."""
+    """3x3 convolution; at stride 1 it keeps the size, at others it does not pad."""
     return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1 if stride == 1 else 0)
 
 
 def zeroed(layer):
-    """The layer with all parameters zero, so that a residual branch starts as the identity."""
+    """The layer, with all parameters set to 0, so that a residual block starts as the identity."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
@@ -57,8 +58,8 @@ def zeroed(layer):
 class ResBlock(nn.Module):
     """x + conv(SiLU(norm(conv(SiLU(norm(x))) + emb))), (B,C,H,W) -> (B,out_channels,H,W).
 
-    With `emb_channels`, a vector (B, emb_channels) such as the time embedding is added between the
-    convolutions and the second one starts at zero, as in DDPM's U-Net.
+    With `emb_channels`, a linear map of SiLU(emb) is added between the convolutions, where emb
+    (B, emb_channels) is the time embedding, and the second one starts at zero, as in DDPM's U-Net.
     """
 
     def __init__(self, in_channels, out_channels, emb_channels=0):
@@ -68,9 +69,8 @@ class ResBlock(nn.Module):
         self.emb = nn.Linear(emb_channels, out_channels) if emb_channels else None
         if emb_channels:
             zeroed(self.conv2)
-        self.skip = nn.Identity()
-        if in_channels != out_channels:
-            self.skip = nn.Conv2d(in_channels, out_channels, 1)
+        self.skip = (nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels
+                     else nn.Identity())
 
     def forward(self, x, emb=None):
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
@@ -81,10 +81,10 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + project(attention(norm(x))) over N tokens, x (B,C,N) -> (B,C,N).
+    """x + linear(attention(norm(x))) over N tokens, x (B,C,N) -> (B,C,N).
 
-    Queries come from x; keys and values from `context` (B,M,context_channels) where the layer was
-    built with `context_channels`, else from x as well.
+    A layer built with `context_channels` attends to `context` (B,M,context_channels), which gives
+    the keys and values, any other layer to x itself. `zero_init` makes it start as the identity.
     """
 
     def __init__(self, channels, heads=1, context_channels=0, zero_init=False):
@@ -116,8 +116,8 @@ class PlaneAttention(Attention):
 class Downsample(nn.Module):
     """3x3 convolution of stride 2: (B,C,H,W) -> (B,C,ceil(H/2),ceil(W/2)).
 
-    Pads right and bottom by one as the LDM autoencoder does; odd sizes get a row on the left and
-    top as well, so that no pixel is lost and even a single row survives.
+    Pads by one on the right and at the bottom, as latent diffusion's autoencoder does; along an odd
+    size also on the left or at the top, so that the last row or column is not lost.
     """
 
     def __init__(self, channels):
@@ -129,7 +129,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour to `size`, twice the input if not given, then a 3x3 convolution."""
+    """Nearest-neighbour copy (B,C,*size), by default of twice the size, then a 3x3 convolution."""
 
     def __init__(self, channels):
         super().__init__()
@@ -141,11 +141,11 @@ class Upsample(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Plane (B,in_channels,H,W) -> (B,2*z_channels,h,w), h = H / 2^(levels-1) rounded up.
+    """Plane (B,in_channels,H,W) -> (B,2*z_channels,h,w), where h = H / 2^(levels-1) rounded up.
 
-    LDM-style: stem, `num_res_blocks` ResBlocks a level with a stride-2 convolution between levels,
-    then ResBlock, single-head attention, ResBlock, and a 3x3 head. A 1x1 convolution, one for each
-    plane of a tri-plane, makes mean and log variance of it.
+    As in latent diffusion: a 3x3 convolution; for each mult of `ch_mult`, a level of
+    `num_res_blocks` ResBlocks of width ch * mult, with `Downsample` between levels; then ResBlock,
+    attention, ResBlock and a 3x3 convolution. The VAE makes mean and log variance of the result.
     """
 
     def __init__(self, in_channels, ch, ch_mult, num_res_blocks, z_channels):
@@ -168,10 +168,10 @@ class ConvEncoder(nn.Module):
 # ---- point clouds ------------------------------------------------------------------------------
 
 def cells_of_points(points, axes, resolution):
-    """Which of the R x R cells of a plane each point (B,N,D) in [-1,1]^D falls into: (B*N,).
+    """In which of the R x R cells of a plane each point (B,N,D) in [-1,1]^D lies, R = resolution.
 
-    axes = (coordinate along the width, along the height); cells are counted row by row, item after
-    item, so that one number names a cell of the whole batch.
+    Returns (B*N,) numbers from 0 to B*R*R - 1: cells are counted row by row, item after item. axes
+    = (coordinate along the width, along the height). Points outside count to the nearest cell.
     """
     cell = ((points[..., list(axes)] + 1) * (resolution / 2)).long().clamp(0, resolution - 1)
     item = torch.arange(len(points), device=points.device)[:, None]
@@ -179,19 +179,19 @@ def cells_of_points(points, axes, resolution):
 
 
 def place_in_cell(points, resolution):
-    """Offset of points (...,D) from the centre of their cell, in half cells: -1 to 1 inside."""
+    """Places of points (...,D) in their cells, (...,D): 0 at the centre, -1 and 1 at the sides."""
     place = (points + 1) * (resolution / 2)
     return 2 * (place - place.floor().clamp(0, resolution - 1)) - 1
 
 
 def pool_cells(features, cell, count, reduce):
-    """'amax' or 'mean' of features (M,C) in each of `count` cells, 0 in empty ones: (count,C)."""
+    """Maximum ('amax') or 'mean' of features (M,C) by cell (M,): (count,C), 0 for empty cells."""
     return features.new_zeros(count, features.shape[1]).scatter_reduce(
         0, cell[:, None].expand_as(features), features, reduce, include_self=False)
 
 
 class PointBlock(nn.Module):
-    """skip(x) + fc1(relu(fc0(relu(x)))) on the last axis; fc1 starts at zero."""
+    """skip(x) + fc1(relu(fc0(relu(x)))), (...,in) -> (...,out); fc1's weights start at zero."""
 
     def __init__(self, in_features, out_features):
         super().__init__()
@@ -207,36 +207,38 @@ class PointBlock(nn.Module):
 class LocalPoolPointNet(nn.Module):
     """Point cloud (B,N,3 or more) -> features on planes, name -> (B,out_channels,R,R).
 
-    Positions, the first three columns, lie in [-1,1]; further ones are features such as colour.
-    `planes` maps names to (coordinate along the width, along the height). Between its `blocks`
-    blocks, a point gets, beside its own `hidden` features, their maxima over the points in its cell
-    of each plane, summed over the planes. The result is the mean over each cell, 0 in empty ones.
-    Any N; the order of the points does not matter. With `local`, a point is also told where in its
-    cell it lies, which is all that the translation-equivariant layers after it can use.
+    The first three columns are positions in [-1,1], others are features such as colour. `planes`
+    maps names to (coordinate along the width, along the height) of planes of R = `resolution`
+    cells a side. Each of the `blocks` blocks but the first reads a point's `hidden` features and,
+    for its neighbourhood, their maximum over the points in its cell of each plane, summed over the
+    planes. The result is the mean over the points of each cell, 0 in empty cells.
+
+    N may be any number, and the order of the points does not matter. With `local`, points are also
+    given their place in their cell, which convolutions after this network cannot know otherwise.
     """
 
     def __init__(self, planes, in_features, resolution, hidden=32, blocks=5, out_channels=32,
                  local=False):
         super().__init__()
         self.planes, self.resolution, self.local = planes, resolution, local
-        self.enter = nn.Linear(in_features + 3 * local, 2 * hidden)
+        self.proj_in = nn.Linear(in_features + 3 * local, 2 * hidden)
         self.blocks = nn.ModuleList(PointBlock(2 * hidden, hidden) for _ in range(blocks))
-        self.leave = nn.Linear(hidden, out_channels)
+        self.proj_out = nn.Linear(hidden, out_channels)
 
     def forward(self, points):
         batch, R = len(points), self.resolution
         cells = {name: cells_of_points(points, axes, R) for name, axes in self.planes.items()}
         if self.local:
             points = torch.cat([points, place_in_cell(points[..., :3], R)], dim=2)
-        with torch.autocast(points.device.type, enabled=False):  # bfloat16 has 8 bits for a place
-            h = self.enter(points.flatten(0, 1))  # (B*N, 2*hidden)
+        with torch.autocast(points.device.type, enabled=False):  # bfloat16 blurs places
+            h = self.proj_in(points.flatten(0, 1))  # (B*N, 2*hidden)
         for i, block in enumerate(self.blocks):
             if i > 0:
                 pooled = [pool_cells(h, c, batch * R * R, 'amax').index_select(0, c)
                           for c in cells.values()]
                 h = torch.cat([h, sum(pooled)], dim=1)
             h = block(h)
-        h = self.leave(h).float()  # bfloat16 cannot count beyond 256
+        h = self.proj_out(h).float()  # bfloat16 cannot count beyond 256
         return {name: pool_cells(h, c, batch * R * R, 'mean').view(batch, R, R, -1).permute(
             0, 3, 1, 2) for name, c in cells.items()}
 
@@ -244,7 +246,7 @@ class LocalPoolPointNet(nn.Module):
 # ---- text --------------------------------------------------------------------------------------
 
 class TextBlock(nn.Module):
-    """Pre-norm transformer block with CLIP's names and its QuickGELU, x sigmoid(1.702 x)."""
+    """Pre-norm transformer block (B,N,width) with CLIP's names and its GELU, x sigmoid(1.702 x)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -261,9 +263,9 @@ class TextBlock(nn.Module):
 
 
 class ByteText(nn.Module):
-    """Texts as bytes -> features: a small transformer, trained with the diffusion model.
+    """A small transformer over the bytes of texts, trained with the diffusion model.
 
-    forward(tokens (B,length) from `tokenise`) -> (B,length,width). No weights are needed.
+    forward(tokens (B,length) from `tokenise`) -> features (B,length,width).
     """
 
     def __init__(self, width=128, layers=3, heads=4, length=96):
@@ -274,7 +276,7 @@ class ByteText(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def tokenise(self, texts):
-        """UTF-8 bytes + 1, cut or filled up with 0: (B,length), integers."""
+        """Tokens (B,length) of a list of texts: UTF-8 bytes + 1, cut or filled up with 0."""
         tokens = torch.zeros(len(texts), len(self.position), dtype=torch.long)
         for row, text in zip(tokens, texts):
             data = torch.tensor(list(text.encode()[:len(row)]), dtype=torch.long) + 1
@@ -289,10 +291,10 @@ class ByteText(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """CLIP's text tower with OpenAI's names: tokens (B,77) -> last hidden states (B,77,width).
+    """CLIP's text encoder, with OpenAI's names: tokens (B,77) -> last hidden states (B,77,width).
 
-    Causal, positions learned, a final layer norm (what latent diffusion conditions on). `pooled`
-    gives the sentence's place in the space shared with pictures, (B,embed).
+    These states, after the final layer norm, are what latent diffusion conditions on. `pooled` maps
+    a text to the space that CLIP shares with pictures, (B,embed).
     """
 
     def __init__(self, width=512, layers=12, heads=8, length=77, vocabulary=49408, embed=512):
@@ -313,7 +315,7 @@ class CLIPText(nn.Module):
         return self.ln_final(x)
 
     def pooled(self, tokens):
-        """The state at the end token, which has the largest number, projected: (B,embed)."""
+        """The projected state (B,embed) at the end token, the token with the largest number."""
         ends = tokens.argmax(1)
         return self(tokens)[torch.arange(len(tokens)), ends] @ self.text_projection
 
@@ -329,30 +331,32 @@ HF_NAMES = [('text_model.', ''), ('vision_model.', 'visual.'),
 
 
 def from_hugging_face(state):
-    """Hugging Face's names and layout of CLIP -> OpenAI's; other names stay as they are."""
+    """CLIP's weights, name -> tensor, from Hugging Face's names and layout to OpenAI's."""
     renamed = {}
     for key, value in state.items():
+        if key.endswith('position_ids'):
+            continue
         if key in ('text_projection.weight', 'visual_projection.weight'):
             key, value = key.replace('visual_projection', 'visual.proj')[:-7], value.T
-        elif not key.endswith('position_ids'):
+        else:
             for old, new in HF_NAMES:
                 key = key.replace(old, new)
         renamed[key] = value
     for key in [k for k in renamed if '.q_proj.' in k]:
         parts = [renamed.pop(key.replace('q_proj', f'{part}_proj')) for part in 'qkv']
         renamed[key.replace('q_proj.', 'in_proj_')] = torch.cat(parts)
-    return {k: v for k, v in renamed.items() if not k.endswith('position_ids')}
+    return renamed
 
 
 def layers_of(state, prefix):
-    """How many blocks a transformer has whose names begin with `prefix`."""
+    """The number of blocks of a transformer whose names in the state dict begin with `prefix`."""
     return len({k.removeprefix(prefix).split('.')[0] for k in state if k.startswith(prefix)})
 
 
 def clip_text(state, path):
-    """CLIPText filled from the tensors of a CLIP file, OpenAI's or Hugging Face's.
+    """Frozen CLIPText with the weights of a CLIP file, OpenAI's or Hugging Face's.
 
-    Heads have 64 channels. ValueError if something is missing or has another shape.
+    `state` holds the tensors, `path` is for the ValueError if one is missing or has another shape.
     """
     try:
         if any(k.startswith('text_model.') for k in state):
@@ -373,7 +377,7 @@ def clip_text(state, path):
 
 
 def byte_symbols():
-    """The printable character that stands for each byte, by byte, and CLIP's order of them."""
+    """The printable character that stands for each byte, as a dict, and their order in CLIP."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     symbols = {b: chr(b) for b in printable} | {b: chr(256 + k) for k, b in enumerate(others)}
@@ -381,16 +385,18 @@ def byte_symbols():
 
 
 class BPETokenizer:
-    """CLIP's byte-pair encoding, from bpe_simple_vocab_16e6.txt.gz or Hugging Face's merges.txt."""
+    """CLIP's byte-pair encoding: list of B texts -> tokens (B,length).
+
+    `path` is bpe_simple_vocab_16e6.txt.gz or Hugging Face's merges.txt; ValueError for other files.
+    """
 
     pattern = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
 
     def __init__(self, path, length=77):
         path = Path(path)
         try:
-            opened = gzip.open(path, 'rt', encoding='utf-8') if path.suffix == '.gz' else \
-                open(path, encoding='utf-8')
-            with opened as file:
+            opener = gzip.open if path.suffix == '.gz' else open
+            with opener(path, 'rt', encoding='utf-8') as file:
                 merges = [tuple(line.split()) for line in file.read().splitlines()[1:48895]]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f'{path}: not the merges of a BPE vocabulary ({error})') from None
@@ -403,7 +409,10 @@ class BPETokenizer:
         self.start, self.end = len(words), len(words) + 1
 
     def merge(self, word):
-        """Numbers of the tokens of one word (of byte symbols)."""
+        """Numbers of the tokens of one word, given as the symbols of its bytes.
+
+        Again and again, the pair of neighbours with the lowest rank is joined wherever it occurs.
+        """
         parts = [*word[:-1], word[-1] + '</w>']
         while len(parts) > 1:
             pairs = list(zip(parts, parts[1:]))
@@ -419,7 +428,7 @@ class BPETokenizer:
         return [self.number[p] for p in parts]
 
     def encode(self, text):
-        """Numbers of a text's tokens, without start and end."""
+        """Numbers of the tokens of a text, without those of start and end."""
         text = ' '.join(html.unescape(html.unescape(text)).split()).lower()
         numbers = []
         for word in self.pattern.findall(text):
@@ -429,7 +438,7 @@ class BPETokenizer:
         return numbers
 
     def __call__(self, texts):
-        """(B,77) with start and end; what is too long is cut, what is short filled with 0."""
+        """Tokens (B,length) with start and end; texts are cut or filled up with 0."""
         tokens = torch.zeros(len(texts), self.length, dtype=torch.long)
         for row, text in zip(tokens, texts):
             numbers = [self.start, *self.encode(text)[:self.length - 2], self.end]
@@ -438,15 +447,18 @@ class BPETokenizer:
 
 
 class CLIPReader:
-    """Texts -> last hidden states of a frozen CLIP text tower, (B,77,channels)."""
+    """Reader that gives the last hidden states (B,77,channels) of CLIP's frozen text encoder.
+
+    `path` is CLIP's file, or a folder with it, beside its vocabulary; ValueError without them.
+    """
 
     def __init__(self, path, device='cpu'):
         path = Path(path)
-        files = [path] if path.is_file() else [p for name in (
-            'ViT-L-14.pt', 'ViT-B-32.pt', 'model.safetensors', 'pytorch_model.bin', '*.pt')
-            for p in sorted(path.glob(name))]
-        wanted = 'wanted: OpenAI\'s ViT-L-14.pt or ViT-B-32.pt, or Hugging Face\'s ' \
-            'model.safetensors or pytorch_model.bin of CLIP'
+        names = 'ViT-L-14.pt', 'ViT-B-32.pt', 'model.safetensors', 'pytorch_model.bin', '*.pt'
+        files = [path] if path.is_file() else [p for name in names
+                                               for p in sorted(path.glob(name))]
+        wanted = ("wanted: OpenAI's ViT-L-14.pt or ViT-B-32.pt, or Hugging Face's "
+                  'model.safetensors or pytorch_model.bin of CLIP')
         require(files, f'{path}: no weights there; {wanted}')
         folder = files[0].parent
         merges = [p for p in (folder / 'bpe_simple_vocab_16e6.txt.gz', folder / 'merges.txt')
@@ -463,9 +475,9 @@ class CLIPReader:
 
 
 class StoredReader:
-    """Texts -> the features that an .npz holds: `texts` (N,) and `features` (N,tokens,channels).
+    """Reader of an .npz of `texts` (N,) and their `features` (N,M,channels): gives (B,M,channels).
 
-    '' must be among the texts: it stands for no condition.
+    '' must be among the texts: it stands for no condition. ValueError for other files and texts.
     """
 
     def __init__(self, path, device='cpu'):
@@ -475,7 +487,7 @@ class StoredReader:
         except Exception as error:  # half a dozen types; all mean the same to a user
             raise ValueError(f'{path}: not an .npz of texts and features ({error})') from None
         require(features.ndim == 3 and len(features) == len(texts) and '' in texts,
-                f'{path}: needs texts (N,) with \'\' among them and features '
+                f"{path}: needs texts (N,) with '' among them and features "
                 f'(N,tokens,channels); has {len(texts)} and {features.shape}')
         self.row, self.path = {t: k for k, t in enumerate(texts)}, path
         self.features, self.device = torch.from_numpy(features), device  # as stored: maybe large
@@ -489,7 +501,7 @@ class StoredReader:
 
 
 class ByteReader:
-    """Texts -> tokens for a model's own `ByteText`."""
+    """Reader that gives the tokens (B,length) which a model's own `ByteText` reads."""
 
     def __init__(self, device='cpu'):
         network = ByteText()
@@ -501,9 +513,10 @@ class ByteReader:
 
 
 def text_reader(text, device='cpu'):
-    """What turns texts into a condition: `text` is 'bytes', an .npz, or CLIP's file or folder.
+    """What turns a list of B texts into a condition (B,...): a reader, by the value of --text.
 
-    A reader maps a list of B texts to (B, ...) and has `channels`, the width of the features.
+    `text` is 'bytes', an .npz or CLIP's file or folder; ValueError for others. The attribute
+    `channels` of a reader is the width of the features that the diffusion model gets.
     """
     if text == 'bytes':
         return ByteReader(device)

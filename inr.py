@@ -1,15 +1,15 @@
 """The continuous function: planes and coordinates, bilinear read-out, the CFC MLP, surfaces.
 
-    p^i = gamma(c; Xi^i)                    bilinear look-up of basis field i at coordinate c
-    h = Block_1(p^1);  h = Block_i([h; p^i])  coarse-to-fine conditioning (CFC), Section 3.2
+    p^i = gamma(c; Xi^i)                      bilinear look-up of basis field i at c, Section 3.1
+    h = Block_1(p^1);  h = Block_i([h; p^i])  coarse-to-fine conditioning (CFC), Section 3.1
     phi_ij(s) = phi_ij A(s)_j / sqrt(sum_k (phi_ik A(s)_k)^2 + eps)       scale injection, Eq. 13
 
-Coordinates lie in [-1, 1], order (x, y[, z or t]), at cell centres; fields are read with
-`align_corners=False` and border padding. Nothing else in the project knows about axes.
+Coordinates lie in [-1, 1], in the order (x, y[, z or t]). A field of n cells along an axis holds
+its values at the cells' centres; beyond the last centre it is constant (`align_corners=False` and
+border padding). Other modules take from `PLANES` which coordinates a plane has.
 """
 import copy
 import functools
-import itertools
 import math
 from functools import partial
 
@@ -28,19 +28,19 @@ PLANES = {
 
 # ---- planes and coordinates ------------------------------------------------------------------
 
-def plane_sizes(domain, extent):
-    """Plane name -> (H, W) for a latent of `extent` cells along each coordinate (X, Y, ...)."""
-    return {name: (extent[v], extent[u]) for name, (u, v) in PLANES[domain].items()}
+def plane_sizes(domain, cells):
+    """Plane name -> (H, W); `cells` has the number of cells along each coordinate, x first."""
+    return {name: (cells[v], cells[u]) for name, (u, v) in PLANES[domain].items()}
 
 
 def pack(planes):
-    """Dict of planes (B,C,H,W) -> one tensor (B,C,L), L = sum of H*W; a view for one plane."""
+    """Dict of planes (B,C,H,W) -> one tensor (B,C,L), L = sum of H*W, in the dict's order."""
     flat = [p.flatten(2) for p in planes.values()]
     return flat[0] if len(flat) == 1 else torch.cat(flat, dim=2)
 
 
 def unpack(z, sizes):
-    """Inverse of `pack`: (B,C,L) and name -> (H, W) give views (B,C,H,W), same order."""
+    """Inverse of `pack`: (B,C,L) -> dict of planes (B,C,H,W). ValueError if `sizes` do not fit."""
     lengths = [h * w for h, w in sizes.values()]
     if z.shape[2] != sum(lengths):
         raise ValueError(f'latent of length {z.shape[2]} does not fill planes {sizes}')
@@ -49,10 +49,11 @@ def unpack(z, sizes):
 
 
 def make_grid(*size, box=None, device=None):
-    """Cell centres of a regular grid, (*size, D), last axis in order (x, y[, z or t]).
+    """Centres of the cells of a regular grid: (*size, D), the last axis in order (x, y[, z or t]).
 
-    `size` is slowest axis first: (H, W), (T, H, W) or (Z, Y, X). `box` holds (lo, hi) for each
-    coordinate, x first; default [-1, 1] in all.
+    `size` is (H, W), (T, H, W) or (Z, Y, X), so the x of the points changes fastest. The grid
+    covers `box`, a pair (lo, hi) for each coordinate, x first; by default [-1, 1] for each.
+    ValueError for a size below 1 or a box with another number of coordinates.
     """
     box = [(-1.0, 1.0)] * len(size) if box is None else box
     if min(size, default=0) < 1 or len(box) != len(size):
@@ -64,15 +65,17 @@ def make_grid(*size, box=None, device=None):
 
 
 def cell_centres(n, interval):
-    """Centres of n equal cells of intervals (..., 2), as (..., n)."""
+    """Centres (..., n) of the n equal cells that an interval (..., 2) = (lo, hi) is cut into."""
     lo, hi = interval[..., :1], interval[..., 1:]
     return lo + (hi - lo) * (torch.arange(n, device=interval.device) + 0.5) / n
 
 
 def grid_scale(resolution, size, box=None):
-    """Sampling period s = r / sqrt(H_eq W_eq) of an (h, w) grid over `box`; 1 at the training grid.
+    """Sampling period s of a grid of `size` (h, w) over `box`, as a tensor.
 
-    H_eq, W_eq are the pixels a full extent would have. `box` (..., 2, 2) gives s of shape (...).
+    s = r / sqrt(H W), where r is `resolution` and H x W would be the size of a grid of the same
+    pitch over the whole of [-1, 1]^2: 1 for an r x r picture, 1/2 for one of twice its sides.
+    `box` (..., 2, 2) holds (lo, hi) for x and y, by default [-1, 1]; s has the shape (...).
     """
     h, w = size
     if box is None:
@@ -82,44 +85,45 @@ def grid_scale(resolution, size, box=None):
 
 
 @torch.no_grad()
-def points_scale(resolution, coords):
-    """s of points (B,N,2) that are a flattened regular grid; 1, the training period, of others.
+def scale_of_points(resolution, coords):
+    """Sampling period s of the points (B,N,2) of a grid, see `grid_scale`; 1 of other points.
 
-    A grid has at least two rows and columns, and the same points for every item.
+    A grid is regular, listed row by row, has two or more rows and columns and is the same for
+    every item. For other points s = 1, the period of training.
     """
     x, y = coords[0].unbind(-1)
-    width = int((y == y[0]).sum())
-    one = coords.new_ones(())
+    one, width = coords.new_ones(()), int((y == y[0]).sum())
     if width < 2 or len(x) % width or len(x) == width:
         return one
     size = len(x) // width, width
-    pitch = [(c[-1] - c[0]) / (n - 1) / 2 for c, n in zip((x, y), size[::-1])]
-    box = [(c[0] - h, c[-1] + h) for c, h in zip((x, y), pitch)]
+    half = [(c[-1] - c[0]) / (n - 1) / 2 for c, n in zip((x, y), size[::-1])]  # sides of a cell / 2
+    box = [(c[0] - h, c[-1] + h) for c, h in zip((x, y), half)]
     grid = make_grid(*size, box=box, device=coords.device).flatten(0, 1)
-    same = torch.allclose(coords, grid.to(coords).expand_as(coords), atol=1e-5)
-    return (4 * pitch[0] * pitch[1]).abs().sqrt() * resolution / 2 if same else one
+    if not torch.allclose(coords, grid.to(coords).expand_as(coords), atol=1e-5):
+        return one
+    return (4 * half[0] * half[1]).abs().sqrt() * resolution / 2
 
 
 # ---- gamma: bilinear look-up -------------------------------------------------------------------
 
 def sample_field(field, coords):
-    """gamma(c; Xi): field (B,C,H,W) at any points coords (B,N,2) in [-1,1] -> (B,N,C)."""
+    """gamma(c; Xi): values (B,N,C) of a field (B,C,H,W) at any points coords (B,N,2) in [-1,1]."""
     p = F.grid_sample(field.to(coords.dtype), coords[:, None], mode='bilinear',
                       padding_mode='border', align_corners=False)  # (B, C, 1, N)
     return p[:, :, 0].transpose(1, 2)
 
 
 def hat_matrix(n, coords):
-    """Linear interpolation of n cells at coords (..., m) as a matrix (..., m, n)."""
+    """Matrix (..., m, n) that interpolates the values of n cells linearly at coords (..., m)."""
     position = (((coords + 1) * n - 1) / 2).clamp(0, n - 1)
     return (1 - (position[..., None] - torch.arange(n, device=coords.device)).abs()).relu()
 
 
 def sample_grid(field, xs, ys):
-    """`sample_field` on the grid ys x xs, separably: (B,C,H,W), (b,w), (b,h) -> (B, h*w, C).
+    """`sample_field` at all points of the grid ys x xs: (B, h*w, C), row by row.
 
-    b is B or 1. Two matrix products instead of a gather: no index arithmetic, no scatter in the
-    backward pass, and rows come out in the layout the MLP reads.
+    field (B,C,H,W); xs (b,w) and ys (b,h) with b = B or 1. Interpolating the rows, then the
+    columns, takes two matrix products, which are faster than a look-up of single points.
     """
     B, C, H, W = field.shape
     with torch.autocast(field.device.type, enabled=False):  # bfloat16 weights would not sum to 1
@@ -132,11 +136,11 @@ def sample_grid(field, xs, ys):
 # ---- the MLP -----------------------------------------------------------------------------------
 
 class ModulatedLinear(nn.Module):
-    """Linear layer whose weights the style scales per input and normalises per output, Eq. 13.
+    """Linear layer with scale injection: a style changes its weights, Eq. 13.
 
-    forward(x (B,N,in), style (B,style_features) or (1,style_features)) -> (B,N,out). `gain`
-    multiplies the result: a leaky ReLU is homogeneous, so its usual gain costs nothing here.
-    `weight` (out,in) and `affine` (style -> in, bias one) carry no hidden scaling.
+    forward(x (B,N,in), style (B,style_features) or (1,style_features)) -> (B,N,out). The style
+    becomes a factor A(s)_j for each input, which starts at about 1; then the weights of each output
+    are brought to length 1, unless `demodulate` is off. `gain` multiplies the result.
     """
 
     def __init__(self, in_features, out_features, style_features, demodulate=True):
@@ -148,7 +152,7 @@ class ModulatedLinear(nn.Module):
         self.demodulate = demodulate
 
     def modulated(self, style):
-        """phi(s) for each style, (B,out,in), in the precision of the weights."""
+        """The matrix phi(s) of each style, (B,out,in), in the precision of the weights."""
         with torch.autocast(style.device.type, enabled=False):
             weight = self.weight * self.affine(style.to(self.weight.dtype))[:, None]
             if self.demodulate:
@@ -156,8 +160,8 @@ class ModulatedLinear(nn.Module):
         return weight
 
     def forward(self, x, style, gain=1.0):
-        # The matrix is formed once for each scale, not x scaled before and after the product: the
-        # points outnumber the channels by far.
+        # Scaling x before and after the product would give the same, but there are far more points
+        # than channels, so it is the matrix that is scaled.
         weight = self.modulated(style) * gain
         if len(style) == 1:
             return F.linear(x, weight[0], self.bias * gain)
@@ -165,7 +169,7 @@ class ModulatedLinear(nn.Module):
 
 
 class ScaledLinear(nn.Linear):
-    """Linear with `ModulatedLinear`'s call, for networks without scale injection."""
+    """Linear layer for networks without scale injection, called like `ModulatedLinear`."""
 
     def __init__(self, in_features, out_features, style_features=0, demodulate=True):
         super().__init__(in_features, out_features)
@@ -177,7 +181,7 @@ class ScaledLinear(nn.Linear):
 
 
 class ScaleEmbedding(nn.Module):
-    """s (B,) -> style (B,features): 32 sines and cosines of s * 10000^(-k/31), then two layers."""
+    """s (B,) -> style (B,features): two layers on 32 sines and cosines of s * 10000^(-k/31)."""
 
     def __init__(self, features, frequencies=32):
         super().__init__()
@@ -193,10 +197,11 @@ class ScaleEmbedding(nn.Module):
 
 
 class MLPBlock(nn.Module):
-    """Residual block of `layers` linear layers with leaky ReLU, (B,N,in) -> (B,N,width).
+    """Residual block of `layers` linear layers, (B,N,in) -> (B,N,width).
 
-    (sqrt(2) lrelu(...) + skip(x)) / sqrt(2), with the outer factor already multiplied out, so that
-    inputs of unit variance stay so.
+    (f(x) + skip(x)) / sqrt(2), where each layer of f is sqrt(2) leaky_relu(linear(x)); the factors
+    keep the variance of the features. A factor may enter a leaky ReLU, so it goes into the linear
+    layer as its gain, and that of the last layer cancels against the 1 / sqrt(2).
     """
 
     def __init__(self, linear, in_features, width, style_features, layers):
@@ -217,40 +222,41 @@ class MLPBlock(nn.Module):
 
 
 class CFCMLP(nn.Module):
-    """The read-out pi_theta: look-ups of all basis fields -> signal value, for every domain.
+    """The read-out pi_theta: look-ups of all basis fields -> signal values (B,N,out_channels).
 
-    forward(pe, coords, scale): pe is a list, coarse to fine, of (B,N,C_l); coords (B,N,D) serve to
-    derive `scale` (B,) or (1,), the sampling period s, where it is None on a scale-injected model.
-    Returns (B,N,out_channels).
+    forward(pe, coords, scale): pe is the list of look-ups p^1..p^n (B,N,C_i), coarse to fine; scale
+    (B,) or (1,) is the sampling period s, by default that of the points coords (B,N,D). A network
+    needs coords for this default and for `coord_features`, and scale only for scale injection.
 
-    conditioning: 'cfc' feeds p^i to block i; 'concat' feeds all of them to the first block;
-    'single' feeds the finest only (the ablation of Table 8). merge: how 'cfc' joins p^i to h.
-    coord_features: D where a linear map of the coordinate itself is added after the first block.
+    conditioning: 'cfc' feeds p^i to block i, 'concat' feeds all of them to the first block and
+    'single' only the finest (rows 3, 2 and 1 of Table 8). merge: how 'cfc' joins p^i to the state
+    h, by 'concat' or 'sum'. coord_features: D to add a linear map of the coordinates after the
+    first block, 0 for none. ValueError if there are more look-ups than blocks.
     """
 
     def __init__(self, pe_channels, out_channels, width=256, blocks=4, layers=2,
                  conditioning='cfc', merge='concat', scale_injection=True, resolution=256,
                  coord_features=0):
         super().__init__()
-        if conditioning == 'cfc' and blocks < len(pe_channels):
+        pe_channels = dict(cfc=pe_channels, concat=[sum(pe_channels)],
+                           single=pe_channels[-1:])[conditioning]
+        if blocks < len(pe_channels):
             raise ValueError(f'{blocks} MLP blocks cannot take {len(pe_channels)} basis fields; '
                              'raise --mlp_blocks')
         self.conditioning, self.merge, self.resolution = conditioning, merge, resolution
         self.style = ScaleEmbedding(width) if scale_injection else None
         linear = ModulatedLinear if scale_injection else ScaledLinear
-        first, later = pe_channels[0], pe_channels[1:]
-        if conditioning != 'cfc':
-            first, later = sum(pe_channels) if conditioning == 'concat' else pe_channels[-1], []
+        first, *later = pe_channels
         joined = [width + c if merge == 'concat' else width for c in later]
-        inputs = [first, *joined] + [width] * (blocks - 1 - len(later))
+        inputs = [first, *joined] + [width] * (blocks - len(pe_channels))
         self.blocks = nn.ModuleList(MLPBlock(linear, n, width, width, layers) for n in inputs)
         self.project = nn.ModuleList(nn.Linear(c, width) for c in later if merge == 'sum')
         self.coords = nn.Linear(coord_features, width) if coord_features else None
         self.out = linear(width, out_channels, width, demodulate=False)
 
     @torch.no_grad()
-    def at(self, scale):
-        """The network of one period, scale (1,): a copy with the modulation multiplied into it."""
+    def fixed_scale(self, scale):
+        """A frozen copy for one period, scale (1,), with the modulation in its weights, or self."""
         if self.style is None:
             return self
         plain, style = copy.deepcopy(self), self.style(scale)
@@ -262,118 +268,115 @@ class CFCMLP(nn.Module):
                     folded = ScaledLinear(in_features, out_features).to(layer.weight)
                     folded.weight.copy_(layer.modulated(style)[0])
                     folded.bias.copy_(layer.bias)
-                    parent._modules[name] = folded  # also where parent is a ModuleList
+                    setattr(parent, name, folded)
         return plain.requires_grad_(False)
-
-    def join(self, h, pe, i):
-        """Input of block i > 0."""
-        if self.conditioning != 'cfc' or i >= len(pe):
-            return h
-        if self.merge == 'sum':
-            return h + self.project[i - 1](pe[i])
-        return torch.cat([h, pe[i]], dim=-1)
 
     def forward(self, pe, coords=None, scale=None):
         style = None
         if self.style is not None:
             if scale is None:
-                scale = points_scale(self.resolution, coords)[None]
+                scale = scale_of_points(self.resolution, coords)[None]
             style = self.style(scale)
-        first = {'cfc': pe[0], 'single': pe[-1]}.get(self.conditioning)
-        h = self.blocks[0](torch.cat(pe, -1) if first is None else first, style)
+        if self.conditioning == 'concat':
+            pe = [torch.cat(pe, dim=-1)]
+        elif self.conditioning == 'single':
+            pe = pe[-1:]
+        h = self.blocks[0](pe[0], style)
         if self.coords is not None:
-            with torch.autocast(h.device.type, enabled=False):  # bfloat16 has 8 bits for a place
+            with torch.autocast(h.device.type, enabled=False):  # bfloat16 blurs places
                 h = h + self.coords(coords)
         for i, block in enumerate(self.blocks[1:], start=1):
-            h = block(self.join(h, pe, i), style)
+            if i < len(pe) and self.merge == 'sum':
+                h = h + self.project[i - 1](pe[i])
+            elif i < len(pe):
+                h = torch.cat([h, pe[i]], dim=-1)
+            h = block(h, style)
         return self.out(h, style)
 
 
 # ---- iso-surfaces ------------------------------------------------------------------------------
 
-CORNERS = torch.tensor([[k & 1, k >> 1 & 1, k >> 2] for k in range(8)])  # offsets (x, y, z)
-
-
-def cube_edges():
-    """The 12 edges of a cell as (corner, corner), the first the lower in the edge's direction."""
-    return [(a, a | 1 << axis) for axis in range(3) for a in range(8) if not a & 1 << axis]
-
-
-def cube_faces():
-    """The 6 faces of a cell as corners in order round the face, counterclockwise from outside."""
-    faces = []
-    for axis in range(3):
-        u, v, w = 1 << (axis + 1) % 3, 1 << (axis + 2) % 3, 1 << axis
-        faces += [[w, w | u, w | u | v, w | v], [0, v, u | v, u]]
-    return faces
+# The cell of the marching cubes. Corner k lies at the offset whose coordinates are the bits of k.
+CORNERS = torch.tensor([[k & 1, k >> 1 & 1, k >> 2] for k in range(8)])  # (8, 3), order x, y, z
+EDGES = [(a, a | 1 << axis) for axis in range(3) for a in range(8) if not a & 1 << axis]
+FACES = [face for u, v, w in ((2, 4, 1), (4, 1, 2), (1, 2, 4))  # counterclockwise from outside
+         for face in ([w, w | u, w | u | v, w | v], [0, v, u | v, u])]
 
 
 def surface_loops(inside):
-    """Closed polygons, as lists of edge numbers, between inside and outside corners of a cell.
+    """Closed polygons that part the inside corners of a cell from the others; inside (8,) bools.
 
-    On every face each inside corner, or run of them, is cut off by one segment. The rule looks at
-    the face's own corners only, so that two cells agree on the face they share and no hole is left.
+    A polygon is a list of edge numbers: it has a vertex on each of these edges.
     """
-    number = {frozenset(e): i for i, e in enumerate(cube_edges())}
-    following = {}
-    for face in cube_faces():
-        for k, a in enumerate(face):
-            if inside[a] and not inside[face[k - 1]]:  # a run of inside corners begins at a
-                end = k
-                while inside[face[(end + 1) % 4]]:
-                    end += 1
-                leave = face[end % 4], face[(end + 1) % 4]
-                following[number[frozenset((face[k - 1], a))]] = number[frozenset(leave)]
+    number = {frozenset(edge): i for i, edge in enumerate(EDGES)}
+    following = {}  # the edge of a vertex -> that of the next vertex
+    for face in FACES:
+        sides = zip(face[-1:] + face[:-1], face)
+        crossed = [side for side in sides if inside[side[0]] != inside[side[1]]]
+        # The way round the face enters the shape and leaves it by turns. A segment joins each entry
+        # to the next exit. It depends on the face's own corners alone, so the two cells at a face
+        # draw the same segments there and leave no hole.
+        for side, next_side in zip(crossed, crossed[1:] + crossed[:1]):
+            if inside[side[1]]:
+                following[number[frozenset(side)]] = number[frozenset(next_side)]
     loops = []
     while following:
-        loop = [next(iter(following))]
-        while following[loop[-1]] != loop[0]:
-            loop.append(following[loop[-1]])
-        for edge in loop:
-            del following[edge]
+        edge, loop = next(iter(following)), []
+        while edge in following:
+            loop.append(edge)
+            edge = following.pop(edge)
         loops.append(loop)
     return loops
 
 
+def in_one_face(a, b):
+    """Whether two edges, given by number, belong to one face of the cell."""
+    return any({*EDGES[a], *EDGES[b]} <= {*face} for face in FACES)
+
+
 def triangulations(loop):
-    """All ways to cut a polygon into triangles of its own vertices."""
+    """All ways to cut a polygon of `surface_loops` into triangles, without cuts inside a face.
+
+    The neighbouring cell might have the same cut there: one edge would belong to four triangles.
+    """
     if len(loop) < 3:
         yield []
-    for k in range(1, len(loop) - 1):
+    for k in range(1, len(loop) - 1):  # the triangle at the side from the last vertex to the first
+        cuts = [(0, k)] * (k > 1) + [(k, -1)] * (k < len(loop) - 2)
+        if any(in_one_face(loop[i], loop[j]) for i, j in cuts):
+            continue
         for left in triangulations(loop[:k + 1]):
             for right in triangulations(loop[k:]):
                 yield [(loop[0], loop[k], loop[-1]), *left, *right]
 
 
-def flat(triangles, loop):
-    """Whether a triangulated loop has a cut that lies in a face of the cell."""
-    edges, sides = [{*e} for e in cube_edges()], [{*s} for s in zip(loop, loop[1:] + loop[:1])]
-    cuts = [c for t in triangles for c in itertools.combinations(t, 2) if {*c} not in sides]
-    return any(edges[a] | edges[b] <= {*face} for a, b in cuts for face in cube_faces())
-
-
 @functools.cache
 def triangle_table():
-    """Triangles of the 256 sign patterns, (256, 5, 3) edge numbers, -1 where there are fewer.
-
-    Bit k of the pattern is set where corner k is inside. No cut lies in a face of the cell: the
-    neighbour may have the same one, and an edge would belong to four triangles.
-    """
+    """Triangles (256,5,3), as edge numbers or -1, by pattern: bit k tells if corner k is inside."""
     table = torch.full((256, 5, 3), -1)
     for pattern in range(256):
         loops = surface_loops([bool(pattern >> k & 1) for k in range(8)])
-        triangles = [t for loop in loops
-                     for t in next(c for c in triangulations(loop) if not flat(c, loop))]
+        triangles = [t for loop in loops for t in next(triangulations(loop))]
         if triangles:
             table[pattern, :len(triangles)] = torch.tensor(triangles)
     return table
 
 
-class Nodes:
-    """A field on the (n+1)^3 nodes of a grid over `box`, minus infinity outside of it.
+def distinct(keys):
+    """Where in keys.flatten() each of the K distinct `keys` occurs, (K,), and the inverse.
 
-    Nodes are named by integers (..., 3), order x, y, z. Infinity is what closes the surface where
-    it leaves the box: on its faces.
+    The inverse has the shape of keys and says which of the K each one is.
+    """
+    values, inverse = keys.unique(return_inverse=True)
+    index = torch.arange(inverse.numel(), device=keys.device)
+    return torch.empty_like(values).scatter_(0, inverse.flatten(), index), inverse
+
+
+class Nodes:
+    """A field on the (n+1)^3 nodes of a grid over `box`, minus infinity outside of the box.
+
+    Nodes are named by integers (..., 3), order x, y, z. Because of the infinity, a shape that
+    reaches beyond the box is closed by a surface on the faces of the box.
     """
 
     def __init__(self, logit_fn, n, level, box, chunk, device):
@@ -381,19 +384,18 @@ class Nodes:
         self.lo, self.hi = torch.as_tensor(box, dtype=torch.float64, device=device).unbind(1)
 
     def position(self, nodes):
+        """Coordinates (..., 3) of nodes, float64; nodes may be fractions, too."""
         return self.lo + (self.hi - self.lo) * nodes / self.n
 
-    def inside_box(self, nodes):
-        return ((nodes >= 0) & (nodes <= self.n)).all(-1)
-
     def key(self, nodes):
-        """One integer for each node, also those a step outside."""
+        """One integer (...) for each node with coordinates from -n to 2n."""
         x, y, z = (nodes + self.n).unbind(-1)
-        return (z * 3 * self.n + y) * 3 * self.n + x
+        base = 3 * self.n + 1
+        return (z * base + y) * base + x
 
     @torch.no_grad()
     def values(self, nodes):
-        """Field minus level at nodes (M,3): (M,)."""
+        """Field minus level (M,) at nodes (M,3) of the box; ValueError if it is not finite."""
         parts = [self.logit_fn(self.position(part).float()).float().reshape(-1)
                  for part in nodes.split(self.chunk)]
         values = torch.cat(parts) - self.level if parts else nodes.new_empty(0, dtype=torch.float)
@@ -402,84 +404,95 @@ class Nodes:
         return values
 
     def corners(self, cells, step):
-        """Values (M,8) at the corners of cells (M,3), named by their lowest node, `step` wide."""
+        """Values (M,8) at the corners of cells, `step` wide; cells (M,3) are their lowest nodes."""
         nodes = cells[:, None] + CORNERS.to(cells.device) * step
-        keys, inverse = self.key(nodes).unique(return_inverse=True)
-        first = torch.empty_like(keys).scatter_(
-            0, inverse.flatten(), torch.arange(inverse.numel(), device=keys.device))
-        nodes = nodes.flatten(0, 1)[first]
-        values = torch.full(keys.shape, -math.inf, device=keys.device)
-        inside = self.inside_box(nodes)
+        index, inverse = distinct(self.key(nodes))  # cells share corners: evaluate each once
+        nodes = nodes.flatten(0, 1)[index]
+        values = torch.full(index.shape, -math.inf, device=cells.device)
+        inside = ((nodes >= 0) & (nodes <= self.n)).all(1)
         values[inside] = self.values(nodes[inside])
         return values[inverse]
 
 
-def first_cells(grid, step):
-    """Cells of the first, dense grid that may hold surface: lowest nodes (M,3) and reach (M,).
+def may_hold_surface(highest, lowest, nearest, reach, step):
+    """Whether cells `step` wide may hold surface, (...) bool, by the values at their corners.
 
-    A cell is kept if its corners have two signs, or if one of them is within `reach` of the level:
-    half the change of the field over the cell and its neighbours. That is enough for a slab, a rod
-    or a ball of any thickness between the corners, where the field is a distance.
+    Given are the highest, the lowest and the smallest absolute value of each cell. Two signs mean
+    surface. At step > 1 a shape thinner than the cell may also pass between the corners. Then a
+    corner is near it, with a value below `reach`: half the change of the field over the cell and
+    its neighbours. If the field is a distance, this finds every slab, rod and ball.
+    """
+    two_signs = (highest > 0) & (lowest <= 0)
+    return two_signs | (nearest <= reach) if step > 1 else two_signs
+
+
+def first_cells(grid, step):
+    """Cells that may hold surface, of all in the box and round it: lowest nodes (M,3), reach (M,).
+
+    `step` is the cells' width in nodes; for the reach see `may_hold_surface`.
     """
     line = torch.arange(0, grid.n + 1, step, device=grid.lo.device)
-    nodes = torch.cartesian_prod(line, line, line).flip(1)  # x fastest
-    inner = grid.values(nodes).reshape(1, 1, *[len(line)] * 3)
-    del nodes
-    pool = partial(F.max_pool3d, kernel_size=2, stride=1)
-    v = F.pad(inner, [1] * 6, value=-math.inf)
-    mixed, near = (pool(v) > 0) & (pool(-v) >= 0), -pool(-v.abs())
-    wide = partial(F.max_pool3d, kernel_size=4, stride=1, padding=2)
-    change = wide(inner) + wide(-inner)
-    reach = 0.5 * change if step > 1 else torch.zeros_like(near)
-    cells = (mixed | (near <= reach) & (step > 1))[0, 0].nonzero().flip(1)
-    return (cells - 1) * step, reach[0, 0][tuple((cells.flip(1)).T)]
+    values = grid.values(torch.cartesian_prod(line, line, line).flip(1))
+    values = values.reshape(1, 1, *[len(line)] * 3)  # (1, 1, z, y, x)
+    closed = F.pad(values, [1] * 6, value=-math.inf)  # with the nodes just outside the box
+    of_cell = partial(F.max_pool3d, kernel_size=2, stride=1)  # maximum over the 8 corners
+    of_neighbours = partial(F.max_pool3d, kernel_size=4, stride=1, padding=2)  # and those around
+    reach = 0.5 * (of_neighbours(values) + of_neighbours(-values))
+    nearest = -of_cell(-closed.abs())
+    keep = may_hold_surface(of_cell(closed), -of_cell(-closed), nearest, reach, step)
+    cells = keep[0, 0].nonzero().flip(1)  # x first
+    return (cells - 1) * step, reach[keep]  # - 1: the first cells lie outside the box
 
 
 def finer_cells(grid, cells, reach, step, block=2 ** 15):
-    """Halves of cells (M,3), `step` wide, that may hold surface; with the reach, halved as well."""
+    """Cells that may hold surface, `step` wide: lowest nodes (M,3) and reach (M,).
+
+    They are eighths of the given `cells`, which are twice as wide and have twice the reach.
+    """
     kept = []
     for part, near in zip(cells.split(block), reach.split(block)):
-        halves = (part[:, None] + CORNERS.to(part.device) * step).flatten(0, 1)
+        eighths = (part[:, None] + CORNERS.to(part.device) * step).flatten(0, 1)
         near = near.repeat_interleave(8) / 2
-        touches = ((halves + step >= 0) & (halves <= grid.n)).all(1)
-        halves, near = halves[touches], near[touches]
-        v = grid.corners(halves, step)
-        inside = v > 0
-        keep = inside.any(1) & ~inside.all(1)
-        if step > 1:
-            keep |= v.abs().amin(1) <= near
-        kept.append((halves[keep], near[keep]))
+        touching = ((eighths + step >= 0) & (eighths <= grid.n)).all(1)  # the box
+        eighths, near = eighths[touching], near[touching]
+        v = grid.corners(eighths, step)
+        keep = may_hold_surface(v.amax(1), v.amin(1), v.abs().amin(1), near, step)
+        kept.append((eighths[keep], near[keep]))
     return map(torch.cat, zip(*kept))
 
 
 def triangulate(grid, cells, v):
-    """Vertices (V,3) and faces (F,3) of the surface in cells (M,3) of one step; v (M,8) values."""
-    weights = 2 ** torch.arange(8, device=cells.device)
-    table = triangle_table().to(cells.device)[((v > 0) * weights).sum(1)]  # (M, 5, 3)
-    cell, triangle = (table[:, :, 0] >= 0).nonzero(as_tuple=True)
-    a, b = torch.tensor(cube_edges(), device=cells.device)[table[cell, triangle]].unbind(-1)
-    lower = cells[cell][:, None] + CORNERS.to(cells.device)[a]  # (F, 3 vertices, 3)
-    axis = (b - a).log2().long()
-    keys, faces = (3 * grid.key(lower) + axis).unique(return_inverse=True)
-    first = torch.empty_like(keys).scatter_(
-        0, faces.flatten(), torch.arange(faces.numel(), device=keys.device))
+    """Vertices (V,3) and faces (F,3) of the surface in cells (M,3) of step 1 with corners v (M,8).
+
+    Every vertex lies on an edge of the grid, named by its lower node and its axis. Cells that share
+    the edge share the vertex.
+    """
+    pattern = ((v > 0) * 2 ** torch.arange(8, device=cells.device)).sum(1)
+    table = triangle_table().to(cells.device)[pattern]  # (M, 5, 3)
+    cell, triangle = (table[:, :, 0] >= 0).nonzero(as_tuple=True)  # (F,) each
+    edges = torch.tensor(EDGES, device=cells.device)[table[cell, triangle]]  # (F, 3 vertices, 2)
+    a, b = edges.unbind(-1)  # the lower and the upper corner of each
+    lower, axis = cells[cell][:, None] + CORNERS.to(cells.device)[a], (b - a).log2().long()
+    index, faces = distinct(3 * grid.key(lower) + axis)
     va, vb = v[cell].gather(1, a), v[cell].gather(1, b)
-    t = (va / (va - vb)).nan_to_num(1.0).flatten()[first].double()  # nan: inf / inf, va outside
-    direction = torch.eye(3, device=cells.device, dtype=torch.float64)[axis.flatten()[first]]
-    nodes = lower.flatten(0, 1)[first] + t[:, None] * direction
+    # Where the line from va to vb is 0. If a is outside the box, -inf / -inf = nan stands for b.
+    t = (va / (va - vb)).nan_to_num(1.0).flatten()[index].double()
+    along = F.one_hot(axis.flatten()[index], 3)
+    nodes = lower.flatten(0, 1)[index] + t[:, None] * along
     return grid.position(nodes).float(), faces
 
 
 def extract_mesh(logit_fn, resolution, level=0.0, box=None, coarse=64, chunk=65536, device=None):
     """Vertices (V,3) float32 and faces (F,3) int64 of the surface logit_fn = level: marching cubes.
 
-    logit_fn maps points (N,3) to (N,), higher inside. `resolution` is cells an axis over `box`
-    ((lo, hi) for x, y, z; default [-1, 1]), with nodes on its faces. Closed, also where the shape
-    leaves the box, each edge in two triangles, normals outwards; empty for an empty field.
+    logit_fn maps points (N,3) to (N,), higher inside; it gets at most `chunk` points at a time. The
+    grid has `resolution` cells along each axis of `box`, (lo, hi) for x, y and z, by default
+    [-1, 1], and nodes on its faces. Every edge of the surface has two triangles, also where the
+    shape leaves the box; normals point outwards; V = F = 0 for a field without surface.
 
-    The field is evaluated on a grid of about `coarse` cells an axis, then only where surface may
-    be (see `first_cells`); `coarse=resolution` evaluates everything. `chunk` points go to logit_fn
-    at a time. ValueError for a field that is not finite.
+    The field is evaluated on a grid of about `coarse` cells along each axis, then only where there
+    may be surface (see `may_hold_surface`); with `coarse=resolution` everywhere. ValueError for a
+    field that is not finite, an empty box or less than one cell.
     """
     box = [(-1.0, 1.0)] * 3 if box is None else box
     if resolution < 1 or coarse < 1 or len(box) != 3 or any(lo >= hi for lo, hi in box):
@@ -496,16 +509,16 @@ def extract_mesh(logit_fn, resolution, level=0.0, box=None, coarse=64, chunk=655
 # ---- drawing meshes ----------------------------------------------------------------------------
 
 def vertex_normals(vertices, faces):
-    """Unit normals (V,3): those of the faces round each vertex (F,3), weighted by area."""
+    """Unit normals (V,3) of vertices (V,3): the mean over the faces (F,3) round each, by area."""
     a, b, c = vertices[faces].unbind(1)
     normals = torch.linalg.cross(b - a, c - a).repeat_interleave(3, 0)
     return F.normalize(torch.zeros_like(vertices).index_add_(0, faces.flatten(), normals), dim=1)
 
 
 def camera_axes(elevation, azimuth):
-    """Right, up and backwards (3,3) of a camera that looks at the origin; angles in degrees.
+    """The axes of a camera that looks at the origin, the rows of (3,3): right, up and backwards.
 
-    y is up; the camera stands towards +z at azimuth 0 and towards +x at 90.
+    Angles are in degrees. y is up; the camera stands at +z for azimuth 0 and at +x for 90.
     """
     e, a = math.radians(elevation), math.radians(azimuth)
     back = torch.tensor([math.cos(e) * math.sin(a), math.sin(e), math.cos(e) * math.cos(a)])
@@ -514,34 +527,39 @@ def camera_axes(elevation, azimuth):
 
 
 def covered_pixels(corners, size):
-    """Pairs (face, pixel), two (K,), of which the centre may lie in the face (F,3,2), in pixels."""
-    lo = (corners.amin(1) - 0.5).ceil().clamp(0, size).long()  # pixel k has its centre at k + 0.5
+    """The pixels with centres in the bounding boxes of faces (F,3,2): face and pixel, (K,) each.
+
+    Corners are (column, row) in pixels of a square of `size`. The pixel in column x and row y has
+    the number y * size + x and its centre at (x + 0.5, y + 0.5).
+    """
+    lo = (corners.amin(1) - 0.5).ceil().clamp(0, size).long()
     hi = (corners.amax(1) - 0.5).floor().clamp(-1, size - 1).long()
-    span = (hi - lo + 1).clamp(min=0)  # (F, 2)
-    count = span.prod(1)
+    width, height = (hi - lo + 1).clamp(min=0).unbind(1)
+    count = width * height
     face = torch.arange(len(corners), device=corners.device).repeat_interleave(count)
-    k = torch.arange(len(face), device=face.device) - (count.cumsum(0) - count)[face]
-    x, y = lo[face, 0] + k % span[face, 0], lo[face, 1] + k // span[face, 0]
+    start = count.cumsum(0) - count  # where the pixels of each face begin in the result
+    k = torch.arange(len(face), device=face.device) - start[face]  # 0, 1, .. within each box
+    x, y = lo[face, 0] + k % width[face], lo[face, 1] + k // width[face]
     return face, y * size + x
 
 
 def rasterise(points, faces, size, block=2 ** 14):
-    """The nearest face at each pixel of a square, (size^2,), -1 where none is, and its weights.
+    """The nearest face at each pixel, (size^2,), -1 for none, and barycentric weights (size^2,3).
 
-    points (V,3) are column and row in pixels and 1 / distance, which is linear on the screen and
-    positive in front of the camera; faces with a corner behind it are left out. The weights
-    (size^2,3) are barycentric on the screen.
+    points (V,3) hold column and row in pixels and 1 / distance, which is linear on the screen and
+    positive in front of the camera; faces with a corner behind the camera are left out. The weights
+    are those of the face's corners at the pixel's centre, on the screen.
     """
-    faces_left = (points[faces, 2] > 0).all(1).nonzero()[:, 0]
+    in_front = (points[faces, 2] > 0).all(1).nonzero()[:, 0]
     nearest = points.new_zeros(size * size)
     winner, weights = faces.new_full((size * size,), -1), points.new_zeros(size * size, 3)
-    for part in faces_left.split(block):
+    for part in in_front.split(block):
         corners = points[faces[part]]  # (F, 3, 3)
         face, pixel = covered_pixels(corners[..., :2], size)
         centre = torch.stack([pixel % size, pixel // size], dim=1) + 0.5
         a, b, c = corners[face, :, :2].unbind(1)
-        w = torch.stack([cross2(c - b, centre - b), cross2(a - c, centre - c),
-                         cross2(b - a, centre - a)], dim=1)
+        sides = (b, c), (c, a), (a, b)
+        w = torch.stack([cross2(q - p, centre - p) for p, q in sides], dim=1)
         w = w / w.sum(1, keepdim=True)  # a face seen edge-on gives nan, which is outside
         inside = (w >= 0).all(1)
         face, pixel, w = face[inside], pixel[inside], w[inside]
@@ -558,7 +576,11 @@ def cross2(a, b):
 
 
 def project(points, axes, distance, fov, size):
-    """Columns, rows and 1 / distance (N,3), see `rasterise`, of points in a perspective view."""
+    """Points (N,3) in perspective: column and row in pixels and 1 / distance, (N,3).
+
+    The camera has these `axes` (see `camera_axes`), stands at `distance` from the origin and fills
+    a picture of `size` pixels with `fov` degrees.
+    """
     view = points @ axes.T - points.new_tensor([0, 0, distance])
     inverse = -1 / view[:, 2:]
     focal = size / 2 / math.tan(math.radians(fov) / 2)
@@ -567,7 +589,7 @@ def project(points, axes, distance, fov, size):
 
 
 def render_points(points, size=256, elevation=20.0, azimuth=30.0, distance=4.0, fov=40.0):
-    """A point cloud (N,3) seen as by `render_mesh`: (S,S), near points dark, far ones light."""
+    """A picture (S,S), in [0,1], of points (N,3), near ones dark; the camera is `render_mesh`'s."""
     column, row, inverse = project(points, camera_axes(elevation, azimuth).to(points), distance,
                                    fov, size).unbind(1)
     seen = (inverse > 0) & (column >= 0) & (column < size) & (row >= 0) & (row < size)
@@ -576,23 +598,21 @@ def render_points(points, size=256, elevation=20.0, azimuth=30.0, distance=4.0, 
     return points.new_ones(size * size).scatter_reduce(0, pixel, shade, 'amin').view(size, size)
 
 
-def render_mesh(vertices, faces, size=256, elevation=20.0, azimuth=30.0, distance=2.5, fov=40.0,
-                normals=None):
-    """A mesh seen in perspective: dict(shade (S,S), normal (S,S,3), depth (S,S)), S = size.
+def render_mesh(vertices, faces, size=256, elevation=20.0, azimuth=30.0, distance=2.5, fov=40.0):
+    """Pictures of a mesh in perspective: dict(shade (S,S), normal (S,S,3), depth (S,S)), S = size.
 
-    The camera looks at the origin from `distance`, see `camera_axes`; `fov` degrees fill the
-    picture. shade is in [0, 1], white where there is nothing, by a light beside the camera;
-    normals are in the camera's axes, 0 for none; depth is the distance along the view, infinite
-    for none. `normals` (V,3) default to `vertex_normals`.
+    The camera is that of `project`, with angles in degrees. shade is in [0, 1], lit from beside the
+    camera, 1 where there is nothing; the normal has the camera's axes and is 0 where there is
+    nothing; depth is the distance along the view, infinite where there is nothing.
     """
     axes = camera_axes(elevation, azimuth).to(vertices)
-    normals = vertex_normals(vertices, faces) if normals is None else normals
+    normals = vertex_normals(vertices, faces)
     screen = project(vertices, axes, distance, fov, size)
     inverse = screen[:, 2:]
     winner, w = rasterise(screen, faces, size)
     seen = winner >= 0
     corner, w = faces[winner[seen]], w[seen]
-    w = w * inverse[corner, 0]
+    w = w * inverse[corner, 0]  # in space instead of on the screen, but for their sum
     depth = vertices.new_full((size * size,), math.inf)
     depth[seen] = 1 / w.sum(1)
     n = F.normalize(((w / w.sum(1, keepdim=True))[..., None] * normals[corner]).sum(1), dim=1)

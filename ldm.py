@@ -1,15 +1,15 @@
 """Stage 2: a diffusion model of the latent planes, and everything that samples from it.
 
-    z_t = sqrt(alpha_bar_t) z_0 + sigma_t eps,   sigma_t^2 = 1 - alpha_bar_t
-    minimise |eps - eps_theta(z_t, t)|^2                               (Section 3.3, w(t) = 1)
-    eps_theta = (1 - s) sigma_t z_t + s F(z_t, t)                      (mixed prediction, LSGM)
-    dz/dtau = -beta/2 z + beta/2 eps_theta / sigma                     (probability-flow ODE)
+    z_t = sqrt(alpha_bar_t) z_0 + sigma_t eps,   sigma_t^2 = 1 - alpha_bar_t          Section 3.2
+    minimise |eps - eps_theta(z_t, t)|^2                                    Eq. 10 with w(t) = 1
+    eps_theta = (1 - s) sigma_t z_t + s F(z_t, t)           mixed prediction (LSGM), Appendix B.2
+    dz/dtau = -beta/2 z + beta/2 eps_theta / sigma          probability-flow ODE, Appendix D.1
 
 A latent is one tensor (B, C, L), the planes flattened and concatenated; only the U-Net takes it
-apart. One U-Net serves all planes and attends over the tokens of all of them at once. The paper
-leaves the beta schedule open: it is the "scaled linear" one of latent diffusion.
-Departures: a learned plane embedding, because shared weights and attention without positions could
-not tell equal-shaped planes apart; optional per-channel latent normalisation; DPM-Solver++.
+apart. One U-Net serves all planes and attends to the tokens of all of them at once (Appendix B.2).
+The paper leaves the schedule of beta open: it is the "scaled linear" one of latent diffusion.
+Departures: an embedding that tells the U-Net which plane it sees, since planes of one shape would
+otherwise be all the same to it; latents normalised by channel, if wanted; DPM-Solver++.
 """
 import math
 from dataclasses import dataclass, field
@@ -31,13 +31,13 @@ T = 1000
 BETA_A, BETA_B = math.sqrt(0.0015), math.sqrt(0.0195)  # square roots of the first and last beta
 BETA = (BETA_A + (BETA_B - BETA_A) * torch.arange(T, dtype=torch.float64) / (T - 1)) ** 2
 LOG_ALPHA_BAR = torch.log1p(-BETA).cumsum(0)
-TAU_END = 1e-3  # one discrete step; below it the network is never trained
+TAU_END = 1e-3  # where the ODE ends: one discrete step; the network is not trained below it
 
 
 def alpha_bar(t, table=LOG_ALPHA_BAR):
-    """alpha_bar at t in 0..999, number or tensor, as float64; its log is linear between integers.
+    """alpha_bar at t in [0, 999], number or tensor, as float64; its log is linear between integers.
 
-    `table` is a copy of LOG_ALPHA_BAR on the device of t, which spares a transfer each call.
+    `table` is LOG_ALPHA_BAR, best on the device of t, where it need not be copied to it.
     """
     t = torch.as_tensor(t, dtype=torch.float64)
     table = table.to(t.device)
@@ -46,13 +46,13 @@ def alpha_bar(t, table=LOG_ALPHA_BAR):
 
 
 def log_alpha_bar(tau):
-    """ln alpha_bar(tau) = -integral of beta, the continuous process; tau in [0, 1]."""
+    """ln alpha_bar of the continuous process at tau in [0, 1]: minus the integral of its beta."""
     slope = BETA_B - BETA_A
     return -T * ((BETA_A + slope * tau) ** 3 - BETA_A ** 3) / (3 * slope)
 
 
 def matched_time(log_ab):
-    """Fractional t in [0, 999] at which the discrete process has this ln alpha_bar (numpy)."""
+    """The t in [0, 999], with fractions, at which `alpha_bar` has this logarithm; a numpy array."""
     return np.interp(-log_ab, -LOG_ALPHA_BAR.numpy(), np.arange(T))
 
 
@@ -60,7 +60,11 @@ def matched_time(log_ab):
 
 @dataclass
 class LDMConfig:
-    """What a latent diffusion model is built from; fields without help come from the VAE."""
+    """What a latent diffusion model is built from.
+
+    Fields without help are no flags: they follow from the VAE and from what reads texts. ValueError
+    for values that exclude one another.
+    """
     domain: str = 'image'
     z_channels: int = 64
     planes: dict = field(default_factory=lambda: {'xy': [64, 64]})  # plane name -> [H, W]
@@ -94,7 +98,7 @@ class LDMConfig:
 
 
 def time_embedding(t, channels):
-    """Sinusoids of t (B,) with periods from 2 pi to 20,000 pi: (B, channels), float32."""
+    """Cosines and sines of t (B,), of periods from 2 pi to 20,000 pi: (B,channels), float32."""
     half = (channels + 1) // 2
     frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device))
     angles = t.float()[:, None] * frequencies
@@ -102,39 +106,40 @@ def time_embedding(t, channels):
 
 
 def heads_for(channels, head_channels):
-    """Most heads that divide `channels` with at least `head_channels` each; 1 for narrow layers."""
+    """How many heads: the most that divide `channels` into `head_channels` or more each; or 1."""
     most = max(channels // head_channels, 1)
     return next(h for h in range(most, 0, -1) if channels % h == 0)
 
 
 class TextAttention(nn.Module):
-    """Latent diffusion's SpatialTransformer: self-attention, cross-attention to the text, GEGLU.
+    """Self-attention, cross-attention to a text and a gated MLP, as in latent diffusion.
 
-    x (B,C,N), context (B,M,context_channels) -> (B,C,N); starts as the identity.
+    x (B,C,N), context (B,M,context_channels) -> (B,C,N). Starts as the identity.
     """
 
     def __init__(self, channels, heads, context_channels):
         super().__init__()
-        self.norm, self.enter = norm(channels), nn.Linear(channels, channels)
-        self.itself = Attention(channels, heads)
+        self.norm, self.proj_in = norm(channels), nn.Linear(channels, channels)
+        self.self_attention = Attention(channels, heads)
         self.text = Attention(channels, heads, context_channels)
         self.ff_norm, self.ff = norm(channels), nn.Linear(channels, 8 * channels)
         self.ff_out = nn.Linear(4 * channels, channels)
-        self.leave = zeroed(nn.Linear(channels, channels))
+        self.proj_out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x, context):
-        h = self.enter(self.norm(x).transpose(1, 2)).transpose(1, 2)
-        h = self.text(self.itself(h), context)
+        h = self.proj_in(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        h = self.text(self.self_attention(h), context)
         value, gate = self.ff(self.ff_norm(h).transpose(1, 2)).chunk(2, dim=2)
         h = h.transpose(1, 2) + self.ff_out(value * F.gelu(gate))  # (B, N, C)
-        return x + self.leave(h).transpose(1, 2)
+        return x + self.proj_out(h).transpose(1, 2)
 
 
 class Block(nn.Module):
     """ResBlock on each plane, then, if `attend`, attention over the tokens of all planes at once.
 
-    xs holds one tensor (B*P,C,H,W) for each plane shape, the P planes of an item side by side;
-    embs one embedding (B*P,E) each. With one plane the attention is plain self-attention.
+    forward(xs, embs, batch, context) -> list like xs. xs has a tensor (B*P,in_channels,H,W) for
+    each shape of planes, the P planes of an item side by side, and embs an embedding (B*P,E) for
+    each; batch is B and context is text features (B,M,context_channels) or None.
     """
 
     def __init__(self, in_channels, out_channels, config, attend):
@@ -162,9 +167,10 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """F(z, t): latents (B,C,L), times (B,) and a condition -> (B,C,L).
 
-    Every plane goes through the same weights; planes of equal shape form one larger batch. The
-    condition is a label (B,), added to the time embedding, or text features (B,M,context_channels)
-    for cross-attention. Any plane size works: odd sizes round up on the way down.
+    All planes go through the same weights, those of one shape as one batch, unless `triplane` is
+    'concat': then they are the channels of a single plane. The condition is None, a label (B,),
+    which is added to the time embedding, or text features (B,M,context_channels) for
+    cross-attention. Planes may have any size: odd ones are rounded up on the way down.
     """
 
     def __init__(self, config):
@@ -186,11 +192,11 @@ class UNet(nn.Module):
             self.plane_stem = nn.Parameter(0.1 * torch.randn(len(self.sizes), ch))
         self.stem = conv3x3(channels, ch)
         self.build_levels(config)
-        self.out_norm, self.out = norm(ch * config.ch_mult[0]), zeroed(
-            conv3x3(ch * config.ch_mult[0], channels))
+        width = ch * config.ch_mult[0]
+        self.out_norm, self.out = norm(width), zeroed(conv3x3(width, channels))
 
     def build_levels(self, config):
-        """The way down, the middle and the way up; `skips` are the widths the way up picks up."""
+        """Make the layers on the way down, in the middle and up; `skips` has the widths to join."""
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         width, skips, last = self.ch, [self.ch], len(config.ch_mult) - 1
         for level, mult in enumerate(config.ch_mult):
@@ -217,7 +223,7 @@ class UNet(nn.Module):
         emb = self.time(time_embedding(t, self.ch))  # (B, E)
         if self.label is not None:
             emb, cond = emb + self.label(cond), None
-        xs, embs = self.enter(z, emb)
+        xs, embs = self.split_planes(z, emb)
         skips = [xs]
         for layer in self.down:
             if isinstance(layer, Downsample):
@@ -234,10 +240,10 @@ class UNet(nn.Module):
                 xs = [torch.cat([x, skip], dim=1) for x, skip in zip(xs, skips.pop())]
                 xs = layer(xs, embs, batch, cond)
         xs = [self.out(F.silu(self.out_norm(x), inplace=True)) for x in xs]
-        return self.leave(xs, batch).reshape(batch, channels, -1)
+        return self.join_planes(xs, batch).reshape(batch, channels, -1)
 
-    def enter(self, z, emb):
-        """Latents -> stem features (B*P,ch,H,W) and embeddings (B*P,E), one of each a group."""
+    def split_planes(self, z, emb):
+        """Latents (B,C,L) and emb (B,E) -> the lists xs (after the stem) and embs of `Block`."""
         planes, xs, embs = list(unpack(z, self.sizes).values()), [], []
         for group in self.groups.values():
             x = torch.stack([planes[i] for i in group], dim=1)  # (B, P, C, H, W)
@@ -251,8 +257,8 @@ class UNet(nn.Module):
             embs.append(e.flatten(0, 1))
         return xs, embs
 
-    def leave(self, xs, batch):
-        """Group tensors (B*P,C,H,W) -> latents (B,C,L), the planes back in their order."""
+    def join_planes(self, xs, batch):
+        """A list xs like that of `Block` -> (B,C,L), with the planes in their own order."""
         planes = {}
         for group, x in zip(self.groups.values(), xs):
             planes.update(zip(group, x.unflatten(0, (batch, -1)).unbind(1)))
@@ -262,10 +268,10 @@ class UNet(nn.Module):
 class LDM(nn.Module):
     """The diffusion model of latents z (B,C,L): loss, noise prediction, guidance.
 
-    A condition is None, class labels (B,) or text: features (B,M,context_channels), or, where the
-    model has a text encoder of its own, that one's tokens (B,M). What stands for no condition is
-    label `num_classes`, the tokens of the empty text, or `null_context` (M or 1,
-    context_channels), which training sets to the features of the empty text.
+    A condition is None, class labels (B,) or text: features (B,M,context_channels) or, for a model
+    with its own text encoder, tokens (B,M). For no condition the network gets label `num_classes`,
+    `null_context` (M or 1, context_channels), which training sets to the features of the empty
+    text, or the tokens of the empty text.
     """
 
     def __init__(self, config):
@@ -284,43 +290,39 @@ class LDM(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def _load_from_state_dict(self, state, prefix, *args):
-        # The empty text may have any number of tokens, so the stored buffer decides.
+        # The empty text may have any number of tokens, so the buffer gets the stored one's shape.
         if prefix + 'null_context' in state:
             self.set_null_context(state[prefix + 'null_context'])
         super()._load_from_state_dict(state, prefix, *args)
 
     def set_null_context(self, features):
-        """Text features (M, context_channels) that stand for no condition."""
+        """Set the text features (M,context_channels) that stand for no condition."""
         self.null_context = features.detach().clone().to(self.null_context)
 
     def set_latent_stats(self, mean, std):
-        """Store mean and deviation of the training latents by channel, each C values."""
+        """Set mean and standard deviation, C values each, of the channels of training latents."""
         self.z_mean.copy_(torch.as_tensor(mean).reshape(-1, 1))
         self.z_std.copy_(torch.as_tensor(std).reshape(-1, 1))
 
     def normalise(self, z):
-        """Latents of the VAE -> what the diffusion sees, the same unless latent_norm is on."""
+        """Latents of the VAE -> latents of the diffusion, the same unless latent_norm is on."""
         return z if self.config.latent_norm == 'none' else (z - self.z_mean) / self.z_std
 
     def denormalise(self, z):
         """Inverse of `normalise`."""
         return z if self.config.latent_norm == 'none' else z * self.z_std + self.z_mean
 
-    def no_decay_parameters(self):
-        """Parameters that weight decay must leave alone: zero is no natural mixing logit."""
-        return [] if self.mixing_logit is None else [self.mixing_logit]
-
     def param_groups(self, lr, weight_decay, mixing_lr_mult=1.0):
-        """Optimiser groups: the U-Net; the mixing logit, no decay, at lr * mixing_lr_mult."""
+        """Optimiser groups: the networks; the mixing logit, no decay, at lr * mixing_lr_mult."""
         networks = [*self.unet.parameters(), *(self.text.parameters() if self.text else ())]
         groups = [dict(params=networks, lr=lr, weight_decay=weight_decay)]
-        if self.no_decay_parameters():
-            groups.append(dict(params=self.no_decay_parameters(), lr=lr * mixing_lr_mult,
+        if self.mixing_logit is not None:
+            groups.append(dict(params=[self.mixing_logit], lr=lr * mixing_lr_mult,
                                weight_decay=0.0, lr_mult=mixing_lr_mult))
         return groups
 
     def null(self, batch):
-        """The condition (B, ...) that stands for none; None for an unconditional model."""
+        """What stands for no condition, (batch, ...); None for a model without conditions."""
         if self.config.num_classes:
             return torch.full((batch,), self.config.num_classes, device=self.z_mean.device)
         if self.text is not None:
@@ -331,7 +333,7 @@ class LDM(nn.Module):
         return None
 
     def eps(self, z_t, t, cond=None):
-        """eps_theta(z_t (B,C,L), t (B,), cond) -> (B,C,L) float32, mixing applied."""
+        """eps_theta: the noise predicted in z_t (B,C,L) at times t (B,), (B,C,L) float32."""
         z_t = z_t.float()
         cond = self.null(len(z_t)) if cond is None else cond
         out = self.unet(z_t, t, cond if self.text is None else self.text(cond)).float()
@@ -341,15 +343,18 @@ class LDM(nn.Module):
         return torch.lerp(sigma * z_t, out, self.mixing_logit.sigmoid())
 
     def draw(self, batch, generator=None):
-        """A step's randomness on the CPU: noise (B,C,L), t (B,) integer, drop (B,) bool."""
+        """The random numbers of a step, on the CPU: a dict for `forward`.
+
+        Keys: noise (B,C,L); t (B,), integers; drop (B,) bool, whose condition is left out.
+        """
         return dict(noise=torch.randn(batch, *self.shape, generator=generator),
                     t=torch.randint(T, (batch,), generator=generator),
                     drop=torch.rand(batch, generator=generator) < self.config.cond_dropout)
 
     def forward(self, z0, cond=None, noise=None, t=None, drop=None):
-        """Mean of |eps - eps_theta|^2 for latents z0 (B,C,L) of the VAE; a scalar.
+        """The loss: mean of |eps - eps_theta|^2 for latents z0 (B,C,L) of the VAE, a scalar.
 
-        noise, t and drop are this batch's rows of `draw`; what is not given is drawn here.
+        noise, t and drop are rows of what `draw` returns; any that is None is drawn here.
         """
         if noise is None or t is None or drop is None:
             drawn = (x.to(z0.device) for x in self.draw(len(z0)).values())
@@ -362,7 +367,7 @@ class LDM(nn.Module):
         return F.mse_loss(self.eps(z_t, t, cond), noise)
 
     def check_condition(self, cond):
-        """ValueError where `cond` is not what this model was trained with."""
+        """ValueError if this model cannot read the condition `cond`."""
         classes, width = self.config.num_classes, self.config.context_channels
         if cond is None:
             return
@@ -379,10 +384,9 @@ class LDM(nn.Module):
                              'needed: use the text encoder the model was trained with')
 
     def guided(self, cond, w=1.0):
-        """eps_fn(z, t) with classifier-free guidance e_null + w (e_cond - e_null).
+        """A function eps(z, t) with classifier-free guidance: e_null + w (e_cond - e_null).
 
-        Both branches run as one doubled batch, mixing applied to each; w = 1 or no condition is
-        one plain forward.
+        Both run as one batch of twice the size; without condition or for w = 1, only one runs.
         """
         self.check_condition(cond)
         if cond is None or w == 1:
@@ -400,13 +404,14 @@ class LDM(nn.Module):
 
 @torch.no_grad()
 def sample(eps_fn, z_T, sampler='dpmpp', steps=20, rtol=1e-3, atol=1e-3, generator=None):
-    """Latents z_0 from noise z_T (B,C,L); returns (z_0, nfe), nfe = calls of eps_fn.
+    """Latents z_0 from noise z_T (B,C,L): (z_0, nfe), where nfe is the number of calls of eps_fn.
 
-    `eps_fn(z, t (B,))` is any noise predictor, t in 0..999, fractional for 'rk45' and 'dpmpp'.
-    'ddpm' and 'ddim' take `steps` integer times, 'dpmpp' is DPM-Solver++(2M) on times uniform in
-    log-SNR, 'rk45' solves the probability-flow ODE to `rtol`, `atol` and denoises once.
-    `generator`, used by 'ddpm', is one or a list of B: then sample k is the same in any batch.
-    z stays in float32 (float64 if z_T is), whatever eps_fn returns.
+    `eps_fn(z, t (B,))` is any noise prediction, t in [0, 999], with fractions for 'rk45' and
+    'dpmpp'. 'ddpm' and 'ddim' take `steps` integer times, 'dpmpp' is DPM-Solver++(2M) at times
+    evenly spaced in log-SNR, and 'rk45' solves the probability-flow ODE to the tolerances `rtol`
+    and `atol` and denoises once. `generator`, for 'ddpm', is one generator or a list of B, with
+    which sample k does not depend on its batch. z_0 is float64 if z_T is, float32 otherwise.
+    ValueError for settings out of range.
     """
     if sampler not in ('ddpm', 'ddim', 'dpmpp', 'rk45'):
         raise ValueError(f'sampler {sampler!r}: unknown; one of ddpm, ddim, dpmpp, rk45')
@@ -432,9 +437,10 @@ def sample(eps_fn, z_T, sampler='dpmpp', steps=20, rtol=1e-3, atol=1e-3, generat
 
 
 def ancestral(eps, z, steps, stochastic, generator=None):
-    """DDPM (posterior variance) or DDIM (none) on `steps` evenly spread integer times.
+    """DDPM if `stochastic`, else DDIM, at `steps` evenly spaced integer times: z_0 (B,C,L).
 
-    At 1000 steps the former is Ho et al.'s ancestral sampling. Song et al. (2021), Eq. 12.
+    Denoising diffusion implicit models (Song et al., 2021), Eq. 12, with the posterior's variance
+    or none. With 1000 steps, DDPM is the ancestral sampling of Ho et al. (2020).
     """
     times = [T * i // steps - 1 for i in range(steps, -1, -1)]  # 999, ..., -1 = data
     for t, t_next in zip(times, times[1:]):
@@ -450,7 +456,7 @@ def ancestral(eps, z, steps, stochastic, generator=None):
 
 
 def randn_like(z, generator):
-    """Noise like z from a generator, from a list with one for each row, or from torch's own."""
+    """Noise like z (B, ...) from a generator, a list of B or, for None, torch's own generator."""
     if not isinstance(generator, (list, tuple)):
         device = generator.device if generator else z.device
         return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=device).to(z.device)
@@ -459,10 +465,10 @@ def randn_like(z, generator):
 
 
 def dpmpp(eps, z, steps):
-    """DPM-Solver++(2M), Lu et al. (2022), Algorithm 2; the last call's z_0 is the result.
+    """DPM-Solver++(2M), Lu et al. (2022), Algorithm 2: z_0 (B,C,L) as predicted by the last call.
 
-    lambda = ln(alpha / sigma) is spaced evenly from t = 999 to t = 0, so that consecutive steps
-    have the same length h and the extrapolation weights are 3/2 and -1/2.
+    lambda = ln(alpha / sigma) is spaced evenly from t = 999 to t = 0, so that all steps have the
+    same length h and the extrapolation weights are 3/2 and -1/2.
     """
     ends = torch.logit(alpha_bar(torch.tensor([T - 1, 0]))) / 2
     knots = np.linspace(*ends.tolist(), steps)
@@ -480,9 +486,9 @@ def dpmpp(eps, z, steps):
 
 
 def probability_flow(eps, z, rtol, atol):
-    """RK45 on dz/dtau = -beta/2 z + beta/2 eps/sigma from tau = 1 to 1e-3, then one denoise.
+    """RK45 on dz/dtau = -beta/2 z + beta/2 eps/sigma from tau = 1 to 1e-3, then the z_0 predicted.
 
-    The network sees the fractional t that has the same noise level as tau.
+    The network is given the t, with a fraction, that has the same noise level as tau.
     """
     def predict(tau, z):
         log_ab = log_alpha_bar(tau)
@@ -498,8 +504,9 @@ def probability_flow(eps, z, rtol, atol):
     return (z - sigma * e) / math.exp(log_ab / 2)
 
 
-# Dormand & Prince (1980): nodes, stage weights (the last row is the fifth-order solution, whose
-# derivative is the next step's first stage), and fifth-order minus fourth-order weights.
+# Dormand & Prince (1980): times of the stages; weights of the stages before each (the last row
+# gives the fifth-order solution, whose derivative is the next step's first stage); weights of the
+# fifth-order solution minus those of the fourth-order one.
 RK_C = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 RK_A = ((1 / 5,),
         (3 / 40, 9 / 40),
@@ -511,21 +518,22 @@ RK_E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 4
 
 
 def largest_rms(x):
-    """The largest root mean square of a sample, x (B, ...) -> float."""
+    """The largest of the root mean squares of the rows of x (B, ...), a float."""
     return x.flatten(1).square().mean(1).max().sqrt().item()
 
 
 def weighted(weights, stages):
-    """Sum of weight * stage over the weights that are not zero."""
+    """Sum of weight * stage, without the stages of weight 0."""
     return sum(w * k for w, k in zip(weights, stages) if w)
 
 
 def rk45(f, y, t0, t1, rtol, atol):
-    """Dormand-Prince integration of dy/dt = f(t, y), y (B, ...), from t0 to t1: (y, nfe).
+    """y(t1) of dy/dt = f(t, y) with y(t0) = y (B, ...), and the number of calls of f: (y, nfe).
 
-    Step control is that of Hairer, Norsett & Wanner (1993), Section II.4: safety 0.9, factors 0.2
-    to 10. The error norm is the largest RMS of a sample, so that the sample hardest to integrate
-    sets the step of its batch. ValueError if the step shrinks to rounding (f is not finite).
+    Dormand-Prince with the step control of Hairer, Norsett & Wanner (1993), Section II.4: safety
+    0.9, factors 0.2 to 10. The error is that of the row with the largest, so that the row which is
+    hardest to integrate sets the steps of its batch. ValueError if a step shrinks to rounding, as
+    it does if f is not finite.
     """
     t, k, nfe = t0, f(t0, y), 2
     h, grow = initial_step(f, y, k, t0, t1, rtol, atol), 10.0
@@ -550,7 +558,7 @@ def rk45(f, y, t0, t1, rtol, atol):
 
 
 def initial_step(f, y, k, t0, t1, rtol, atol):
-    """First step of `rk45`, signed; calls f once. Hairer et al. (1993), page 169."""
+    """The first step of `rk45`, with its sign; calls f once. Hairer et al. (1993), page 169."""
     scale, span = atol + rtol * y.abs(), abs(t1 - t0)
     sign = math.copysign(1.0, t1 - t0)
     d0, d1 = largest_rms(y / scale), largest_rms(k / scale)

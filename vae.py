@@ -1,6 +1,6 @@
 """Stage 1, the D2C-VAE: discrete data -> latent planes -> continuous function.
 
-    q(z|x) = N(mu, sigma^2)      encoder                             Section 3.1, Eq. 5
+    q(z|x) = N(mu, sigma^2)      encoder                             Section 3.2, Eq. 5
     Xi^1..Xi^n = D(z)            hierarchically-decomposed basis fields (HDBF), Section 3.1
     omega(c) = pi(gamma(c; Xi))  read-out, in inr.py
     L = mean |omega(c) - x| + (lambda_kl sum KL + lambda_sn SN) / N_ref          Eq. 9
@@ -207,7 +207,7 @@ def one_by_one(xi):
 class D2CVAE(nn.Module):
     """The first stage. `forward` is the whole training step, so that DDP sees one call.
 
-    One encoder and one decoder serve all planes (Section 3.1); only the 1x1 convolutions at the
+    One encoder and one decoder serve all planes (Appendix A); only the 1x1 convolutions at the
     latent are a plane's own, as in the authors' code. A domain is a subclass with
 
         domain, reads       its name, and the key of an item that the encoder reads
@@ -343,7 +343,7 @@ class D2CVAE(nn.Module):
             raise ValueError(f'cannot render {size} pixels over the box {box.tolist()}')
         fold = self.oversampling(size, box) if antialias else (1, 1)
         fine = [n * f for n, f in zip(size, fold)]
-        mlp = self.mlp.at(grid_scale(self.config.resolution, fine, box)[None])
+        mlp = self.mlp.fixed_scale(grid_scale(self.config.resolution, fine, box)[None])
         xs, ys = cell_centres(fine[1], box[0]), cell_centres(fine[0], box[1])
         samples, rows, columns = self.tiling(size, fold, chunk or points_at_a_time(field.device))
         result = field.new_empty(len(field), self.config.channels, *size)

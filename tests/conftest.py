@@ -1,12 +1,12 @@
 """Tests that must be able to fail.
 
-`@pytest.mark.mutation('inr.py', old, new)` names an edit of the source that must make the test fail.
-`python -m pytest` runs the tests on the source as it is; `python -m pytest --mutants` runs each of
-them with each of its edits, and nothing else. A mutant is killed by an assertion or pytest.fail
-alone: any other exception, such as that of a crash, is an error. In-process tests see the edit because
-the modules are reloaded from the changed text (so tests write `import inr` and `inr.name`, never
-`from inr import name`); tests that start scripts take the fixture `repo`, a folder that holds the
-changed copy.
+`@pytest.mark.mutation('inr.py', old, new)` names an edit of the source under which the test must
+fail. `python -m pytest` runs the tests on the source as it is; `python -m pytest --mutants` runs
+them with each of their edits, and nothing else. A mutant is killed by an assertion or pytest.fail
+alone: any other exception, such as that of a crash, is an error. In-process tests see the edit
+because the modules are executed from the edited text (so tests write `import inr` and `inr.name`,
+never `from inr import name`); tests that start scripts take the fixture `repo`, a folder that holds
+the edited copy.
 """
 import importlib
 import shutil
@@ -28,7 +28,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'mutation(file, old, new): the test must fail after this edit')
+    config.addinivalue_line('markers', 'mutation(file, old, new): the test must fail so')
     config.addinivalue_line('markers', 'slow: not part of the default run')
 
 
@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep the mutants only; of a failure its last line, as tracebacks cost a fifth of the time."""
+    """Keep the mutants only; of a failure the last line: tracebacks cost a fifth of the time."""
     if not config.getoption('--mutants'):
         return
     marked = [bool(item.get_closest_marker('mutation')) for item in items]
@@ -54,8 +54,9 @@ def pytest_collection_modifyitems(config, items):
 def mutated_source(edit):
     file, old, new = edit
     source = (ROOT / file).read_text()
-    if source.count(old) != 1:
-        raise ValueError(f'{file} holds {source.count(old)} times {old!r}; a mutation needs exactly one')
+    count = source.count(old)
+    if count != 1:
+        raise ValueError(f'{file} holds {count} times {old!r}; a mutation needs exactly one')
     return source.replace(old, new)
 
 

@@ -39,23 +39,20 @@ def test_scale_is_the_sampling_period():
 
 
 @pytest.mark.parametrize('size', [(16, 16), (5, 9), (7, 2), (3, 1000), (768, 768)])
-@pytest.mark.mutation('inr.py', '* resolution / 2 if same', '* resolution if same')
+@pytest.mark.mutation('inr.py', '.abs().sqrt() * resolution / 2', '.abs().sqrt() * resolution')
 def test_scale_of_points_is_that_of_their_grid(size):
     points = inr.make_grid(*size).reshape(1, -1, 2)
-    torch.testing.assert_close(inr.points_scale(16, points), inr.grid_scale(16, size))
+    torch.testing.assert_close(inr.scale_of_points(16, points), inr.grid_scale(16, size))
 
 
-@pytest.mark.mutation(
-    'inr.py',
-    '.sqrt() * resolution / 2 if same else one',
-    '.sqrt() * resolution / 2')
+@pytest.mark.mutation('inr.py', 'if not torch.allclose(', 'if False and torch.allclose(')
 def test_scale_of_scattered_points_is_that_of_training():
     row = inr.make_grid(1, 9).reshape(1, -1, 2)
     mixed = torch.cat([inr.make_grid(4, 4).reshape(1, -1, 2), torch.rand(1, 16, 2)])
     bent = inr.make_grid(4, 4).reshape(1, -1, 2) ** 3
     for points in (torch.rand(1, 100, 2), row, row[:, :1], row.flip(2), mixed, bent,
                    torch.rand(1, 2, 2)):
-        assert inr.points_scale(16, points) == 1
+        assert inr.scale_of_points(16, points) == 1
 
 
 @pytest.mark.mutation(
@@ -74,14 +71,14 @@ def test_double_precision_throughout():
     pe = [torch.randn(2, 5, 4, dtype=torch.double) for _ in range(2)]
     s = torch.tensor([0.5], dtype=torch.double)
     try:
-        torch.testing.assert_close(mlp.at(s)(pe), mlp(pe, scale=s), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(mlp.fixed_scale(s)(pe), mlp(pe, scale=s), rtol=1e-12, atol=1e-12)
     except RuntimeError as error:
         pytest.fail(str(error))
 
 
 # ---- planes ------------------------------------------------------------------------------------
 
-@pytest.mark.mutation('inr.py', '(extent[v], extent[u])', '(extent[u], extent[v])')
+@pytest.mark.mutation('inr.py', '(cells[v], cells[u])', '(cells[u], cells[v])')
 def test_plane_sizes_follow_the_axes():
     assert inr.plane_sizes('video', (8, 6, 5)) == dict(xy=(6, 8), yt=(5, 6), xt=(5, 8))
     assert inr.plane_sizes('image', (8, 6)) == dict(xy=(6, 8))
@@ -134,13 +131,23 @@ def test_separable_look_up_equals_the_pointwise_ones():
                                                            ys[b, j].item()))
 
 
-@pytest.mark.mutation(
-    'inr.py',
-    "yz=(1, 2), xz=(0, 2)),\n    'nerf'",
-    "yz=(0, 2), xz=(1, 2)),\n    'nerf'")
-def test_planes_do_not_see_the_axis_they_lack():
-    for name, missing in dict(xy=2, yz=0, xz=1).items():
-        assert missing not in inr.PLANES['shape'][name]
+@pytest.mark.mutation('inr.py', "yz=(1, 2), xz=(0, 2)),\n    'nerf'",
+                      "yz=(0, 2), xz=(1, 2)),\n    'nerf'")
+@pytest.mark.mutation('inr.py', '(cells[v], cells[u])', '(cells[u], cells[v])')
+@pytest.mark.mutation('inr.py', "indexing='ij')[::-1]", "indexing='ij')")
+def test_planes_are_projections_of_a_grid():
+    """Planes of means of w . c over the axis that they lack hold what the other two give."""
+    for domain, letters in dict(image='xy', shape='xyz', nerf='xyz', video='xyt').items():
+        cells, w = (6, 4, 5)[:len(letters)], torch.tensor([1.0, -2.0, 0.5])[:len(letters)]
+        values = (inr.make_grid(*cells[::-1]) * w).sum(-1)  # of axes (z, y, x)
+        points = torch.rand(1, 20, len(letters)) - 0.5
+        for name, size in inr.plane_sizes(domain, cells).items():
+            lacks = [letters.index(a) for a in letters if a not in name]
+            field = values.mean([-1 - a for a in lacks]) if lacks else values
+            assert field.shape == size
+            found = inr.sample_field(field[None, None], points[..., inr.PLANES[domain][name]])
+            own = torch.tensor([a in name for a in letters])
+            torch.testing.assert_close(found[0, :, 0], points[0] @ (w * own))
 
 
 # ---- Eq. 13 ------------------------------------------------------------------------------------
@@ -233,8 +240,7 @@ def test_mlp_equals_the_written_out_form(conditioning, merge):
     torch.testing.assert_close(mlp(pe, scale=s), mlp.out(h, style))
 
 
-@pytest.mark.mutation('inr.py', 'first = {\'cfc\': pe[0], \'single\': pe[-1]}',
-                      'first = {\'cfc\': pe[0], \'single\': pe[0]}')
+@pytest.mark.mutation('inr.py', 'pe = pe[-1:]', 'pe = pe[:1]')
 def test_ablations_depend_on_the_fields_they_should():
     for conditioning, seen in dict(single=[0, 0, 1], concat=[1, 1, 1], cfc=[1, 1, 1]).items():
         mlp = inr.CFCMLP([4, 4, 4], 3, width=8, conditioning=conditioning)
@@ -243,7 +249,7 @@ def test_ablations_depend_on_the_fields_they_should():
         assert [int(g is not None) for g in grads] == seen
 
 
-@pytest.mark.mutation('inr.py', "scale = points_scale(self.resolution, coords)[None]",
+@pytest.mark.mutation('inr.py', "scale = scale_of_points(self.resolution, coords)[None]",
                       'scale = coords.new_ones(1)')
 def test_scale_is_derived_from_the_grid():
     mlp = inr.CFCMLP([4], 3, width=8, resolution=16)
@@ -260,7 +266,7 @@ def test_network_of_one_period_equals_the_modulated_one():
     for p in mlp.parameters():
         torch.nn.init.normal_(p)
     before = mlp(pe, scale=torch.tensor([0.4]))
-    plain = mlp.at(torch.tensor([0.4]))
+    plain = mlp.fixed_scale(torch.tensor([0.4]))
     assert plain.style is None and not any('affine' in n for n, _ in plain.named_parameters())
     torch.testing.assert_close(plain(pe), before)
     assert torch.equal(mlp(pe, scale=torch.tensor([0.4])), before)  # the original is untouched
@@ -295,7 +301,8 @@ def noise_field(n, seed):
 
 def edges_of(faces):
     """Directed edges as a sorted list of pairs."""
-    return sorted(map(tuple, torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).tolist()))
+    sides = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    return sorted(map(tuple, sides.tolist()))
 
 
 def volume(vertices, faces):
@@ -308,8 +315,8 @@ def area(vertices, faces):
     return float(torch.linalg.cross(b - a, c - a).norm(dim=1).sum() / 2)
 
 
-@pytest.mark.mutation('inr.py', '[[w, w | u, w | u | v, w | v], [0, v, u | v, u]]',
-                      '[[w, w | v, w | u | v, w | u], [0, u, u | v, v]]')
+@pytest.mark.mutation('inr.py', '([w, w | u, w | u | v, w | v], [0, v, u | v, u])',
+                      '([w, w | v, w | u | v, w | u], [0, u, u | v, v])')
 @pytest.mark.mutation('inr.py', 't = (va / (va - vb))', 't = (vb / (vb - va))')
 @pytest.mark.mutation('inr.py', '3 * grid.key(lower) + axis', 'grid.key(lower) + axis')
 def test_surface_of_a_ball():
@@ -321,11 +328,10 @@ def test_surface_of_a_ball():
     assert len(vertices) - len(faces) * 3 // 2 + len(faces) == 2  # Euler
 
 
-@pytest.mark.mutation(
-    'inr.py',
-    'for c in triangulations(loop) if not flat(c, loop)',
-    'for c in triangulations(loop)')
-@pytest.mark.mutation('inr.py', '(z * 3 * self.n + y) * 3', '(z * self.n + y) * 3')
+@pytest.mark.mutation('inr.py', 'if any(in_one_face(loop[i], loop[j]) for i, j in cuts):',
+                      'if False:')
+@pytest.mark.mutation('inr.py', 'if inside[side[1]]:', 'if not inside[side[1]]:')
+@pytest.mark.mutation('inr.py', 'base = 3 * self.n + 1', 'base = self.n')
 def test_surface_of_noise_is_a_closed_manifold():
     for n, seed in ((1, 0), (5, 1), (8, 2), (13, 3)):
         vertices, faces = inr.extract_mesh(noise_field(n, seed), n, coarse=n)
@@ -336,11 +342,11 @@ def test_surface_of_noise_is_a_closed_manifold():
         assert 0 < volume(vertices, faces) < 8 and vertices.abs().max() <= 1
 
 
-@pytest.mark.mutation('inr.py', '0.5 * change if', '0.2 * change if')
-@pytest.mark.mutation('inr.py', '-pool(-v.abs())', 'pool(v.abs())')
-@pytest.mark.mutation('inr.py', 'keep |= v.abs().amin(1) <= near', 'keep |= v.abs().amin(1) < 0')
+@pytest.mark.mutation('inr.py', 'reach = 0.5 *', 'reach = 0.2 *')
+@pytest.mark.mutation('inr.py', 'nearest = -of_cell(-closed', 'nearest = of_cell(closed')
+@pytest.mark.mutation('inr.py', 'v.abs().amin(1), near', 'v.abs().amax(1), near')
 @pytest.mark.mutation('inr.py', '(cells - 1) * step', 'cells * step')
-@pytest.mark.mutation('inr.py', '(halves + step >= 0)', '(halves >= 0)')
+@pytest.mark.mutation('inr.py', '(eighths + step >= 0)', '(eighths >= 0)')
 def test_coarse_to_fine_finds_what_the_dense_grid_finds():
     for offset in (0.0, 0.013, 0.031, 0.05):
         fields = [lambda p: 0.021 - (p[:, 0] - offset).abs(),  # thinner than a cell
@@ -370,9 +376,8 @@ def test_surface_in_a_box_at_a_level():
 @pytest.mark.mutation('inr.py', 'nodes.split(self.chunk)', 'nodes.split(len(nodes) + 1)')
 @pytest.mark.mutation(
     'inr.py',
-    'keys, inverse = self.key(nodes).unique(return_inverse=True)\n        first',
-    'keys, inverse = self.key(nodes).flatten(), torch.arange(nodes[..., 0].numel()).view(-1, '
-    '8)\n        first')
+    'index, inverse = distinct(self.key(nodes))',
+    'index = torch.arange(8 * len(nodes))\n        inverse = index.view(-1, 8)')
 def test_few_points_are_evaluated_and_few_at_a_time():
     seen = []
 
@@ -424,12 +429,13 @@ def test_drawing_equals_casting_rays():
     generator = torch.Generator().manual_seed(0)
     vertices = torch.rand(40, 3, generator=generator) * 2 - 1
     faces = torch.randint(40, (25, 3), generator=generator)
-    faces = faces[(faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])]
+    faces = faces[(faces != faces.roll(1, dims=1)).all(1)]
     view = dict(size=48, elevation=25, azimuth=130, distance=3.0, fov=50)
     drawn = inr.render_mesh(vertices, faces, **view)
     depth, face = cast_rays(vertices, faces, **view)
     both = depth.isfinite() & drawn['depth'].isfinite()
-    assert (depth.isfinite() != drawn['depth'].isfinite()).float().mean() < 2e-3  # on the very edges
+    differ = depth.isfinite() != drawn['depth'].isfinite()
+    assert differ.float().mean() < 2e-3  # on the very edges
     assert ((depth - drawn['depth']).abs()[both] > 1e-4).float().mean() < 2e-3
     assert (drawn['shade'][~depth.isfinite()] == 1).float().mean() > 0.99
 
@@ -440,7 +446,8 @@ def test_drawing_of_a_ball():
     for elevation, azimuth in ((0, 0), (35, 200)):
         seen = inr.render_mesh(vertices, faces, 101, elevation, azimuth, distance=3.0)
         torch.testing.assert_close(seen['depth'][50, 50], torch.tensor(2.3), atol=2e-3, rtol=0)
-        torch.testing.assert_close(seen['normal'][50, 50], torch.tensor([0.0, 0, 1]), atol=0.03, rtol=0)
+        torch.testing.assert_close(seen['normal'][50, 50], torch.tensor([0.0, 0, 1]), atol=0.03,
+                                   rtol=0)
         radius = math.tan(math.asin(0.7 / 3)) / math.tan(math.radians(20)) / 2  # of the outline
         share = seen['depth'].isfinite().float().mean()
         assert share == pytest.approx(math.pi * radius ** 2, rel=0.02)

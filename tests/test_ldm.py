@@ -8,6 +8,7 @@ from scipy.integrate import solve_ivp
 from torch import nn
 
 import common
+import encoders
 import ldm
 
 TRIPLE = {'xy': [4, 4], 'yz': [4, 4], 'xz': [4, 4]}
@@ -313,9 +314,24 @@ def test_any_plane_size(h, w):
 
 
 @pytest.mark.mutation('ldm.py', 'if channels % h == 0', 'if h == most')
-def test_heads_divide_the_width():
-    table = [(256, 8), (32, 1), (16, 1), (80, 2), (112, 2), (96, 3)]
-    assert [ldm.heads_for(c, 32) for c, _ in table] == [h for _, h in table]
+@pytest.mark.mutation('encoders.py', '*kv.chunk(2, dim=2))', '*kv.chunk(2, dim=2)[::-1])')
+@pytest.mark.mutation('encoders.py', 'return x + self.out(h)', 'return self.out(h)')
+def test_attention_equals_a_slow_one():
+    """Six heads of ten channels: the most of at least eight that 60 channels divide into."""
+    layer = encoders.Attention(60, ldm.heads_for(60, 8), context_channels=5)
+    x, context = torch.randn(2, 60, 4), torch.randn(2, 3, 5)
+    h = nn.functional.group_norm(x, layer.norm.num_groups, eps=1e-6).mT  # (B, N, C)
+    q, (k, v) = layer.q(h), layer.kv(context).split(60, dim=2)
+    slow = torch.empty_like(q)
+    for b in range(2):
+        for n in range(4):
+            for own in torch.arange(60).split(10):
+                weights = (k[b][:, own] @ q[b, n, own] / 10 ** 0.5).softmax(0)
+                slow[b, n, own] = weights @ v[b][:, own]
+    try:
+        torch.testing.assert_close(layer(x, context), x + layer.out(slow).mT)
+    except RuntimeError as error:
+        pytest.fail(str(error))
 
 
 @pytest.mark.mutation('ldm.py', 't.float()[:, None]', 't.float().round()[:, None]')
@@ -434,7 +450,8 @@ def test_guidance(kind):
 
 @pytest.mark.mutation('ldm.py', 'torch.where(drop, self.null(len(z0)), cond)', 'cond + 0 * drop')
 @pytest.mark.mutation('ldm.py', 'emb + self.label(cond), None', 'emb + 0 * self.label(cond), None')
-@pytest.mark.mutation('ldm.py', 'self.text(self.itself(h), context)', 'self.itself(h)')
+@pytest.mark.mutation('ldm.py', 'self.text(self.self_attention(h), context)',
+                      'self.self_attention(h)')
 def test_dropped_conditions_do_not_matter_and_others_do():
     for model, cond in (conditional('label'), conditional('text')):
         z0, given = torch.randn(3, 4, 16), model.draw(3)

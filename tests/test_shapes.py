@@ -102,7 +102,7 @@ def test_two_families_are_thin():
     """A table's legs and a lamp's pole measure less than 1/20 of the box, and more than 1/26."""
     for family in ('table', 'lamp'):
         solid = next(s for s in map(data.toy_shape, range(100)) if s.family == family)
-        radius = solid.parts[1].a[:, 0].max()
+        radius = solid.parts[1].profile[:, 0].max()
         assert 2 / 26 < 2 * radius < 2 / 20
 
 
@@ -157,7 +157,7 @@ def slow_pointnet(net, points):
         centres = torch.tensor([[(cell(p, (a, a))[0] + 0.5) * 2 / R - 1 for a in range(3)]
                                 for p in points])
         points = torch.cat([points, (points[:, :3] - centres) * R], dim=1)
-    features = [net.enter(p) for p in points]
+    features = [net.proj_in(p) for p in points]
     for i, block in enumerate(net.blocks):
         if i > 0:
             pooled = []
@@ -168,7 +168,7 @@ def slow_pointnet(net, points):
                 pooled.append(torch.cat([features[k], sum(parts)]))
             features = pooled
         features = [block(f) for f in features]
-    features = [net.leave(f) for f in features]
+    features = [net.proj_out(f) for f in features]
     planes = {}
     for name, axes in net.planes.items():
         plane = torch.zeros(len(features[0]), R, R)

@@ -55,7 +55,8 @@ def test_tokens_equal_a_slow_merge(merges):
     symbol = {b: chr(b) for b in printable} | {b: chr(256 + k) for k, b in enumerate(others)}
     words = [symbol[b] for b in printable + others]
     words += [w + '</w>' for w in words] + [m.replace(' ', '') for m in MERGES]
-    for text in ('the red chair', 'cha chat', 'that-the; thee', 'na\u00efve', 'n\u00edche', 'reed at 12'):
+    for text in ('the red chair', 'cha chat', 'that-the; thee', 'na\u00efve', 'n\u00edche',
+                 'reed at 12'):
         pieces = [w for w in encoders.BPETokenizer.pattern.findall(text)]
         slow = [words.index(p) for w in pieces
                 for p in slow_bpe(''.join(symbol[b] for b in w.encode()), MERGES)]
@@ -151,8 +152,8 @@ def slow_picture(state, picture):
     """Features of one uint8 picture (3,32,32)."""
     mean, std = torch.tensor(metrics.CLIP_MEAN), torch.tensor(metrics.CLIP_STD)
     x = (picture / 255 - mean[:, None, None]) / std[:, None, None]
-    patches = [(state['visual.conv1.weight'] * x[:, 8 * i:8 * i + 8, 8 * j:8 * j + 8]).sum((1, 2, 3))
-               for i in range(4) for j in range(4)]
+    kernel, corners = state['visual.conv1.weight'], range(0, 32, 8)
+    patches = [(kernel * x[:, i:i + 8, j:j + 8]).sum((1, 2, 3)) for i in corners for j in corners]
     x = torch.stack([state['visual.class_embedding'], *patches])
     x = x + state['visual.positional_embedding']
     x = layer_norm(x, state['visual.ln_pre.weight'], state['visual.ln_pre.bias'])
@@ -252,7 +253,8 @@ def write_safetensors(path, tensors):
 
 @pytest.mark.mutation('common.py', "offset=v['data_offsets'][0]", "offset=0")
 def test_safetensors(tmp_path):
-    tensors = dict(a=torch.randn(2, 3), b=torch.randn(4).half(), c=torch.arange(8), d=torch.tensor(2.))
+    tensors = dict(a=torch.randn(2, 3), b=torch.randn(4).half(), c=torch.arange(8),
+                   d=torch.tensor(2.0))
     write_safetensors(tmp_path / 'x.safetensors', tensors)
     read = common.read_tensors(tmp_path / 'x.safetensors', '')
     assert {k: tuple(v.shape) for k, v in read.items()} == dict(a=(2, 3), b=(4,), c=(8,), d=())
@@ -281,7 +283,8 @@ def test_clip_score_is_the_best_view():
     views = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     seen, said = net.encode_image(views), net.encode_text(['x'])[0]
     cosines = (seen @ said) / seen.norm(dim=1) / said.norm()
-    assert metrics.clip_score(net, views, 'x') == pytest.approx(100 * cosines.max().item(), rel=1e-4)
+    best = 100 * cosines.max().item()
+    assert metrics.clip_score(net, views, 'x') == pytest.approx(best, rel=1e-4)
 
 
 def test_views_go_round_the_shape():
@@ -374,12 +377,13 @@ def test_metrics_of_text(tmp_path, merges, monkeypatch, capsys):
     monkeypatch.setattr(metrics, 'said', lambda opened, reader, caption, args: (
         torch.tensor(balls[caption]), 20.0))
     metrics.main(['text', 'run', '--res', '16', '--classifier', str(tmp_path / 'best.pt'), '--clip',
-                  '--weights', str(tmp_path / 'clip.pt'), '--views', 'even', '--device', 'cpu', '--num',
-                  '2', '--sampler', 'rk45', '--each', '7'])
+                  '--weights', str(tmp_path / 'clip.pt'), '--views', 'even', '--device', 'cpu',
+                  '--num', '2', '--sampler', 'rk45', '--each', '7'])
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (row['captions'], row['empty'], row['nfe'], row['forwards']) == (2, 1, 20, 40)
     assert row['accuracy'] == 50 and row['classifier_grid'] == 'ends' and row['shared_steps'] == 7
-    small, large = (metrics.occupancy_grid(vae, [dict(r=torch.tensor([r]))], 16) for r in balls['the'])
+    small, large = (metrics.occupancy_grid(vae, [dict(r=torch.tensor([r]))], 16)
+                    for r in balls['the'])
     overlap = (small & large).sum() / (small | large).sum()
     assert row['tmd'] == pytest.approx(overlap.item() / 2, abs=1e-6)  # a ball and none: 0
     clip, best = metrics.load_network('clip', tmp_path / 'clip.pt'), []
@@ -432,7 +436,7 @@ def test_own_text_encoder_is_part_of_the_model():
     model = model_of(text='bytes', context_channels=128)
     for block in (*model.unet.down, *model.unet.middle, *model.unet.up):
         if getattr(block, 'attention', None) is not None:
-            torch.nn.init.normal_(block.attention.leave.weight, std=0.1)
+            torch.nn.init.normal_(block.attention.proj_out.weight, std=0.1)
     reader = encoders.text_reader('bytes')
     z, t = torch.randn(2, 3, 48), torch.tensor([10, 500])
     tokens = reader(['a chair', ''])

@@ -59,12 +59,14 @@ def test_any_picture_size():
 
 @pytest.mark.mutation('encoders.py', 'channels < 4 * groups', 'channels < groups')
 @pytest.mark.mutation('encoders.py', 'math.gcd(32, channels)', 'math.gcd(16, channels)')
-def test_groups_of_a_norm():
-    groups = {c: encoders.norm(c).num_groups for c in range(1, 513)}
-    assert groups[512] == groups[128] == 32 and groups[64] == 16 and groups[24] == 4
-    for channels, count in groups.items():  # the most, of 32 halved, that divide into at least 4
-        fit = [n for n in (32, 16, 8, 4, 2) if channels % n == 0 and channels >= 4 * n]
-        assert count == max(fit, default=1)
+def test_norms_pool_at_least_four_channels():
+    """A change of one channel is felt by its group, a 32nd of the channels but four or more."""
+    for channels, group in ((512, 16), (128, 4), (64, 4), (48, 6), (24, 6), (8, 4), (6, 6), (3, 3)):
+        x, layer = torch.randn(1, channels, 3, 3), encoders.norm(channels)
+        changed = x.clone()
+        changed[:, -1] *= 2
+        felt = (layer(changed) != layer(x)).flatten(2).any(2)[0]
+        assert felt[-group:].all() and not felt[:-group].any()
 
 
 @pytest.mark.mutation('vae.py', '(stretch[0] * h.shape[2], ', '(h.shape[2], ')
@@ -246,7 +248,7 @@ def test_render_keeps_no_graph():
     model = tiny()
     xi = model.decode(torch.randn(1, 4, 64))
     assert not model.render(xi, (8, 8)).requires_grad
-    frozen = model.mlp.at(torch.ones(1))
+    frozen = model.mlp.fixed_scale(torch.ones(1))
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
