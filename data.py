@@ -16,6 +16,7 @@ extent of a crop of the frame [-1, 1]^2, y down.
 """
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -1456,10 +1457,10 @@ def solid_angles(a, b, c):
 
 
 def cluster_moments(triangles):
-    """Centre, radius, moments N (K,3), S (K,3,3), C (K,3,3,3) of clusters of triangles (K,m,3,3).
+    """Centre, radius, moments N (K,3), S (K,3,3), C (K,3,3,3), T (K,3) of triangles (K,m,3,3).
 
     N, S, C are the integrals of n_i, n_i x_j, n_i x_j x_l over the area, where n is the unit normal
-    and x the position relative to the centre, the centroid of the area.
+    and x the position relative to the centre, the centroid of the area; T_l = sum_i 2 C_iil + C_lii.
     """
     a, b, c = triangles.unbind(2)                           # (K, m, 3)
     normals = torch.linalg.cross(b - a, c - a) / 2          # as long as the area is large
@@ -1470,10 +1471,11 @@ def cluster_moments(triangles):
     radius = corners.norm(dim=3).flatten(1).amax(1)
     squares = (9 * middles[..., None] * middles[..., None, :] + corners.mT @ corners) / 12
     C = torch.einsum('kmi,kmjl->kijl', normals, squares)    # squares: mean x x^T of a triangle
-    return centre, radius, normals.sum(1), normals.mT @ middles, C
+    T = 2 * torch.einsum('kiil->kl', C) + torch.einsum('klii->kl', C)
+    return centre, radius, normals.sum(1), normals.mT @ middles, C, T
 
 
-def far_angles(r, N, S, C):
+def far_angles(r, N, S, C, T):
     """Solid angles (K,m) of clusters with these moments, whose centres are seen at r (K,m,3).
 
     The first three terms of their Taylor expansion (Barill et al., 2018), with f_i = r_i / |r|^3:
@@ -1481,13 +1483,12 @@ def far_angles(r, N, S, C):
     (delta_ij - 3 r_i r_j / |r|^2) / |r|^3. The last line takes |r|^3 out of all three.
     """
     squared = r.square().sum(2)
-    first = (r @ N[:, :, None]).squeeze(2)
+    first, linear = (r @ torch.stack([N, T], dim=2)).unbind(2)
     trace = S.diagonal(dim1=1, dim2=2).sum(1)[:, None]
-    second = trace - 3 * (r @ S * r).sum(2) / squared
-    traces = 2 * torch.einsum('kiil->kl', C) + torch.einsum('klii->kl', C)
     outer = (r[..., None] * r[..., None, :]).flatten(2)     # (K, m, 9)
+    second = trace - 3 * (outer @ S.flatten(1)[..., None]).squeeze(2) / squared
     cubic = (r * (outer @ C.flatten(2).mT)).sum(2)
-    third = 7.5 * cubic / squared - 1.5 * (r @ traces[:, :, None]).squeeze(2)
+    third = 7.5 * cubic / squared - 1.5 * linear
     return (first + second + third / squared) / squared ** 1.5
 
 
@@ -1518,7 +1519,7 @@ def winding_number(points, vertices, faces, beta=2.0, leaf=4, block=16, chunk=51
             seen = centre[k, None] - blocks[b]              # (chunk, n, 3)
             angles.index_add_(0, b, far_angles(seen, *(m[k] for m in moments)))
         b, k = pairs[:, ~far]
-        pairs = torch.stack([b.repeat(2), torch.cat([2 * k, 2 * k + 1])])
+        pairs = torch.stack([b, 2 * k, b, 2 * k + 1], dim=1).reshape(-1, 2).T
     for b, k in pairs.split(chunk, dim=1):
         seen = leaves[k, None] - blocks[b, :, None, None]   # (chunk, n, m, corner, 3)
         angles.index_add_(0, b, solid_angles(*seen.unbind(3)).sum(2))

@@ -86,14 +86,14 @@ def grid_scale(resolution, size, box=None):
 
 @torch.no_grad()
 def scale_of_points(resolution, coords):
-    """Sampling period s of the points (B,N,2) of a grid, see `grid_scale`; 1 of other points.
+    """Sampling period s of the points (B,N,D) of a plane grid, see `grid_scale`; 1 of other points.
 
     A grid is regular, listed row by row, has two or more rows and columns and is the same for
-    every item. For other points s = 1, the period of training.
+    every item; D = 2. For other points s = 1, the period of training.
     """
-    x, y = coords[0].unbind(-1)
+    x, y, *others = coords[0].unbind(-1)
     one, width = coords.new_ones(()), int((y == y[0]).sum())
-    if width < 2 or len(x) % width or len(x) == width:
+    if others or width < 2 or len(x) % width or len(x) == width:
         return one
     size = len(x) // width, width
     half = [(c[-1] - c[0]) / (n - 1) / 2 for c, n in zip((x, y), size[::-1])]  # sides of a cell / 2
