@@ -342,7 +342,7 @@ COARSE = (256, 128, 64, 32)  # the first is the dense evaluation
 @torch.no_grad()
 def held_out_fields(run, count, device):
     """A shape run's first stage and the basis fields of `count` held-out shapes."""
-    model, info = ldm.load_vae(common.find_run(run), device)
+    model, info = ldm.load_vae(run, device)
     shapes = data.open_run_data(info, 'test')
     return model, [model.decode(model.encode(shapes.item(i)['points'][None].to(device)).mean)
                    for i in common.evenly_spaced(len(shapes), count)]
