@@ -580,8 +580,9 @@ def load_weights(module, weights, path):
         module.load_state_dict({k: v.float() if v.is_floating_point() else v
                                 for k, v in weights.items()})
     except RuntimeError as error:
-        raise ValueError(f'{path} does not fit this model: {str(error).splitlines()[-1].strip()}'
-                         ) from None
+        reason = str(error).splitlines()[-1].strip()[:200]
+        raise ValueError(f'{path} does not fit this model, or is of another version of this code: '
+                         f'{reason}') from None
 
 
 def move(batch, device):

@@ -205,7 +205,7 @@ def readout_cases(table, device):
     size = int(table.split()[1])
     torch.manual_seed(0)
     # The networks before the read-out are kept small: only the MLP and the fields matter here.
-    model = vae.D2CVAE(vae.VAEConfig(ch=32, decoder_ch=32, num_res_blocks=1, z_channels=4,
+    model = vae.build(vae.VAEConfig(ch=32, decoder_ch=32, num_res_blocks=1, z_channels=4,
                                      mlp_layers=3)).to(device).requires_grad_(False)
     for p in model.mlp.parameters():
         p.add_(0.01 * torch.randn_like(p))  # so that no bias is zero
@@ -257,7 +257,7 @@ def readout(args):
 def small_vae(device):
     """A VAE of about 3 M parameters and a batch of 16 pictures at 64."""
     torch.manual_seed(0)
-    model = vae.D2CVAE(vae.VAEConfig(
+    model = vae.build(vae.VAEConfig(
         resolution=64, ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, z_channels=16, decoder_ch=32,
         field_channels=16, mlp_width=64, mlp_layers=3)).to(device)
     image = torch.rand(16, 3, 64, 64, device=device) * 2 - 1
@@ -342,16 +342,16 @@ COARSE = (256, 128, 64, 32)  # the first is the dense evaluation
 @torch.no_grad()
 def held_out_fields(run, count, device):
     """A shape run's first stage and the basis fields of `count` held-out shapes."""
-    model, info = ldm.load_vae(common.find_run(run), device)
+    model, info = ldm.load_vae(run, device)
     shapes = data.open_run_data(info, 'test')
     return model, [model.decode(model.encode(shapes.item(i)['points'][None].to(device)).mean)
-                   for i in common.spread(len(shapes), count)]
+                   for i in common.evenly_spaced(len(shapes), count)]
 
 
 def mesh_cases(table, device):
     """'mesh RUN': the surface of one held-out shape at 256, from several first grids."""
     model, (xi,) = held_out_fields(table.split(maxsplit=1)[1], 1, device)
-    return {f'coarse {n}': lambda n=n: torch.no_grad()(partial(model.surfaces, xi, 256, coarse=n))
+    return {f'coarse {n}': lambda n=n: torch.no_grad()(partial(model.signal, xi, 256, coarse=n))
             for n in COARSE}
 
 
@@ -359,7 +359,7 @@ def mesh_cases(table, device):
 def missed(run, device, count=8):
     """Share of the dense surface's vertices that each first grid misses, over some shapes."""
     model, shapes = held_out_fields(run, count, device)
-    found = {n: [{*map(tuple, model.surfaces(xi, 256, coarse=n)[0][0].tolist())} for xi in shapes]
+    found = {n: [{*map(tuple, model.signal(xi, 256, coarse=n)[0][0].tolist())} for xi in shapes]
              for n in COARSE}
     total = sum(map(len, found[256]))
     return {n: sum(len(a - b) for a, b in zip(found[256], found[n])) / total for n in COARSE[1:]}
