@@ -12,24 +12,25 @@
     NFE        network calls of one sampling
 
 The networks are written from their descriptions and filled from files that others publish; without
-the file there is no number. Statistics are float64, features float32. Under torchrun the work
-is shared out over the processes, and the numbers stay the same.
+the file there is no number. Statistics are float64, features float32. What is measured is a Source,
+of a folder or of a run; what can be measured of a run is said by its domain's row of DOMAINS. Under
+torchrun the work is shared out over the processes, and the numbers stay the same.
 Departures from the authors' evaluation: fakes are rounded to uint8 (`--float` leaves them),
 pictures are resized as TensorFlow 1 did (`--resize pytorch` is theirs), reals are neither flipped
 nor shuffled, and every result prints its whole protocol as one line of JSON.
 """
-import hashlib
 import json
 import math
 import sys
 import warnings
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, make_dataclass
 from functools import partial
-from itertools import groupby, zip_longest
+from itertools import groupby
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable, Sequence
 
 import numpy as np
@@ -40,11 +41,13 @@ from PIL import Image
 from scipy import sparse
 from scipy.spatial import cKDTree
 from torch import nn
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import data
-from common import (Parser, evenly_spaced, file_digest, find_checkpoint, read_tensors, require,
-                    run, save_checkpoint, seeded, start_process, torch_seeded)
+from common import (Parser, evenly_spaced, file_digest, find_checkpoint, flag, load_checkpoint,
+                    move, read_tensors, require, run, save_checkpoint, seeded, start_process,
+                    torch_seeded)
 from encoders import (BPETokenizer, CLIPText, TextBlock, from_hugging_face, layers_of,
                       text_reader)
 from inr import render_mesh
@@ -245,7 +248,7 @@ def precision_recall(real, fake, k=3, chunk=2048):
 
 
 def psnr_each(x, y):
-    """Peak signal-to-noise ratio in dB of each pair of pictures (B, ...) in [0, 1] -> (B,)."""
+    """Peak signal-to-noise ratio in dB of each pair of (B,...) in [0, 1]: (B,), inf if equal."""
     x, y = (torch.as_tensor(v) for v in (x, y))
     require(x.shape == y.shape, f'pictures of different sizes: {tuple(x.shape)}, {tuple(y.shape)}')
     require(x.is_floating_point() and y.is_floating_point(), 'PSNR takes floats in [0, 1]')
@@ -253,15 +256,10 @@ def psnr_each(x, y):
     return -10 * mse.log10()
 
 
-def psnr(x, y):
-    """Mean of psnr_each over pictures (B,C,H,W) or one picture (C,H,W), in dB.
-
-    Identical pairs are infinite and stay out of the mean; inf if all are.
-    """
-    x, y = (torch.as_tensor(v) for v in (x, y))
-    values = psnr_each(x, y) if x.ndim > 3 else psnr_each(x[None], y[None])
-    finite = values[values.isfinite()]
-    return finite.mean().item() if len(finite) else torch.inf
+def finite_mean(values):
+    """Mean of the finite ones of (N,), inf if all are infinite; NaN counts."""
+    finite = values[~values.isinf()]
+    return finite.mean().item() if len(finite) else math.inf
 
 
 def ssim_each(x, y):
@@ -288,12 +286,6 @@ def ssim_each(x, y):
     return score.flatten(1).mean(1).unflatten(0, x.shape[:2]).mean(1)
 
 
-def ssim(x, y):
-    """Mean of ssim_each over pictures (B,C,H,W), or of one picture (C,H,W)."""
-    x, y = (torch.as_tensor(v) for v in (x, y))
-    return (ssim_each(x, y) if x.ndim > 3 else ssim_each(x[None], y[None])).mean().item()
-
-
 def iou(a, b):
     """Intersection over union of each row of two boolean tensors (B,N); 1 where both are empty."""
     union = (a | b).sum(1)
@@ -302,36 +294,24 @@ def iou(a, b):
 
 # ---- sets of shapes ----------------------------------------------------------------------------
 
-def chamfer(a, b):
-    """Chamfer distances of pairs of clouds (B,N,3), (B,M,3) -> (B,).
-
-    mean_i min_j |a_i - b_j|^2 + mean_j min_i |a_i - b_j|^2: squared, each side's mean, summed.
-    """
-    values = []
-    for x, y in zip(a, b):  # a matrix for each pair, by differences: products would cancel
-        d2 = torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist').square()
-        values.append(d2.amin(1).mean() + d2.amin(0).mean())
-    return torch.stack(values)
-
-
 def chamfer_matrix(a, b):
     """Chamfer distances of every cloud of a (R,N,3) to every one of b (S,M,3): (2,R,S) float64.
 
-    The first with squared distances, as `chamfer`, the second with plain ones. By k-d trees in
-    threads, on CUDA by brute force. Where b is a itself, only half of the pairs is computed. Rows
-    are shared out over processes, all of which must call this.
+    First mean_i min_j |a_i - b_j|^2 + mean_j min_i |a_i - b_j|^2, then the same not squared. By k-d
+    trees in threads, on CUDA by brute force. Where b is a itself, half of the pairs is computed.
+    Rows are shared out over processes, all of which must call this.
     """
     if a.is_cuda:
         row, clouds, every = cuda_row, a, b
     else:
         row, (clouds, every) = tree_row, [[cKDTree(c.numpy()) for c in side] for side in (a, b)]
-    starts = [i + 1 if b is a else 0 for i in range(len(a))]
+    first = [i + 1 if b is a else 0 for i in range(len(a))]
     with ThreadPoolExecutor(1 if a.is_cuda else torch.get_num_threads()) as pool:
-        parts = shared(lambda i: row(clouds[i], every[starts[i]:]), range(len(a)), 'Chamfer', 'row',
+        parts = shared(lambda i: row(clouds[i], every[first[i]:]), range(len(a)), 'Chamfer',
                        pool.map)
     matrix = torch.zeros(2, len(a), len(b), dtype=torch.float64)
     for i, part in enumerate(parts):
-        matrix[:, i, starts[i]:] = part
+        matrix[:, i, first[i]:] = part
     return matrix + matrix.mT if b is a else matrix
 
 
@@ -352,21 +332,16 @@ def cuda_row(x, clouds, size=64):
     return torch.cat(found, dim=1).double()
 
 
-def mmd_cov(refs, samples, squared=True):
-    """Chamfer-based comparison of reference clouds (R,N,3) and samples (S,M,3), as they are.
+def mmd_cov(refs, samples):
+    """Comparison of reference clouds (R,N,3) and samples (S,M,3) by their Chamfer distances.
 
-    mmd: mean over references of the distance to the nearest sample; mmd_smp: the reverse; cov:
-    share of references that are nearest to some sample; one_nna: share of the union whose nearest
-    other member comes from its own set (1/2: the sets cannot be told apart). Yang et al. (2019).
+    A dict for squared distances and one for plain ones. mmd: mean over references of the distance
+    to the nearest sample; mmd_smp: the reverse; cov: share of references that are nearest to some
+    sample; one_nna: share of the union whose nearest other member comes from its own set (1/2: the
+    sets cannot be told apart). Yang et al. (2019).
     """
-    return compare_clouds(refs, samples)[not squared]
-
-
-def compare_clouds(refs, samples):
-    """`mmd_cov` by squared and by plain distances, which have their neighbours in common."""
-    matrices = [chamfer_matrix(*pair) for pair in ((refs, samples), (refs, refs),
-                                                   (samples, samples))]
-    return [mmd_cov_of(*three) for three in zip(*matrices)]
+    pairs = (refs, samples), (refs, refs), (samples, samples)
+    return [mmd_cov_of(*three) for three in zip(*(chamfer_matrix(*pair) for pair in pairs))]
 
 
 def mmd_cov_of(between, refs, samples):
@@ -861,11 +836,6 @@ class VoxelClassifier(nn.Module):
         return self.projection(self.encoder_head(voxels.float()[:, None]))
 
 
-def voxel_classifier(state):
-    """The classifier with as many classes as these weights have."""
-    return VoxelClassifier(len(state['projection.7.weight']))
-
-
 class VisionTower(nn.Module):
     """CLIP's picture transformer, with OpenAI's names: (B,3,R,R), normalised, -> (B,embed)."""
 
@@ -941,8 +911,8 @@ def clip_state(state):
 
 def clip_score(net, pictures, text):
     """100 times the largest cosine of `text` to pictures (V,3,H,W), uint8: views of one thing."""
-    seen, said = net.encode_image(pictures), net.encode_text([text])
-    return 100 * F.cosine_similarity(seen, said).max().item()
+    cosines = F.cosine_similarity(net.encode_image(pictures), net.encode_text([text]))
+    return 100 * cosines.max().item()
 
 
 # ---- weight files ------------------------------------------------------------------------------
@@ -989,7 +959,7 @@ NETWORKS = dict(
                   'b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836'),
         Published('model.safetensors', 'Hugging Face, the same networks', ''),
         Published('pytorch_model.bin', 'Hugging Face, the same networks', ''))),
-    classifier=Network(voxel_classifier, dict, (
+    classifier=Network(lambda state: VoxelClassifier(len(state['projection.7.weight'])), dict, (
         Published('best.pt', 'Clip-Forge, exps/classifier/checkpoints', ''),)))
 
 
@@ -1003,12 +973,10 @@ def wanted(kind):
 def find_weights(kind, path):
     """The weight file: `path` itself, or in the folder `path` the first published name there."""
     path = Path(path)
-    found = [path] if path.is_file() else [
-        path / f.file for f in NETWORKS[kind].files if (path / f.file).is_file()]
-    pickles = [path] if path.suffix == '.pkl' else [
-        p.with_suffix('.pkl') for p in (path / f.file for f in NETWORKS[kind].files)
-        if p.with_suffix('.pkl').is_file()]
-    if pickles and (path.suffix == '.pkl' or not found):
+    files = [path / f.file for f in NETWORKS[kind].files] if path.is_dir() else [path]
+    found = [p for p in files if p.is_file() and p.suffix != '.pkl']
+    pickles = [p.with_suffix('.pkl') for p in files if p.with_suffix('.pkl').is_file()]
+    if pickles and not found:
         raise ValueError(f'{pickles[0]}: a pickle of Python code is not read; take the .pt of the '
                          f'same publisher; {wanted(kind)}')
     if not found:
@@ -1098,87 +1066,128 @@ def gather(value):
     return values
 
 
-def shared(work, items, what, unit, mapped=map):
+def shared(work, items, what, mapped=map):
     """[work(x) for x in items], shared out over the processes; the whole list on every one.
 
     Item k belongs to process k mod their number. `mapped` is map or that of a pool.
     """
     rank, world = ranks()
     found, mine = [None] * len(items), items[rank::world]
-    done = list(bar(mapped(work, mine), what, len(mine), unit=unit))
+    done = list(bar(mapped(work, mine), what, len(mine)))
     for other, results in enumerate(gather(done)):
         found[other::world] = results
     return found
 
 
-# ---- features of pictures ----------------------------------------------------------------------
-
-@dataclass
-class Pictures:
-    """A set of pictures (B,3,H,W), or of clips (B,3,T,H,W), in 0..255, read part by part."""
-    items: Sequence  # names or numbers
-    read: Callable  # a part of the items -> batches, each of one size
-    about: dict  # what the manifest says of it; reading may add to it
-    sizes: set = field(default_factory=set)  # (shorter, longer) side of the pictures in it
-    key: dict = field(default_factory=dict)  # what its content depends on, for the cache
-    finish: Callable = lambda: None  # after a pass: raises if too much could not be read
-
-    @property
-    def size(self):
-        return len(self.items)
-
-    def batches(self, size):
-        """A fresh pass, at most `size` at a time."""
-        for part in pieces(self.items, size):
-            yield from self.read(part)
-        self.finish()
-
-
 def pieces(items, size):
     """A list or range in pieces of `size`."""
-    return (items[i:i + size] for i in range(0, len(items), size))
+    return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-def feature_parts(net, pictures, size):
-    """Features (B,D) of this process's share of the parts of `size` pictures.
+# ---- sources: what can be measured -------------------------------------------------------------
 
-    Part k belongs to process k mod their number; what follows a pass is done together.
+@dataclass
+class Source:
+    """Things of one kind, read part by part: pictures, clips, clouds, or these beside their truth.
+
+    `read` maps a part of the items to a list of batches of one shape each: pictures (B,3,H,W) or
+    clips (B,3,T,H,W) in 0..255, clouds (B,N,3). What cannot be read it leaves out and names in
+    `bad`; where it samples it adds the network calls of a batch to `calls`.
     """
-    rank, world = ranks()
-    device = next(net.parameters()).device
-    parts = list(pieces(pictures.items, size))[rank::world]
-    with full_precision(), bar(total=sum(map(len, parts)), desc='features', unit='item') as done:
-        for part in parts:
-            found = [net(batch.to(device)) for batch in pictures.read(part)]
-            yield torch.cat(found) if found else torch.empty(0, net.dim, device=device)
-            done.update(len(part))
-    pictures.finish()
+    items: Sequence
+    read: Callable
+    about: dict  # what the manifest says of it; at least `source` and `kind`
+    batch: int = 1  # how many items are read at a time
+    sizes: set = field(default_factory=set)  # (shorter, longer) side of the pictures in it
+    bad: set = field(default_factory=set)
+    calls: list = field(default_factory=list)
+
+    def __post_init__(self):
+        self.total = len(self.items) + len(self.bad)
+
+    @property
+    def parts(self):
+        return pieces(self.items, self.batch)
+
+    def finish(self):
+        """To be called on every process after a pass: notes the mean NFE, and what is broken.
+
+        ValueError if all is broken, or at least three things and more than 1 %.
+        """
+        bad, calls = zip(*gather((self.bad, self.calls)))
+        bad, calls = sorted(set().union(*bad)), sum(calls, [])
+        if calls:
+            self.about['nfe'] = float(np.mean(calls))
+        if bad and first_process():
+            print(f'skipped {len(bad)} unreadable {self.about["kind"]}: {", ".join(bad[:3])}',
+                  file=sys.stderr)
+        require(len(bad) < self.total and (len(bad) < 3 or len(bad) <= self.total / 100),
+                f'{self.about["source"]}: {len(bad)} of {self.total} {self.about["kind"]} cannot '
+                'be read')
 
 
-def image_features(net, pictures, size):
-    """All features, (N, D) float32 on the CPU in the order of the items, on every process."""
-    rows, lengths = torch.empty(pictures.size, net.dim), []  # filled in place: no second copy
-    for part in feature_parts(net, pictures, size):
-        start = sum(lengths)
-        rows[start:start + len(part)] = part
-        lengths.append(len(part))
-    rows = rows[:sum(lengths)]
-    if ranks()[1] > 1:
-        shares = [share.split(sizes) for share, sizes in gather((rows.clone(), lengths))]
-        rows = torch.cat([part for row in zip_longest(*shares) for part in row if part is not None])
-    require(len(rows), 'no pictures to measure')
+@full_precision()
+@torch.no_grad()
+def measured(source, work):
+    """[work(batch) for every batch of a source], shared out over the processes, on every one."""
+    found = shared(lambda part: [work(batch) for batch in source.read(part)], source.parts,
+                   source.about['kind'])
+    source.finish()
+    return [x for part in found for x in part]
+
+
+def features(net, source):
+    """Features (N, net.dim) of a source, float32, on the CPU of every process, in order."""
+    found = measured(source, lambda batch: net(batch.to(device_of(net))).cpu())
+    require(found, 'nothing to measure')
+    rows, n = torch.empty(sum(map(len, found)), net.dim), 0
+    while found:  # a part is freed before the next is copied: there are never two of all
+        part = found.pop(0)
+        rows[n:n + len(part)] = part
+        n += len(part)
     return rows
 
 
-def image_stats(net, pictures, size):
-    """FeatureStats of all pictures, in the memory of one batch, on every process."""
+def device_of(net):
+    return next(net.parameters()).device
+
+
+def feature_stats(net, source):
+    """FeatureStats of a source, in the memory of one batch, on every process."""
     stats = FeatureStats(net.dim)
-    for features in feature_parts(net, pictures, size):
-        stats.update(features)
+    measured(source, lambda batch: stats.update(net(batch.to(device_of(net)))))
     first, *others = gather(stats.cpu())
     for other in others:
         first.merge(other)
     return first
+
+
+# ---- sources in files --------------------------------------------------------------------------
+
+def file_source(items, load, name, about, failure=OSError, **options):
+    """A Source of what load(item) reads from files, in threads.
+
+    An item for which it raises `failure` is broken, and called name(item).
+    """
+    def attempt(item):
+        try:
+            return load(item)
+        except failure:
+            source.bad.add(name(item))
+
+    def read(part):
+        with ThreadPoolExecutor(4) as pool:
+            found = [x for x in pool.map(attempt, part) if x is not None]
+        return [torch.stack(list(same)) for _, same in groupby(found, lambda x: x.shape)]
+    source = Source(items, read, about, **options)
+    return source
+
+
+def about_files(folder, kind, resolution, **more):
+    """What a manifest says of pictures in files."""
+    resized = 'centre square, Pillow bicubic, antialiased' if resolution else 'no'
+    return dict(source=str(folder), kind=kind, resolution=resolution or 'as stored',
+                resized=resized, **more)
 
 
 def read_picture(files, name, resolution=0):
@@ -1198,596 +1207,601 @@ def read_picture(files, name, resolution=0):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-class Readable:
-    """Reads things of a folder and skips those that cannot be read, where `read` raises `failure`.
-
-    `finish` raises ValueError when these are at least three and more than 1 %, or all.
-    """
-
-    def __init__(self, root, total, read, what='pictures', named=str, failure=OSError):
-        self.root, self.total, self.one, self.what, self.bad = root, total, read, what, set()
-        self.named, self.failure = named, failure
-
-    def attempt(self, name):
-        try:
-            return self.one(name)
-        except self.failure:
-            self.bad.add(self.named(name))
-
-    def __call__(self, names):
-        """Batches of neighbours of one shape, read in threads."""
-        with ThreadPoolExecutor(4) as pool:
-            read = [x for x in pool.map(self.attempt, names) if x is not None]
-        for _, same in groupby(read, lambda x: x.shape):
-            yield torch.stack(list(same))
-
-    def all(self, items, unit):
-        """What could be read of all items, in order."""
-        found = [x for x in shared(self.attempt, items, 'reading', unit) if x is not None]
-        self.finish()
-        return found
-
-    def finish(self):
-        bad = sorted(set().union(*gather(self.bad)))
-        if bad and first_process():
-            print(f'skipped {len(bad)} unreadable {self.what}: {", ".join(bad[:3])}',
-                  file=sys.stderr)
-        require(len(bad) < self.total and (len(bad) < 3 or len(bad) <= self.total / 100),
-                f'{self.root}: {len(bad)} of {self.total} {self.what} cannot be read')
-
-
-def folder_pictures(folder, resolution=0, limit=None):
-    """The first `limit` pictures of a folder, at any depth, or of a zip, as Pictures."""
+def folder_pictures(folder, args, resolution, limit, key):
+    """The first `limit` pictures of a folder, at any depth, or of a zip, as a Source."""
     files = data.find_files(folder)
     names = files.names[:limit]
-    reader = Readable(files.root, len(names), lambda name: read_picture(files, name, resolution))
-    sizes = {(resolution, resolution)} if resolution else set(data.threaded(
-        partial(size_of, files), names, 'reading headers')) - {None}
-    return Pictures(names, reader, about_files(folder, resolution), sizes, dict(
-        names=names, facts=facts(files, names), resolution=resolution), reader.finish)
+
+    def size(name):
+        try:
+            with files.open(name) as image:
+                return tuple(sorted(image.size))
+        except Exception:  # as in read_picture, which will name the file
+            return None
+    sizes = {(resolution, resolution)} if resolution else {
+        *data.threaded(size, names, 'reading headers')} - {None}
+    return file_source(range(len(names)), lambda k: read_picture(files, names[k], resolution),
+                       names.__getitem__, about_files(folder, 'pictures', resolution),
+                       batch=args.batch, sizes=sizes)
 
 
-def size_of(files, name):
-    """(shorter, longer) side of a picture by its header, None if that cannot be read."""
-    try:
-        with files.open(name) as image:
-            return tuple(sorted(image.size))
-    except Exception:  # a decoder may raise anything on a broken file; its reader will say so
-        return None
+def folder_pairs(args):
+    """Pictures (B,2,3,H,W) in [0, 1] of two folders, paired by sorted name, as a Source."""
+    sets = [data.find_files(folder) for folder in (args.a, args.b)]
+    names = [files.names[:args.num] for files in sets]
+    require(len(names[0]) == len(names[1]),
+            f'{args.a} has {len(names[0])} pictures, {args.b} has {len(names[1])}: no pairs')
+    pairs = list(zip(*names))
+
+    def load(pair):
+        x, y = (read_picture(files, name, args.res) / 255 for files, name in zip(sets, pair))
+        require(x.shape == y.shape, f'{pair[0]} and {pair[1]} have different sizes; try --res')
+        return torch.stack([x, y])
+    return file_source(pairs, load, ' and '.join, about_files(
+        args.a, 'pairs', args.res, beside=str(args.b), pairs='by sorted name'), batch=args.batch)
 
 
-def require_one_size(real, fake):
-    """ValueError where the fakes have one size and the reals, measured with them, others."""
-    shown = [' or '.join(f'{a} x {b}' for a, b in sorted(p.sizes)[:3]) for p in (fake, real)]
-    require(len(fake.sizes) != 1 or real.sizes == fake.sizes or not real.sizes,
-            f'the fakes are {shown[0]} pixels, the reals {shown[1]}: give --res')
+def draw_clips(lengths, frames, interval, num, key):
+    """Up to `num` pairs (video, first frame): one of every video, then a second one, and so on.
 
-
-def about_files(folder, resolution):
-    """What a manifest says of pictures in files."""
-    return dict(source=str(folder), resolution=resolution or 'as stored', split='as the files lie',
-                quantised='as stored',
-                resized='centre square, Pillow bicubic, antialiased' if resolution else 'no')
-
-
-def facts(files, names):
-    """Place, size and time of the files that hold these pictures: by these a change is noticed."""
-    root = Path(files.root).resolve()
-    paths = ([root / n for n in names] if isinstance(files, data.Folder) else
-             [root / 'data.mdb' if root.is_dir() else root])
-    found = [p.stat() if p.exists() else None for p in paths]  # a link may lead nowhere
-    return [str(root), *(f and (f.st_size, f.st_mtime_ns) for f in found)]
-
-
-# ---- runs: everything that asks a trained model or its data set --------------------------------
-
-def is_run(path):
-    """A run's folder or one of its checkpoints, rather than a folder of pictures."""
-    path = find_run(path)
-    return path.suffix == '.pt' or any((path / f).is_file() for f in ('ldm.pt', 'vae.pt'))
-
-
-def open_run(path, args, stage=2):
-    """The run at `path`: path, vae, ldm, info, r (its own resolution), R (that of --res).
-
-    `stage` 1 reads the VAE alone, finished second stage or not; ldm is then None.
+    First frames are random without repetition; too short videos are left out. Of more videos than
+    `num` some, evenly spaced, are taken.
     """
-    import ldm  # here, so that folders can be measured without the model
-    path = find_run(path)
-    require(is_run(path), f'{path}: not a run; give a folder with vae.pt or ldm.pt')
-    vae, *diffusion, info = (ldm.load if stage == 2 else ldm.load_vae)(path, args.device)
-    r = vae.config.resolution
-    return SimpleNamespace(path=str(path), vae=vae, ldm=diffusion[0] if diffusion else None,
-                           info=info, r=r, R=getattr(args, 'res', 0) or r)
+    span = (frames - 1) * interval
+    firsts = {v: seeded('clip', *key, v).permutation(n - span)
+              for v, n in enumerate(lengths) if n > span}
+    clips = []
+    for turn in range(max(map(len, firsts.values()), default=0)):
+        ready = [(v, int(s[turn])) for v, s in firsts.items() if turn < len(s)]
+        clips += [ready[k] for k in evenly_spaced(len(ready), num - len(clips))]
+    return clips
 
 
-def of_pictures(opened):
-    """The run, which must be of pictures."""
-    require(opened.vae.config.domain == 'image', f'{opened.path}: a run of shapes; see the '
-            'commands iou, shapes and text')
-    return opened
+def folder_clips(folder, args, resolution, limit, key):
+    """Up to `limit` clips of the videos in a folder or zip, as a Source; `key` is of the draws."""
+    files = data.find_files(folder)
+    videos = data.find_videos(files)
+    clips = draw_clips([len(v) for v in videos], args.frames, args.interval, limit,
+                       (args.seed, key))
+    span, used = (args.frames - 1) * args.interval + 1, {v for v, _ in clips}
+    require(clips, f'{folder}: {len(videos)} videos, none of {span} frames')
+
+    def load(clip):
+        video, first = clip
+        numbers = range(first, first + span, args.interval)
+        frames = data.read_frames(files, videos[video], numbers, resolution)
+        return torch.from_numpy(frames).permute(3, 0, 1, 2)
+    about = about_files(folder, 'clips', resolution, videos=len(videos), used=len(used),
+                        too_short=sum(0 < len(v) < span for v in videos), frames=args.frames,
+                        interval=args.interval, seed=args.seed,
+                        codec=Path(videos[clips[0][0]].frames[0]).suffix)
+    return file_source(clips, load, lambda clip: videos[clip[0]].name, about, batch=args.batch,
+                       bad={v.name for v in videos if not len(v)})
 
 
-def open_data(opened, split):
-    """The run's own data set, of which it is what `split` says, with stage 2's captions if any."""
-    captions = opened.info.get('ldm_args', {}).get('captions')
-    return data.open_run_data(opened.info, split, **dict(captions=captions) if captions else {})
+def folder_clouds(folder, args, resolution, limit, key):
+    """Clouds of up to `limit` meshes of a folder, evenly spaced, as a Source."""
+    every = list(data.find_meshes(folder, {}).values())
+    meshes = [every[k] for k in evenly_spaced(len(every), limit)]
+    return file_source(
+        range(len(meshes)),
+        lambda k: surface_cloud(*data.read_mesh(meshes[k]), args.points, args.seed, k),
+        lambda k: str(meshes[k]), dict(source=str(folder), kind='meshes', found=len(every)),
+        ValueError)
 
 
-def readable(dataset, index):
-    """Those of these members of a data set whose files can be read; no other stands in for them."""
-    return [i for i in index if dataset.usable(i) == i]
+def surface_cloud(vertices, faces, n, *key):
+    """n points uniform on a mesh, by a key; the origin n times for an empty one."""
+    if not len(faces):
+        return torch.zeros(n, 3)
+    points, _ = data.surface_points(np.asarray(vertices, 'float64'), np.asarray(faces), n,
+                                    seeded('surface', *key))
+    return torch.from_numpy(points).float()
+
+
+FOLDERS = dict(picture=folder_pictures, clip=folder_clips, cloud=folder_clouds)
+
+
+# ---- runs: a trained model as a source ---------------------------------------------------------
+
+DIVERGED = 'it holds NaN: the run has diverged'
+
+
+class Run:
+    """A trained model, its data, and what can be measured of both. A subclass for a domain has
+
+        thing                              what is measured: picture, clip or cloud
+        encoded_together                   how many items; 0: as many as --batch says
+        fits(dataset, i, R)                whether item i is a truth at resolution R
+        true(dataset, i)                   item i as a thing
+        made(z, numbers)                   things that latents (B,C,L) stand for, a batch
+        settings()                         what a manifest says of how they are made
+        compared(z, dataset, part, size)   items beside their reconstructions, (B,2,...)
+        likeness(truth, made)              how well those (B,...) agree: (B,)
+        sizes(dataset)                     ({name: size} of what training measures, a side to draw)
+    """
+    thing, encoded_together = '', 0
+
+    def __init__(self, vae, ldm=None, info=None, path='', args=None):
+        self.vae, self.ldm, self.info, self.path, self.args = vae, ldm, info, str(path), args
+        self.R = args and args.res or vae.config.resolution
+
+    def fits(self, dataset, i, R):
+        return True
+
+    def settings(self):
+        return {}
+
+    def data(self, split):
+        """'train' or 'test' of its data set, with stage 2's captions if there are any."""
+        captions = self.info.get('ldm_args', {}).get('captions')
+        return data.open_run_data(self.info, split, self.args.data or None,
+                                  **dict(captions=captions) if captions else {})
+
+    def encoded(self, dataset, part):
+        """Latents (B,C,L) of items: posterior means, or with --posterior sample a draw of each."""
+        batch = default_collate([dataset.view(i, 0) for i in part])
+        posterior = self.vae.encode(move(batch, self.args.device))
+        if self.args.posterior == 'mean':
+            return posterior.mean
+        shape, seed = posterior.mean.shape[1:], self.args.seed
+        noise = [torch.randn(shape, generator=torch_seeded('rfid', seed, i)) for i in part]
+        return posterior.sample(torch.stack(noise).to(posterior.mean))
+
+    def source(self, items, read, kind, batch, **about):
+        about = dict(source=self.path, step=self.info['step'], kind=kind, resolution=self.R,
+                     **about, **self.settings())
+        return Source(items, read, about, batch, {(self.R, self.R)})
+
+    def items(self, split, limit, kind, work):
+        """A Source of work(dataset, part) for up to `limit` items of a split, evenly spaced.
+
+        Files that cannot be read are left out, and so are items too small for --res.
+        """
+        dataset = self.data(split)
+        fitting = [i for i in range(len(dataset)) if self.fits(dataset, i, self.R)]
+        require(fitting, f'{self.path}: none of its {len(dataset)} items has {self.R} pixels a '
+                         'side; try a smaller --res')
+
+        def read(part):
+            part = dataset.readable(part)
+            return [work(dataset, part)] if part else []
+        return self.source([fitting[k] for k in evenly_spaced(len(fitting), limit)], read, kind,
+                           self.encoded_together or self.args.batch, split=split)
+
+    def reals(self, split, limit):
+        def work(dataset, part):
+            return torch.stack([self.true(dataset, i) for i in part])
+        return self.items(split, limit, 'data', work)
+
+    def train(self):
+        return self.reals('train', self.args.num)
+
+    def reconstructions(self):
+        def work(dataset, part):
+            return self.made(self.encoded(dataset, part), part)
+        return self.items(self.args.split, self.args.num, 'reconstructions', work)
+
+    def pairs(self, size, **options):
+        """--num items of --split beside their reconstructions; `options` are of `compared`."""
+        def work(dataset, part):
+            return self.compared(self.encoded(dataset, part), dataset, part, size, **options)
+        return self.items(self.args.split, self.args.num, 'reconstructions', work)
+
+    def draw(self, seeds, **condition):
+        """Latents (B,C,L) with these seeds, in one batch, and their network calls."""
+        import ldm
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.amp):
+            z, nfe = ldm.generate(self.vae, self.ldm, seeds, batch=len(seeds), return_nfe=True,
+                                  **condition, **self.args.sampler)
+        return z, float(np.mean(nfe))
+
+    def samples(self, made=None):
+        """--num samples: sample k has seed --seed + k. `made` in place of the domain's."""
+        def read(numbers):
+            z, nfe = self.draw([self.args.seed + k for k in numbers])
+            source.calls.append(nfe)
+            return [(made or self.made)(z, numbers)]
+        source = self.source(range(self.args.num), read, 'samples', self.args.batch,
+                             **self.args.sampler)
+        return source
+
+
+class PictureRun(Run):
+    thing, likeness = 'picture', staticmethod(psnr_each)
+
+    def fits(self, dataset, i, R):
+        return R <= dataset.resolution or dataset.largest(i) >= R
+
+    def true(self, dataset, i):
+        return quantise(dataset.truth(i, self.R))
+
+    def made(self, z, numbers):
+        return quantise(drawn(self.vae, z, self.R, self.args.bicubic), self.args.float)
+
+    def compared(self, z, dataset, part, R, enlarged=False):
+        """(B,2,3,R,R) in [0, 1]."""
+        truth = torch.stack([dataset.truth(i, R) for i in part])
+        made = drawn(self.vae, z, R, enlarged).cpu()
+        require(made.isfinite().all(), f'a reconstruction cannot be measured, {DIVERGED}')
+        return torch.stack([truth, made], dim=1) / 2 + 0.5
+
+    def sizes(self, dataset):
+        sizes = sorted({dataset.resolution, max(dataset.sizes)})
+        return {f'psnr_{R}': R for R in sizes}, sizes[-1]
+
+
+class ShapeRun(Run):
+    thing, encoded_together, likeness = 'cloud', 1, staticmethod(iou)
+
+    def true(self, dataset, i):
+        rng = seeded('surface', self.args.seed, i)
+        return torch.from_numpy(dataset.draw_surface(i, self.args.points, rng)).float()
+
+    def made(self, z, numbers):
+        clouds, args = [], self.args
+        for k, own in zip(numbers, z.split(1)):
+            (vertices, faces), = self.vae.signal(self.vae.decode(own), args.res,
+                                                 args.threshold or None)
+            clouds.append(surface_cloud(vertices.cpu(), faces.cpu(), args.points, args.seed, k))
+        return torch.stack(clouds)
+
+    def settings(self):
+        return dict(threshold=self.args.threshold or self.vae.config.threshold)
+
+    def compared(self, z, dataset, part, n, plain=None):
+        """Whether N <= n points are inside, (1,2,N); (1,3,N) with a grid of another guess."""
+        points, inside = dataset.truth(part[0], n)
+        rows = [inside, logits(self.vae, self.vae.decode(z), points.to(z.device))[0].cpu() > 0]
+        if plain is not None:
+            rows.append(plain.flatten()[cell_numbers(points, len(plain))])
+        return torch.stack(rows)[None]
+
+    def sizes(self, dataset):
+        return dict(iou=20_000), 128
+
+
+DOMAINS = dict(image=PictureRun, shape=ShapeRun)
 
 
 def quantise(x, as_float=False):
     """[-1, 1] -> 0..255: uint8 as floor(127.5 x + 128), or float as 127.5 x + 127.5, unrounded."""
-    require(x.isfinite().all(), 'the pictures hold NaN: the run has diverged')
-    if as_float:
-        return (x * 127.5 + 127.5).clamp(0, 255)
-    return data.to_uint8(x)
+    require(x.isfinite().all(), f'a picture cannot be measured, {DIVERGED}')
+    return (x * 127.5 + 127.5).clamp(0, 255) if as_float else data.to_uint8(x)
 
 
-def stacked(dataset, indices, resolution):
-    """Pictures (B,3,R,R) in [-1, 1] of a data set."""
-    return torch.stack([dataset.picture(i, resolution) for i in indices])
+def drawn(vae, z, R, enlarged=False):
+    """Latents -> pictures (B,3,R,R): the function read at R or, `enlarged`, resized from r."""
+    if enlarged:
+        return bicubic(vae.signal(vae.decode(z), vae.config.resolution), R).clamp(-1, 1)
+    return vae.signal(vae.decode(z), R)
 
 
-def true_at(dataset, opened, limit):
-    """Up to `limit` indices, evenly spread, of pictures that are the truth at R unenlarged."""
-    found = [i for i in range(len(dataset)) if opened.R <= opened.r
-             or dataset.largest(i) >= opened.R]
-    require(found, f'{opened.path}: none of its {len(dataset)} pictures has {opened.R} pixels a '
-                   'side; try a smaller --res')
-    return [found[k] for k in evenly_spaced(len(found), limit)]
-
-
-def run_reals(opened, split, limit):
-    """Up to `limit` pictures, evenly spread, of this part of the run's data, at R, as Pictures."""
-    dataset = open_data(of_pictures(opened), split)
-    index = true_at(dataset, opened, limit)
-    n, files = len(index), getattr(dataset, 'files', None)
-
-    def read(part):
-        part = readable(dataset, part)
-        if part:
-            yield quantise(stacked(dataset, part, opened.R))
-
-    probe = quantise(stacked(dataset, [index[k] for k in evenly_spaced(n, 16)], opened.R))
-    names = [dataset.names[i] for i in index]
-    stamps = facts(files, names) if hasattr(files, 'root') else []
-    pixels = hashlib.sha256(probe.numpy().tobytes()).hexdigest()
-    return Pictures(index, read, dict(source=opened.path, split=split, resolution=opened.R,
-                                      quantised=True, resized='as in training'),
-                    {(opened.R, opened.R)},
-                    dict(names=names, facts=stamps, pixels=pixels, n=n, resolution=opened.R))
-
-
-def sampled_latents(opened, args, numbers):
-    """Latents (B,C,L) of the samples with these numbers, seeds --seed + k, and network calls."""
-    import ldm
-    seeds = [args.seed + k for k in numbers]
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-        z, nfe = ldm.generate(opened.vae, opened.ldm, seeds, sampler=args.sampler, batch=len(seeds),
-                              return_nfe=True, **solver_settings(args))
-    return z, float(np.mean(nfe))
-
-
-def all_latents(opened, args):
-    """Latents (N,C,L) of --num samples, on every process, and the mean NFE of a batch."""
-    def sample(numbers):
-        z, nfe = sampled_latents(opened, args, numbers)
-        return z.cpu(), nfe
-    z, nfe = zip(*shared(sample, list(pieces(range(args.num), args.batch)), 'sampling', 'batch'))
-    return torch.cat(z).to(args.device), float(np.mean(nfe))
-
-
-def solver_settings(args):
-    """What --sampler reads: tolerances or a number of steps."""
-    if args.sampler == 'rk45':
-        return dict(rtol=args.rtol, atol=args.atol)
-    return dict(steps=args.steps)
-
-
-def render(opened, z, args):
-    """Latents -> pictures (B,3,R,R): the function read at R or, with --bicubic, resized from r."""
-    xi = opened.vae.decode(z)
-    if args.bicubic:
-        return bicubic(opened.vae.render(xi, (opened.r, opened.r)).clamp(-1, 1), opened.R)
-    return opened.vae.render(xi, (opened.R, opened.R))
-
-
-def sampling(opened, args, together=None):
-    """What a manifest says of how a run is sampled, `together` (default --batch) at a time."""
-    about = dict(source=opened.path, step=opened.info['step'], seed=args.seed, sampler=args.sampler,
-                 precision='bfloat16' if args.amp else 'float32', **solver_settings(args))
-    if args.sampler == 'rk45':
-        about['shared_steps'] = together or args.batch  # step sizes are those of a whole batch
-    return about
-
-
-def run_samples(opened, args):
-    """--num pictures sampled from the run, as Pictures; a pass notes the mean NFE of a batch."""
-    of_pictures(opened)
-    about = dict(sampling(opened, args), resolution=opened.R, quantised=not args.float,
-                 bicubic=args.bicubic)
-    calls = []
-
-    @torch.no_grad()
-    def read(part):
-        z, nfe = sampled_latents(opened, args, part)
-        calls.append(nfe)
-        yield quantise(render(opened, z, args), args.float)
-
-    def finish():
-        about['nfe'] = float(np.mean(sum(gather(calls), [])))
-    return Pictures(range(args.num), read, about, {(opened.R, opened.R)}, finish=finish)
+def logits(vae, xi, points):
+    """Logits (B,N) of the occupancy at points (N,3), a part of them at a time."""
+    values = torch.cat([vae.query(xi, part[None])[..., 0] for part in points.split(2 ** 15)], dim=1)
+    require(values.isfinite().all(), f'a shape cannot be measured, {DIVERGED}')
+    return values
 
 
 @torch.no_grad()
-def reconstruct(opened, dataset, part, args):
-    """The model's pictures at R of the signals `part`, encoded at r: (B,3,R,R) in [-1, 1]."""
-    posterior = opened.vae.encode(stacked(dataset, part, opened.r).to(args.device))
-    z = posterior.mean
-    if args.posterior == 'sample':
-        noise = torch.stack([torch.randn(z.shape[1:], generator=torch_seeded('rfid', args.seed, i))
-                             for i in part])
-        z = posterior.sample(noise.to(z))
-    return render(opened, z, args).clamp(-1, 1)
-
-
-def run_reconstructions(opened, args, n):
-    """The same n pictures of the run's split as the first stage gives them back, as Pictures."""
-    dataset = open_data(opened, args.split)
-    index = true_at(dataset, opened, n)
-
-    def read(part):
-        part = readable(dataset, part)
-        if part:
-            yield quantise(reconstruct(opened, dataset, part, args), args.float)
-    return Pictures(index, read, dict(
-        source=opened.path, step=opened.info['step'], posterior=args.posterior, seed=args.seed,
-        r=opened.r, resolution=opened.R, bicubic=args.bicubic, quantised=not args.float),
-        {(opened.R, opened.R)})
-
-
-# ---- statistics kept on disk -------------------------------------------------------------------
-
-CACHE_VERSION = 1  # raise it when features of the same pictures change
-
-
-def real_stats(net, pictures, args):
-    """FeatureStats of a real set, from cache/ if the same pictures and weights were met before."""
-    key = dict(version=CACHE_VERSION, **net.source, resize=net.resize, **pictures.key)
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    path = Path('cache') / f'{net.source["kind"]}-{digest}.pt'
-    stats = None if args.no_cache else read_stats(path, net.dim)
-    if None in gather(stats and stats.n):  # one process may have been too early to find it
-        stats = None
-    if stats is None:
-        stats = image_stats(net, pictures, args.batch)
-        if not args.no_cache and first_process():
-            path.parent.mkdir(exist_ok=True)
-            save_checkpoint(path, stats.state_dict())
-    return stats
-
-
-def read_stats(path, dim):
-    """Cached FeatureStats, or None if there are none that can be read."""
-    try:
-        stats = FeatureStats(dim)
-        stats.load_state_dict(torch.load(path, weights_only=True, map_location='cpu'))
-        return stats
-    except Exception:  # absent or damaged: it is only a cache, and is computed again
-        return None
-
-
-# ---- held-out measurements -----------------------------------------------------------------------
-
-@torch.no_grad()
-def held_out_pictures(vae, dataset, count):
-    """PSNR in dB at r and at the largest scale, posterior mean, and pairs of pictures."""
-    device = next(vae.parameters()).device
-    index = evenly_spaced(len(dataset), count)
-    result, r = {}, vae.config.resolution
-    x = torch.stack([dataset.truth(i, r) for i in index]).to(device)
-    xi = vae.decode(torch.cat([vae.encode(part).mean for part in x.split(16)]))
-    for R in sorted({r, max(dataset.sizes)}):
-        fit = [k for k, i in enumerate(index) if R == r or dataset.largest(i) >= R]
-        if not fit:
-            continue
-        truth = torch.stack([dataset.truth(index[k], R) for k in fit]).to(device)
-        y = vae.signal([{n: f[fit] for n, f in level.items()} for level in xi], R)
-        result[f'psnr_{R}'] = psnr(truth / 2 + 0.5, y / 2 + 0.5)
-    return result, torch.stack([truth[:16], y[:16]], dim=1).flatten(0, 1)
-
-
-@torch.no_grad()
-def held_out_shapes(vae, dataset, count, points=20_000):
-    """IoU of the posterior mean, and pairs of point clouds and what became of them."""
-    device, ious, tiles = next(vae.parameters()).device, [], []
-    for k, i in enumerate(evenly_spaced(len(dataset), count)):
-        xi = vae.decode(vae.encode(dataset.item(i)['points'][None].to(device)).mean)
-        coords, inside = dataset.truth(i, points)
-        ious.append(iou(vae.query(xi, coords.to(device))[..., 0] > 0, inside.to(device)[None]))
-        if k < 16:
-            tiles += [dataset.picture(i, 128)[None], vae.show(xi, 128)]
-    return dict(iou=torch.cat(ious).mean()), torch.cat(tiles)
-
-
 def held_out(vae, dataset, count=64):
-    return dict(image=held_out_pictures, shape=held_out_shapes)[vae.domain](vae, dataset, count)
+    """How well posterior means give back up to `count` items, evenly spaced, and how they look.
+
+    ({psnr_R or iou: mean}, pictures (N,3,S,S) of the first 16, each followed by what it became).
+    """
+    run, device, tiles = DOMAINS[vae.domain](vae), next(vae.parameters()).device, []
+    sizes, side = run.sizes(dataset)
+    values = {name: [] for name in sizes}
+    for part in pieces(evenly_spaced(len(dataset), count), run.encoded_together or 16):
+        z = vae.encode(move(default_collate([dataset[i] for i in part]), device)).mean
+        for name, size in sizes.items():
+            fit = [k for k, i in enumerate(part) if run.fits(dataset, i, size)]
+            if fit:
+                pairs = run.compared(z[fit], dataset, [part[k] for k in fit], size)
+                values[name].append(run.likeness(*pairs.unbind(1)))
+        if len(tiles) < 32:
+            for i, made in zip(part, vae.show(vae.decode(z), side).cpu()):
+                tiles += [dataset.picture(i, side), made]
+    return ({name: finite_mean(torch.cat(found)) for name, found in values.items() if found},
+            torch.stack(tiles))
 
 
-# ---- command line ------------------------------------------------------------------------------
+# ---- the two sets of a command -----------------------------------------------------------------
 
-def report(args, line, manifest):
-    """One line to read and one of JSON; the latter is also appended to --out."""
+def is_run(path):
+    """Whether `path` means a run or one of its checkpoints, rather than a folder of things."""
+    return find_checkpoint(path, 'ldm.pt', 'vae.pt') is not None
+
+
+def open_run(path, args, stage=1):
+    """The Run that `path` means; with stage 2 it can sample.
+
+    ValueError if there is none, or if it has not what the command measures.
+    """
+    import ldm  # here, so that folders can be measured without the model
+    file = find_checkpoint(path, *(('ldm.pt', 'vae.pt') if stage == 2 else ('vae.pt', 'ldm.pt')))
+    require(file, f'{path}: not a run; give a folder with vae.pt or ldm.pt')
+    vae, *diffusion, info = (ldm.load if stage == 2 else ldm.load_vae)(file, args.device)
+    run = DOMAINS[vae.domain](vae, *(diffusion or [None]), info, file, args)
+    thing = COMMANDS[args.command].thing
+    able = [name for name, command in COMMANDS.items() if command.thing in ('', run.thing)]
+    require(args.command in able, f'{path}: a run of the domain {vae.domain}, which has no '
+            f'{thing}s to measure; it can be measured by {", ".join(able)}')
+    return run
+
+
+def real_and_fake(args):
+    """A Source of the reals, and a function that makes one of the fakes as the flags then are.
+
+    They are A and B, or a run's own data and what it makes. A folder is read as the run is.
+    """
+    alone, folder = args.b is None, FOLDERS[COMMANDS[args.command].thing]
+    paired, limit = args.fakes == 'reconstructions', args.num_real or args.num
+    require(not alone or is_run(args.a),
+            f'{args.a}: not a run; give a second folder or run to compare it with')
+    require(args.fakes != 'train' or alone and args.split == 'test', '--fakes train: give one run '
+            'and --split test, against which its training part stands for samples')
+    stage = 2 if args.fakes == 'samples' else 1
+    a = open_run(args.a, args, stage if alone else 1) if is_run(args.a) else None
+    b = a if alone else open_run(args.b, args, stage) if is_run(args.b) else None
+    flags = COMMANDS[args.command].flags.split()
+    require(b or not args.float and not (paired and 'fakes' in flags), f'--float and --fakes are '
+            f'for what a run makes, and {args.b} is none; leave them out')
+    require(len(args.samplers) == 1 or b and stage == 2, '--samplers: several are for the samples '
+            'of a run')
+    R = args.res or next((run.R for run in (a, b) if run), 0)
+    real = a.reals(args.split, limit) if a else folder(args.a, args, R, limit, 0)
+
+    def fakes():
+        if b:
+            fake = getattr(b, args.fakes)()  # the choices of --fakes are methods of Run
+        else:
+            fake = folder(args.b, args, R, args.num, 0 if paired else 1)
+        shown = [' or '.join(f'{m} x {n}' for m, n in sorted(s.sizes)[:3]) for s in (fake, real)]
+        require(len(fake.sizes) != 1 or real.sizes == fake.sizes or not real.sizes,
+                f'the fakes are {shown[0]} pixels, the reals {shown[1]}: give --res')
+        require(not paired or alone or list(real.items) == list(fake.items), f'{args.a} and '
+                f'{args.b}: not the same number of things of the same lengths, so no pairs')
+        return fake
+    return real, fakes
+
+
+# ---- results -----------------------------------------------------------------------------------
+
+PLACES = 'weights data reference classifier reader sampler samplers device out'.split()
+
+
+def report(args, line, values, net=None, **sources):
+    """One line to read and one of JSON, by the first process; --out keeps the latter.
+
+    The JSON holds the command, its flags but for places, the network, the values and what each
+    source says of itself: all that a number depends on.
+    """
     if not first_process():
         return
-    text = json.dumps(dict(command=args.command, **manifest))
-    print(line)
-    print(text)
+    flags = {k: getattr(args, k) for k in COMMANDS[args.command].flags.split() if k not in PLACES}
+    network = dict(net.source, resize=net.resize) if net else {}
+    text = json.dumps(dict(command=args.command) | flags | network | values
+                      | {name: source.about for name, source in sources.items()})
+    print(f'{line}\n{text}')
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with open(args.out, 'a') as file:
             file.write(text + '\n')
 
 
-def open_network(kind, args):
-    """The network of a metric on --device with --resize."""
-    net = load_network(kind, args.weights).to(args.device)
+def open_network(args):
+    """The network --features on --device; what --preset says is taken where no flag is given."""
+    for name, value in FVD_PRESETS.get(args.preset, {}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    net = load_network(args.features, args.weights).to(args.device)
     net.resize = args.resize
+    if args.eps is not None:
+        net.set_eps(args.eps)
     return net
 
-
-TRAIN_AS_FAKES = ('--fakes train: give one run and --split test, against which its training part '
-                  'stands for samples')
-
-
-def real_and_fake(args):
-    """The two sets of a command: A and B, or a run's own data and its samples."""
-    only = args.b is None
-    if only and not is_run(args.a):
-        raise ValueError(f'{args.a}: not a run; give a second folder or run to compare it with')
-    if args.float and not is_run(args.a if only else args.b):
-        raise ValueError('--float: pictures in files are rounded already; leave it out')
-    a = open_run(args.a, args) if is_run(args.a) else None
-    b = a if only else open_run(args.b, args) if is_run(args.b) else None
-    resolution = args.res or (a.R if a else b.R if b else 0)  # a folder is read as the run's are
-    real = (run_reals(a, args.split, args.num_real) if a else
-            folder_pictures(args.a, resolution, args.num_real))
-    if args.fakes == 'train':
-        require(only and args.split == 'test', TRAIN_AS_FAKES)
-        return real, run_reals(a, 'train', args.num)
-    fake = run_samples(b, args) if b else folder_pictures(args.b, resolution, args.num)
-    require_one_size(real, fake)
-    return real, fake
-
-
-def frechet_between(net, real, fake, args, name='fid'):
-    """Frechet distance of two sets of Pictures and the part of the manifest that says how."""
-    a = real_stats(net, real, args)
-    b = image_stats(net, fake, args.batch)
-    a.ddof = b.ddof = args.ddof
-    value = stats_distance(a, b)
-    return value, dict(**{name: value}, n_real=a.n, n_fake=b.n, ddof=args.ddof, resize=net.resize,
-                       **net.source, real=real.about, fake=fake.about)
-
-
-def fid_line(name, m):
-    """What a reader wants to know of an FID."""
-    singular = ', fewer pictures than features: compare only with equal N' if min(
-        m['n_real'], m['n_fake']) < InceptionV3.dim else ''
-    return (f'{name} {m["fid"]:.4f}   {m["n_fake"]} fakes, {m["n_real"]} reals, resize '
-            f'{m["resize"]}, {m["weights"]}{singular}')
-
-
-def fid_command(args):
-    """Frechet Inception distance of two sets, or of a run's samples to its data."""
-    net = open_network('inception', args)
-    _, manifest = frechet_between(net, *real_and_fake(args), args)
-    report(args, fid_line('FID', manifest), manifest)
-
-
-def rfid_command(args):
-    """FID of a run's reconstructions to the pictures they are of."""
-    net, opened = open_network('inception', args), open_run(args.a, args, stage=1)
-    real = run_reals(opened, args.split, args.num)
-    fake = run_reconstructions(opened, args, real.size)
-    _, manifest = frechet_between(net, real, fake, args)
-    report(args, fid_line('rFID', manifest), manifest)
-
-
-def pr_command(args):
-    """Improved precision and recall of two sets, or of a run's samples to its data."""
-    net = open_network(args.features, args)
-    real, fake = real_and_fake(args)
-    x, y = (image_features(net, s, args.batch).to(args.device) for s in (real, fake))
-    with full_precision():
-        precision, recall = precision_recall(x, y, args.k)
-    report(args, f'precision {precision:.4f}   recall {recall:.4f}   k {args.k}, {len(y)} fakes, '
-                 f'{len(x)} reals, {args.features} features, {net.source["weights"]}',
-           dict(precision=precision, recall=recall, k=args.k, features=args.features,
-                distance='Euclidean, d <= r', n_real=len(x), n_fake=len(y), resize=net.resize,
-                **net.source, real=real.about, fake=fake.about))
-
-
-def likeness(x, y):
-    """PSNR and SSIM of each pair of pictures in [0, 1]: (2,B), the latter NaN for small ones."""
-    similar = ssim_each(x, y) if min(x.shape[2:]) >= 11 else torch.full((len(x),), math.nan)
-    return torch.stack([psnr_each(x, y), similar.double()])
-
-
-def run_psnr(args):
-    """`likeness` of a run's split to its reconstructions, and the protocol."""
-    opened = open_run(args.a, args, stage=1)
-    dataset, train = open_data(of_pictures(opened), args.split), open_data(opened, 'train')
-    seen = evenly_spaced(len(train), 1000)
-    mean = sum(shared(lambda part: stacked(train, part, opened.R).sum(0),
-                      list(pieces(seen, args.batch)), 'mean picture', 'batch')) / len(seen)
-
-    def measure(part):
-        part = readable(dataset, part)
-        if not part:
-            return torch.empty(4, 0)
-        x = stacked(dataset, part, opened.R) / 2 + 0.5
-        same = likeness(reconstruct(opened, dataset, part, args).cpu() / 2 + 0.5, x)
-        plain = psnr_each(mean.expand_as(x) / 2 + 0.5, x), psnr_each(torch.ones_like(x), x)
-        return torch.cat([same, torch.stack(plain)])
-    values = torch.cat(shared(measure, list(pieces(true_at(dataset, opened, args.num), args.batch)),
-                              'reconstructing', 'batch'), dim=1)
-    plain = [v[v.isfinite()].mean().item() for v in values[2:]]
-    return values[:2], dict(
-        source=opened.path, step=opened.info['step'], split=args.split, r=opened.r, seed=args.seed,
-        resolution=opened.R, bicubic=args.bicubic, posterior=args.posterior, quantised=False,
-        mean_picture=plain[0], white_picture=plain[1])
-
-
-def folder_psnr(args):
-    """`likeness` of pictures paired by sorted name, and the protocol."""
-    sets = [data.find_files(f) for f in (args.a, args.b)]
-    names = [f.names[:args.num] for f in sets]
-    require(len(names[0]) == len(names[1]),
-            f'{args.a} has {len(names[0])} pictures, {args.b} has {len(names[1])}: no pairs')
-
-    def measure(pair):
-        x, y = (read_picture(f, n, args.res)[None] / 255 for f, n in zip(sets, pair))
-        require(x.shape == y.shape, f'{pair[0]} and {pair[1]} have different sizes; try --res')
-        return likeness(x, y)
-    pairs = list(zip(*names))
-    values = Readable(args.a, len(pairs), measure, 'pairs', ' and '.join).all(pairs, 'pair')
-    return torch.cat(values, dim=1), dict(source=[args.a, args.b], quantised=True,
-                                          pairs='by sorted name',
-                                          resolution=args.res or 'as stored')
-
-
-def psnr_command(args):
-    """PSNR and SSIM of a run's reconstructions of its held-out pictures, or of two folders."""
-    require((args.b is None) == is_run(args.a), f'{args.a}: give one run, or two folders')
-    (values, similar), protocol = folder_psnr(args) if args.b is not None else run_psnr(args)
-    require(not values.isnan().any(), f'{args.a}: its reconstructions hold NaN')
-    finite = values[values.isfinite()]
-    mean = finite.mean().item() if len(finite) else None  # JSON has no infinity
-    alike = None if similar.isnan().any() else similar.mean().item()
-    same = len(values) - len(finite)
-    line = f'PSNR {"infinite" if mean is None else f"{mean:.3f} dB"}'
-    line += '' if alike is None else f'   SSIM {alike:.4f}'
-    line += f'   {len(values)} pictures'
-    if 'mean_picture' in protocol:
-        line += (f' at {protocol["resolution"]}; the mean training picture gives '
-                 f'{protocol["mean_picture"]:.3f}, white {protocol["white_picture"]:.3f}')
-    report(args, line + f', {same} identical pairs left out of the mean' * (same > 0),
-           dict(psnr=mean, ssim=alike, n=len(values), identical=same, data_range=1, **protocol))
-
-
-# ---- videos ------------------------------------------------------------------------------------
 
 FVD_PRESETS = dict(  # how frames come to 224 x 224; covariance over n - ddof; I3D's batch norms
     styleganv=dict(resize='square', ddof=0, eps=1e-3),
     ddmi=dict(resize='crop', ddof=1, eps=1e-5))
 
 
-def draw_clips(lengths, frames, interval, num, key):
-    """Up to `num` pairs (video, first frame): one of every video, then a second one, and so on.
+def real_stats(net, real, args):
+    """FeatureStats of the reals, read from --reference or, if that is absent, written there.
 
-    Starts are random without repetition; too short videos are left out. More videos than `num`
-    are thinned out evenly.
+    ValueError if the file was made with another network, or of other things.
     """
-    starts = {v: seeded('clip', *key, v).permutation(n - (frames - 1) * interval)
-              for v, n in enumerate(lengths) if n > (frames - 1) * interval}
-    clips = []
-    for turn in range(max(map(len, starts.values()), default=0)):
-        ready = [(v, int(s[turn])) for v, s in starts.items() if turn < len(s)]
-        clips += [ready[k] for k in evenly_spaced(len(ready), num - len(clips))]
-    return clips
+    if not args.reference:
+        return feature_stats(net, real)
+    path, stats = Path(args.reference), FeatureStats(net.dim)
+    own = dict(sha256=net.source['sha256'], resize=net.resize, eps=args.eps,
+               count=len(real.items), **real.about)
+    own.pop('step', None)  # the run's, not of its data
+    if gather(path.exists())[0]:
+        saved = load_checkpoint(path, 'reference')
+        for name, value in saved['about'].items():
+            require(own.get(name) == value, f'--reference {path}: made with {name} {value}, not '
+                    f'{own.get(name)}; name another file')
+        stats.load_state_dict(saved['stats'])
+        return stats
+    stats = feature_stats(net, real)
+    if first_process():
+        save_checkpoint(path, dict(kind='reference', about=own, stats=stats.state_dict()))
+    return stats
 
 
-def folder_clips(folder, args, side):
-    """--num clips of the videos in a folder or zip, as Pictures; `side` keys the random starts."""
-    files = data.find_files(folder)
-    videos = data.find_videos(files)
-    clips = draw_clips([len(v) for v in videos], args.frames, args.interval, args.num,
-                       (args.seed, side))
-    span, broken = (args.frames - 1) * args.interval + 1, {v.name for v in videos if not len(v)}
-    require(clips, f'{folder}: {len(videos)} videos, none of {span} frames')
-    used = sorted({v for v, _ in clips})
-
-    def read(clip):
-        numbers = range(clip[1], clip[1] + args.frames * args.interval, args.interval)
-        return torch.from_numpy(data.read_frames(files, videos[clip[0]], numbers, args.res)
-                                ).permute(3, 0, 1, 2)
-    reader = Readable(files.root, len(clips) + len(broken), read, 'clips',
-                      lambda clip: videos[clip[0]].name)
-    reader.bad |= broken
-    about = dict(about_files(folder, args.res), videos=len(videos), used=len(used),
-                 too_short=sum(0 < len(v) < span for v in videos),
-                 clips_per_video=len(clips) / len(used),
-                 codec=Path(videos[used[0]].frames[0]).suffix)
-    frames = [n for v in used for n in dict.fromkeys(videos[v].frames)]
-    return Pictures(clips, reader, about, set(), dict(
-        names=[(videos[v].name, start) for v, start in clips], facts=facts(files, frames),
-        resolution=args.res, frames=args.frames, interval=args.interval), reader.finish)
+def sampler_name(about):
+    """'dpmpp steps 20, NFE 20.0, ' of a source of samples, '' of another."""
+    if 'sampler' not in about:
+        return ''
+    settings = ' '.join(f'{k} {about[k]:g}' for k in ('steps', 'rtol', 'atol') if k in about)
+    return f'{about["sampler"]} {settings}, NFE {about["nfe"]:.1f}, '
 
 
-def fvd_command(args):
-    """Frechet video distance of two folders of videos; rfvd: of videos and their reconstructions.
+def frechet_command(args):
+    real, fakes = real_and_fake(args)
+    net = open_network(args)
+    a = real_stats(net, real, args)
+    for args.sampler in args.samplers:  # a Run reads it when it samples
+        fake = fakes()
+        b = feature_stats(net, fake)
+        a.ddof = b.ddof = args.ddof
+        value = stats_distance(a, b)
+        few = ', fewer than features: compare only with equal N' * (min(a.n, b.n) < net.dim)
+        report(args, f'{args.command.upper()} {value:.4f}   {sampler_name(fake.about)}{b.n} fakes, '
+                     f'{a.n} reals, resize {net.resize}, {net.source["weights"]}{few}',
+               {args.command: value, 'n_real': a.n, 'n_fake': b.n}, net, real=real, fake=fake)
 
-    rfvd takes the same clips of both, by sorted name.
+
+def nfe_command(args):
+    run = open_run(args.a, args, stage=2)
+    for args.sampler in args.samplers:  # a Run reads it when it samples
+        source = run.samples(made=lambda z, numbers: z)
+        measured(source, len)
+        report(args, f'{sampler_name(source.about)}{args.num} samples', {}, fake=source)
+
+
+def pr_command(args):
+    real, fakes = real_and_fake(args)
+    net = open_network(args)
+    fake = fakes()
+    x, y = (features(net, source).to(args.device) for source in (real, fake))
+    with full_precision():
+        precision, recall = precision_recall(x, y, args.k)
+    report(args, f'precision {precision:.4f}   recall {recall:.4f}   k {args.k}, {len(y)} fakes, '
+                 f'{len(x)} reals, {args.features} features, {net.source["weights"]}',
+           dict(precision=precision, recall=recall, distance='Euclidean, d <= r', n_real=len(x),
+                n_fake=len(y)), net, real=real, fake=fake)
+
+
+def plain_pictures(run, batch):
+    """The mean training picture and white, (3,R,R) in [0, 1]: what a reconstruction must beat."""
+    train = run.data('train')
+    seen = evenly_spaced(len(train), 1000)
+    sums = shared(lambda part: torch.stack([train.truth(i, run.R) for i in part]).sum(0),
+                  pieces(seen, batch), 'mean picture')
+    mean = sum(sums) / len(seen) / 2 + 0.5
+    return dict(mean_picture=mean, white_picture=torch.ones_like(mean))
+
+
+def psnr_command(args):
+    require((args.b is None) == is_run(args.a), f'{args.a}: give one run, or two folders')
+    if args.b:
+        source, plain = folder_pairs(args), {}
+    else:
+        run = open_run(args.a, args)
+        source, plain = run.pairs(run.R, enlarged=args.bicubic), plain_pictures(run, args.batch)
+
+    def likenesses(pairs):
+        x, y = pairs.unbind(1)
+        similar = ssim_each(x, y) if min(x.shape[2:]) >= 11 else torch.full((len(x),), math.nan)
+        return torch.stack([psnr_each(x, y), similar.double(),
+                            *(psnr_each(guess.expand_as(x), x) for guess in plain.values())])
+    psnr, similar, *others = torch.cat(measured(source, likenesses), dim=1)
+    mean, n, same = finite_mean(psnr), len(psnr), int(psnr.isinf().sum())
+    values = dict(psnr=mean if mean < math.inf else None,  # JSON has no infinity
+                  ssim=None if similar.isnan().any() else similar.mean().item())
+    values |= {name: finite_mean(found) for name, found in zip(plain, others)}
+    report(args, f'{values_line(values)}   {n} pictures, {same} of them identical',
+           dict(**values, n=n, identical=same, data_range=1, **source.about))
+
+
+def values_line(values):
+    """'psnr 30.123   ssim 0.912'; what is None is left out."""
+    return '   '.join(f'{name} {v:.5g}' for name, v in values.items() if v is not None)
+
+
+def mean_shape(dataset, cells=64, limit=1000):
+    """Share of up to `limit` shapes that fill each cell of the box: (cells,)*3, z first.
+
+    With too few shapes for `cells`, the cells are doubled until each has a point in it.
     """
-    for folder in (args.a, args.b):
-        require(not is_run(folder), f'{folder}: a run; render its videos into a folder first')
-    net = load_network('i3d', args.weights).to(args.device)
-    preset, paired = FVD_PRESETS[args.preset], args.command == 'rfvd'
-    ddof, eps = (preset[k] if getattr(args, k) is None else getattr(args, k)
-                 for k in ('ddof', 'eps'))
-    net.set_eps(eps)
-    net.resize, net.source['eps'], args.ddof = preset['resize'], eps, ddof
-    real, fake = (folder_clips(folder, args, 0 if paired else side)
-                  for side, folder in enumerate((args.a, args.b)))
-    require(not paired or real.items == fake.items, f'{args.a} and {args.b}: not the same number '
-            'of videos of the same lengths, so no pairs')
-    value, manifest = frechet_between(net, real, fake, args, args.command)
-    few = ', fewer clips than features: compare only with equal N' if min(
-        manifest['n_real'], manifest['n_fake']) < net.dim else ''
-    report(args, f'{args.command.upper()} {value:.4f}   {manifest["n_fake"]} fakes, '
-                 f'{manifest["n_real"]} reals, {args.frames} frames, {args.preset}, '
-                 f'{manifest["weights"]}{few}',
-           dict(**manifest, preset=args.preset, frames=args.frames, interval=args.interval,
-                seed=args.seed, features='400 logits'))
+    inside, seen = torch.zeros(cells ** 3), torch.zeros(cells ** 3)
+    for i in evenly_spaced(len(dataset), limit):
+        points, occupied = dataset.truth(i, 20_000)
+        cell = cell_numbers(points, cells)
+        seen += torch.bincount(cell, minlength=cells ** 3)
+        inside += torch.bincount(cell[occupied], minlength=cells ** 3)
+    seen, inside = (v.view(1, 1, cells, cells, cells) for v in (seen, inside))
+    while not seen.all() and seen.shape[2] > 1:
+        seen, inside = (8 * F.avg_pool3d(v, 2) for v in (seen, inside))
+    return (inside / seen.clamp(min=1))[0, 0]
+
+
+def cell_numbers(points, cells):
+    """Which cell of a grid over the box each point (N,3) in [-1,1] lies in, x fastest: (N,)."""
+    k = ((points + 1) * (cells / 2)).long().clamp(0, cells - 1)
+    return (k[:, 2] * cells + k[:, 1]) * cells + k[:, 0]
+
+
+def iou_command(args):
+    run = open_run(args.a, args)
+    dataset = run.data(args.split)
+    plain = mean_shape(run.data('train')) > 0.5
+    source = run.pairs(100_000, plain=plain)
+    source.items = dataset.readable(source.items)  # so that values and labels go together
+    rows = measured(source, lambda pair: (iou(pair[0, 1:], pair[0, :1].expand(2, -1)),
+                                          pair.shape[2]))
+    values, points = zip(*rows)
+    found, guess = torch.stack(values, dim=1)
+    labels = torch.tensor([dataset.labels[i] for i in source.items])
+    classes = {dataset.titles[k]: found[labels == k].mean().item()
+               for k in labels.unique().tolist()}
+    values = dict(iou=found.mean().item(), mean_shape=guess.mean().item())
+    report(args, f'{values_line(values)}   {len(found)} shapes, {max(points)} points each; by '
+                 f'class: {values_line(classes)}',
+           dict(**values, n=len(found), points=max(points), level=0.5, mean_cells=len(plain),
+                classes=classes, posterior='mean', **source.about))
+
+
+def shapes_command(args):
+    real, fakes = real_and_fake(args)
+    clouds = torch.cat(measured(real, lambda batch: batch))
+    args.num = len(clouds)
+    fake = fakes()
+    sets = [clouds, torch.cat(measured(fake, lambda batch: batch))]
+    n = min(map(len, sets))
+    refs, made = (clouds[evenly_spaced(len(clouds), n)] for clouds in sets)
+    empty = int((made == 0).flatten(1).all(1).sum())
+    for radius, centre in ((1.0, 'box'), (0.5, 'mean')):
+        pair = [unit_sphere(c.to(args.device), radius, centre) for c in (refs, made)]
+        for squared, values in zip((True, False), mmd_cov(*pair)):
+            line = (f'{fake.about["kind"]}: MMD x1e3 {1e3 * values["mmd"]:.3f}   '
+                    f'COV {values["cov"]:.3f}   1-NNA {values["one_nna"]:.3f}   {n} against {n}, '
+                    f'radius {radius:g} about the {centre}, {"not " * (not squared)}squared')
+            report(args, line, dict(**values, radius=radius, centre=centre, squared=squared,
+                                    n_ref=n, n_fake=n, empty=empty), real=real, fake=fake)
 
 
 # ---- pictures of what was measured -------------------------------------------------------------
 
-def pick(pictures, wanted, size):
-    """{number: picture} of those with these numbers in a pass."""
-    found, n = {}, 0
-    for batch in pictures.batches(size):
-        found |= {n + k: x for k, x in enumerate(batch) if n + k in wanted}
-        n += len(batch)
-    return found
+def chosen(source, wanted):
+    """{number: thing} of those with these numbers, counted in a pass over what can be read."""
+    things = (x for part in source.parts for batch in source.read(part) for x in batch)
+    return {k: x for k, x in enumerate(things) if k in wanted}
 
 
 def nn_command(args):
-    """Nearest training pictures of samples, as a picture: a sample, then its --k (Fig. 13)."""
-    net = open_network(args.features, args)
-    real, fake = real_and_fake(args)
-    bank, queries = (image_features(net, s, args.batch).to(args.device) for s in (real, fake))
+    real, fakes = real_and_fake(args)
+    net = open_network(args)
+    fake = fakes()
+    bank, queries = (features(net, source).to(args.device) for source in (real, fake))
     with full_precision():
         distances, index = (v.cpu() for v in nearest_neighbours(queries, bank, args.k))
-    shown = pick(real, set(index.flatten().tolist()), args.batch)
-    samples = pick(fake, range(len(queries)), args.batch)
+    shown = chosen(real, set(index.flatten().tolist()))
+    samples = chosen(fake, range(len(queries)))
     side = args.res or max(samples[0].shape[1:])
     tiles = [tile(x, side) for k, row in enumerate(index.tolist())
              for x in [samples[k], *(shown[i] for i in row)]]
     if first_process():
         data.save_grid(args.picture, torch.stack(tiles), columns=args.k + 1)
-    mean = distances.mean(1).tolist()
     report(args, f'{len(queries)} samples, their {args.k} nearest of {len(bank)}: mean distance '
                  f'{distances.mean():.4f}, nearest {distances[:, 0].mean():.4f}; {args.picture}',
-           dict(distances=distances.tolist(), neighbours=index.tolist(), mean=mean, k=args.k,
-                features=args.features, distance='Euclidean', n_real=len(bank),
-                n_fake=len(queries), resize=net.resize, **net.source, picture=args.picture,
-                real=real.about, fake=fake.about))
+           dict(distances=distances.tolist(), neighbours=index.tolist(), distance='Euclidean',
+                mean=distances.mean(1).tolist(), n_real=len(bank), n_fake=len(queries)),
+           net, real=real, fake=fake)
 
 
 def tile(x, side):
@@ -1841,14 +1855,14 @@ def only_level(xi, kept):
 LUMINANCE = [[[0.299]], [[0.587]], [[0.114]]]  # of R, G, B: ITU-R BT.601
 
 
-def spectra(opened, z):
+def spectra(run, z):
     """Of all basis fields and of each alone: pictures beside their spectra, and radial_energy.
 
     {'all', 'xi1', ...: ((B,2,3,R,R), dict)} of latents (B,C,L); the other fields are zeroed.
     """
-    xi, found = opened.vae.decode(z), {}
+    xi, found = run.vae.decode(z), {}
     for kept in (None, *range(len(xi))):
-        x = opened.vae.render(only_level(xi, kept), (opened.R, opened.R)).clamp(-1, 1).cpu()
+        x = run.vae.signal(only_level(xi, kept), run.R).cpu()
         magnitude = spectrum((x * x.new_tensor(LUMINANCE)).sum(1))
         seen = torch.stack([equalise(m) for m in magnitude.log1p()]).float() * 2 - 1
         found['all' if kept is None else f'xi{kept + 1}'] = (
@@ -1856,179 +1870,18 @@ def spectra(opened, z):
     return found
 
 
-@torch.no_grad()
 def spectrum_command(args):
-    """What each basis field adds: samples with all fields but one zeroed, and spectra (Fig. 7)."""
-    opened = of_pictures(open_run(args.a, args))
-    parts = [spectra(opened, z) for z in all_latents(opened, args)[0].split(args.batch)]
+    run = open_run(args.a, args, stage=2)
+    source = run.samples(made=lambda z, numbers: spectra(run, z))
+    parts = measured(source, lambda part: part)
     rows = [torch.cat([part[name][0] for part in parts]) for name in parts[0]]
     values = {name: {k: torch.cat([part[name][1][k] for part in parts]).mean(0).tolist()
                      for k in energy} for name, (_, energy) in parts[0].items()}
     if first_process():
         data.save_grid(args.picture, torch.stack(rows, dim=2).flatten(0, 2), columns=len(rows))
-    named = '  '.join(f'{k} {v["centroid"]:.3f}' for k, v in values.items())
-    report(args, f'spectral centroid over Nyquist: {named}   {args.num} samples at {opened.R}; '
-                 f'{args.picture}',
-           dict(fields=values, n=args.num, resolution=opened.R, grey='luminance, BT.601',
-                picture=args.picture, **sampling(opened, args)))
-
-
-# ---- shapes of runs ----------------------------------------------------------------------------
-
-def open_shapes(path, args, stage):
-    """The run at `path`, which must be of shapes."""
-    opened = open_run(path, args, stage)
-    require(opened.vae.config.domain == 'shape', f'{path}: a run of pictures, not of shapes')
-    return opened
-
-
-def encoded(opened, dataset, i, args):
-    """Basis fields of the posterior mean of shape i, (1, ...)."""
-    cloud = dataset.variant(i, 0)['points'][None].to(args.device)
-    return opened.vae.decode(opened.vae.encode(cloud).mean)
-
-
-DIVERGED = 'the field holds NaN: the run has diverged'
-
-
-def mean_shape(dataset, cells=64, limit=1000):
-    """Share of up to `limit` shapes that fill each cell of the box: (cells,)*3, z first.
-
-    With too few shapes for `cells`, the cells are doubled until each has a point in it.
-    """
-    inside, seen = torch.zeros(cells ** 3), torch.zeros(cells ** 3)
-    for i in evenly_spaced(len(dataset), limit):
-        points, occupied = dataset.volume(i, 20_000)
-        cell = cell_numbers(points, cells)
-        seen += torch.bincount(cell, minlength=cells ** 3)
-        inside += torch.bincount(cell[occupied], minlength=cells ** 3)
-    seen, inside = (v.view(1, 1, cells, cells, cells) for v in (seen, inside))
-    while not seen.all() and seen.shape[2] > 1:
-        seen, inside = (8 * F.avg_pool3d(v, 2) for v in (seen, inside))
-    return (inside / seen.clamp(min=1))[0, 0]
-
-
-def cell_numbers(points, cells):
-    """Which cell of a grid over the box each point (N,3) in [-1,1] lies in, x fastest: (N,)."""
-    k = ((points + 1) * (cells / 2)).long().clamp(0, cells - 1)
-    return (k[:, 2] * cells + k[:, 1]) * cells + k[:, 0]
-
-
-@torch.no_grad()
-def iou_command(args):
-    """Held-out IoU of a run's reconstructions, on every stored point, by class."""
-    opened = open_shapes(args.a, args, stage=1)
-    dataset = open_data(opened, args.split)
-    mean = mean_shape(open_data(opened, 'train')) > 0.5
-
-    def measure(i):
-        xi = encoded(opened, dataset, i, args)
-        points, inside = dataset.volume(i)
-        logits = torch.cat([opened.vae.query(xi, part)[0, :, 0].cpu()
-                            for part in points.to(args.device).split(2 ** 15)])
-        require(logits.isfinite().all(), DIVERGED)
-        guesses = torch.stack([logits > 0, mean.flatten()[cell_numbers(points, len(mean))]])
-        return iou(guesses, inside.expand_as(guesses)), len(points)
-    index = readable(dataset, evenly_spaced(len(dataset), args.num))
-    values, points = zip(*shared(measure, index, 'reconstructing', 'shape'))
-    ious, plain = torch.stack(values, dim=1)
-    labels = torch.tensor([dataset.labels[i] for i in index])
-    groups = {dataset.titles[k]: ious[labels == k].mean().item() for k in labels.unique().tolist()}
-    named = '  '.join(f'{k} {v:.4f}' for k, v in groups.items())
-    report(args, f'IoU {ious.mean():.4f}   {len(ious)} shapes, {max(points)} points each; the '
-                 f'mean training shape gives {plain.mean():.4f}; by class: {named}',
-           dict(iou=ious.mean().item(), n=len(ious), points=max(points), threshold=0.5,
-                mean_shape=plain.mean().item(), mean_cells=len(mean), classes=groups,
-                posterior='mean',
-                source=opened.path, step=opened.info['step'], split=args.split))
-
-
-def surface_cloud(vertices, faces, n, *key):
-    """n points uniform on a mesh, by a key; the origin n times for an empty one."""
-    if not len(faces):
-        return torch.zeros(n, 3)
-    points, _ = data.surface_points(np.asarray(vertices, 'float64'), np.asarray(faces), n,
-                                    seeded('surface', *key))
-    return torch.from_numpy(points).float()
-
-
-def cloud_source(path, args, kind):
-    """(clouds (n,points,3), what the manifest says) of a folder of meshes or of a run.
-
-    kind: 'reals', the run's split; 'train'; 'samples' or 'reconstructions', extracted at --res.
-    """
-    if not is_run(path):
-        return mesh_clouds(path, args)
-    opened = open_shapes(path, args, stage=2 if kind == 'samples' else 1)
-    about = dict(source=opened.path, step=opened.info['step'], kind=kind)
-    if kind in ('samples', 'reconstructions'):
-        return extracted_clouds(opened, args, kind, about)
-    split = 'train' if kind == 'train' else args.split
-    dataset = open_data(opened, split)
-    clouds = [dataset.draw_surface(i, args.points, seeded('surface', args.seed, i))
-              for i in readable(dataset, evenly_spaced(len(dataset), args.num))]
-    return torch.from_numpy(np.stack(clouds)).float(), dict(about, split=split)
-
-
-def mesh_clouds(folder, args):
-    """`cloud_source` of --num meshes of a folder, evenly spread."""
-    every = list(data.find_meshes(folder, {}).values())
-    meshes = [every[k] for k in evenly_spaced(len(every), args.num)]
-
-    def read(k):
-        return surface_cloud(*data.read_mesh(meshes[k]), args.points, args.seed, k)
-    reader = Readable(folder, len(meshes), read, 'meshes', lambda k: str(meshes[k]), ValueError)
-    clouds = reader.all(range(len(meshes)), 'mesh')
-    return torch.stack(clouds), dict(source=str(folder), kind='meshes', found=len(every))
-
-
-@torch.no_grad()
-def extracted_clouds(opened, args, kind, about):
-    """`cloud_source` of samples or reconstructions."""
-    if kind == 'samples':
-        z, nfe = all_latents(opened, args)
-        about.update(sampling(opened, args), condition=None, nfe=nfe)
-    else:
-        dataset = open_data(opened, args.split)
-        index = readable(dataset, evenly_spaced(len(dataset), args.num))
-        about.update(split=args.split, posterior='mean')
-
-    def extract(k):
-        xi = (opened.vae.decode(z[k:k + 1]) if kind == 'samples' else
-              encoded(opened, dataset, index[k], args))
-        (vertices, faces), = opened.vae.surfaces(xi, args.res or 128, args.threshold or None)
-        return surface_cloud(vertices.cpu(), faces.cpu(), args.points, args.seed, k), not len(faces)
-    found = shared(extract, range(len(z if kind == 'samples' else index)), 'extracting', 'mesh')
-    clouds, empty = zip(*found)
-    about.update(resolution=args.res or 128, empty=sum(empty),
-                 threshold=args.threshold or opened.vae.config.threshold)
-    return torch.stack(clouds), about
-
-
-def shapes_command(args):
-    """MMD, COV and 1-NNA of a run's samples against its data, or of two sets, equally many each."""
-    a, b = args.a, args.b or args.a
-    require(args.b or is_run(a), f'{a}: not a run; give a second folder or run to compare it with')
-    kind = 'reconstructions' if args.reconstructions else args.fakes
-    require(not args.reconstructions or args.fakes == 'samples', '--reconstructions and --fakes: '
-            'give one of them')
-    require(not args.reconstructions or is_run(b), f'--reconstructions: {b} is not a run')
-    require(args.fakes == 'samples' or not args.b and args.split == 'test', TRAIN_AS_FAKES)
-    refs, real = cloud_source(a, args, 'reals')
-    vars(args).update(num=len(refs))
-    fakes, fake = cloud_source(b, args, kind)
-    n = min(len(refs), len(fakes))
-    refs, fakes = (clouds[evenly_spaced(len(clouds), n)] for clouds in (refs, fakes))
-    about = dict(n_ref=len(refs), n_fake=len(fakes), points=args.points, seed=args.seed, real=real,
-                 fake=fake)
-    for radius, centre in ((1.0, 'box'), (0.5, 'mean')):
-        clouds = [unit_sphere(c.to(args.device), radius, centre) for c in (refs, fakes)]
-        for squared, values in zip((True, False), compare_clouds(*clouds)):
-            line = (f'{fake["kind"]}: MMD x1e3 {1e3 * values["mmd"]:.3f}   COV {values["cov"]:.3f}'
-                    f'   1-NNA {values["one_nna"]:.3f}   {len(fakes)} against {len(refs)}, radius '
-                    f'{radius:g} about the {centre}, {"squared" if squared else "not squared"}')
-            report(args, line, dict(**values, radius=radius, centre=centre, squared=squared,
-                                    **about))
+    line = values_line({name: v['centroid'] for name, v in values.items()})
+    report(args, f'spectral centroid over Nyquist: {line}   {args.num} samples; {args.picture}',
+           dict(fields=values, grey='luminance, BT.601'), fake=source)
 
 
 # ---- text to shape -----------------------------------------------------------------------------
@@ -2050,21 +1903,13 @@ def occupancy_grid(vae, xi, cells, ends=False):
     Inside is where the occupancy is above the config's threshold, as for surfaces.
     """
     points = unit_cube_grid(cells, ends).to(next(vae.parameters()).device)
-    values = torch.cat([vae.query(xi, part[None])[..., 0] for part in points.split(2 ** 15)], dim=1)
-    require(values.isfinite().all(), DIVERGED)
     level = math.log(vae.config.threshold / (1 - vae.config.threshold))
-    return (values > level).unflatten(1, (cells,) * 3).cpu()
+    return (logits(vae, xi, points) > level).unflatten(1, (cells,) * 3).cpu()
 
 
 def true_grid(dataset, i, cells=32):
-    """Boolean grid, axes x, y, z, of a data set's shape.
-
-    The voxels that come with it, or for each centre the stored point nearest to it.
-    """
-    voxels = dataset.voxels(i, cells)
-    if voxels is not None:
-        return voxels
-    points, inside = dataset.volume(i)
+    """Boolean grid, axes x, y, z, of a data set's shape: of each cell the nearest stored point."""
+    points, inside = dataset.truth(i, 100_000)
     nearest = cKDTree(points.numpy()).query(unit_cube_grid(cells).numpy())[1]
     return inside[torch.from_numpy(nearest)].view(cells, cells, cells)
 
@@ -2082,7 +1927,11 @@ SYNSETS = ('02691156 02828884 02933112 02958343 03001627 03211117 03636649 03691
 def open_classifier(args, groups):
     """The voxel classifier, the number of each of `groups` in it, whether it is Clip-Forge's."""
     net = load_network('classifier', args.classifier).to(args.device)
-    own = own_classes(find_weights('classifier', args.classifier))
+    try:  # one that was trained here names its classes
+        path = find_weights('classifier', args.classifier)
+        own = torch.load(path, map_location='cpu', weights_only=True)['classes']
+    except Exception:  # another container, or other things in it
+        own = None
     classes = own or SYNSETS
     foreign = [g for g in groups if g not in classes]
     require(not foreign, f'{args.classifier}: does not know the class {foreign[:1]}; train one '
@@ -2090,24 +1939,14 @@ def open_classifier(args, groups):
     return net, [classes.index(g) for g in groups], own is None
 
 
-def own_classes(path):
-    """The classes that a classifier trained here was saved with, or None."""
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True).get('classes')
-    except Exception:  # another container, or more in it than tensors: not one of ours
-        return None
-
-
 @full_precision()
 def classifier_command(args):
-    """Train the voxel classifier on the classes of a data set of shapes."""
-    opened = open_shapes(args.a, args, stage=1)
-    train, held_out, sides = open_data(opened, 'train'), open_data(opened, args.split), []
-    for dataset in (train, held_out):
-        index = readable(dataset, evenly_spaced(len(dataset), args.num))
-        grids = data.threaded(partial(true_grid, dataset), index, 'voxels')
-        labels = torch.tensor([dataset.labels[i] for i in index])
-        sides += [torch.stack(grids), labels]
+    run = open_run(args.a, args)
+    train, sides = run.data('train'), []
+    for dataset in (train, run.data(args.split)):
+        index = dataset.readable(evenly_spaced(len(dataset), args.num))
+        sides += [torch.stack(data.threaded(partial(true_grid, dataset), index, 'voxels')),
+                  torch.tensor([dataset.labels[i] for i in index])]
     x, y, x_test, y_test = sides
     torch.manual_seed(args.seed)
     net = VoxelClassifier(len(train.groups)).to(args.device)
@@ -2118,17 +1957,14 @@ def classifier_command(args):
         opt.zero_grad()
         loss.backward()
         opt.step()
-    net.eval()
-    voxels = 'nearest stored point' if train.voxels(0, 32) is None else 'as stored'
-    with torch.no_grad():
-        right = 100 * (classify(net, x_test) == y_test).double().mean().item()
+    net.eval().requires_grad_(False)
+    right = 100 * (classify(net, x_test) == y_test).double().mean().item()
     if first_process():
         save_checkpoint(args.classifier, dict(model=net.state_dict(), classes=train.groups))
     report(args, f'accuracy {right:.1f} % of {len(y_test)} {args.split} shapes, {len(y)} trained '
                  f'on; {len(train.groups)} classes; written to {args.classifier}',
-           dict(accuracy=right, n=len(y_test), n_train=len(y), steps=args.steps, seed=args.seed,
-                split=args.split, grid=32, voxels=voxels, classes=train.groups,
-                source=opened.path, file=args.classifier))
+           dict(accuracy=right, n=len(y_test), n_train=len(y), grid=32, classes=train.groups,
+                voxels='nearest stored point', source=str(run.path), file=args.classifier))
 
 
 VIEWS = dict(  # azimuths of the five pictures that CLIP-S takes the best of; elevation, distance
@@ -2143,41 +1979,6 @@ def drawn_views(surface, preset, size=256):
     return (255 * torch.stack(shades)).round().byte()[:, None].expand(-1, 3, -1, -1)
 
 
-@torch.no_grad()
-@full_precision()
-def text_command(args):
-    """TMD, accuracy and CLIP-S of what a text-conditional run makes of held-out captions."""
-    opened = open_shapes(args.a, args, stage=2)
-    dataset = open_data(opened, args.split)
-    require(opened.ldm.config.text, f'{args.a}: reads no text; train stage 2 with --text')
-    reader = text_reader(args.reader or opened.ldm.config.text, args.device)
-    told = [i for i in range(len(dataset)) if dataset.captions[i]]
-    index = [told[k] for k in evenly_spaced(len(told), args.num)]
-    require(index, f'{args.a}: no caption among its {args.split} shapes')
-    classifier = open_classifier(args, dataset.groups) if args.classifier else None
-    clip = load_network('clip', args.weights).to(args.device) if args.clip else None
-    require(not clip or clip.tokenise, f'{args.weights}: CLIP-S needs bpe_simple_vocab_16e6.txt.gz '
-            'beside the weights')
-
-    def measure(i):
-        caption = dataset.captions[i][0]
-        z, nfe = said(opened, reader, caption, args)
-        xi = opened.vae.decode(z)
-        grids = occupancy_grid(opened.vae, xi, args.res or 64)
-        row = dict(tmd=tmd(grids[None]), empty=int((~grids.flatten(1).any(1)).sum()), nfe=nfe)
-        if classifier:
-            row['accuracy'] = accuracy(opened.vae, xi, dataset.labels[i], *classifier)
-        if clip:
-            row['clip_s'] = clip_s(opened.vae, xi, caption, clip, args.views)
-        return row
-    rows = shared(measure, index, 'captions', 'caption')
-    values = dict(accuracy=None, clip_s=None, captions=len(index))
-    values |= {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
-    values.update(empty=sum(row['empty'] for row in rows),
-                  forwards=values['nfe'] * (1 + (args.guidance != 1)))
-    tell_text(args, opened, classifier, clip, values)
-
-
 def accuracy(vae, xi, label, net, numbers, published):
     """Share in percent of basis fields that the classifier takes for shapes of this class."""
     found = classify(net, occupancy_grid(vae, xi, 32, ends=published))
@@ -2188,181 +1989,136 @@ def clip_s(vae, xi, caption, clip, views):
     """Best CLIP score among the shapes of one caption, each drawn from five sides."""
     to_cube = data.HALF_BOX / vae.config.extent
     return max(clip_score(clip, drawn_views((v * to_cube, f), views), caption)
-               for v, f in vae.surfaces(xi, 64))
+               for v, f in vae.signal(xi, 64))
 
 
-def tell_text(args, opened, classifier, clip, values):
-    """The report of `text_command`."""
-    line = f'TMD {values["tmd"]:.4f}'
-    if classifier:
-        line += f'   accuracy {values["accuracy"]:.1f} %'
-    if clip:
-        line += f'   CLIP-S {values["clip_s"]:.2f}'
-    report(args, f'{line}   {values["captions"]} captions, {args.each} samples each, w '
-                 f'{args.guidance:g}, {values["empty"]} empty',
-           dict(**values, **sampling(opened, args, args.each), each=args.each,
-                guidance=args.guidance, grid=args.res or 64, split=args.split,
-                threshold=opened.vae.config.threshold,
-                text=args.reader or opened.ldm.config.text, template='none',
-                views=args.views if clip else None, views_mesh=64 if clip else None,
-                views_size=256 if clip else None, clip=clip.source if clip else None,
-                classifier=classifier[0].source if classifier else None,
-                classifier_grid=('ends' if classifier[2] else 'centres') if classifier else None))
+@torch.no_grad()
+@full_precision()
+def text_command(args):
+    run = open_run(args.a, args, stage=2)
+    dataset, text = run.data(args.split), run.ldm.config.text
+    require(text, f'{args.a}: reads no text; train stage 2 with --text')
+    reader = text_reader(args.reader or text, args.device)
+    captioned = [i for i in range(len(dataset)) if dataset.captions[i]]
+    index = [captioned[k] for k in evenly_spaced(len(captioned), args.num)]
+    require(index, f'{args.a}: no caption among its {args.split} shapes')
+    classifier = open_classifier(args, dataset.groups) if args.classifier else None
+    clip = load_network('clip', args.weights).to(args.device) if args.clip else None
+    require(not clip or clip.tokenise, f'{args.weights}: CLIP-S needs bpe_simple_vocab_16e6.txt.gz '
+            'beside the weights')
+
+    def measure(i):
+        caption, seeds = dataset.captions[i][0], range(args.seed, args.seed + args.each)
+        cond = reader([caption])
+        cond = cond.expand(args.each, *cond.shape[1:])
+        z, nfe = run.draw(seeds, guidance=args.guidance, cond=cond)
+        xi = run.vae.decode(z)
+        grids = occupancy_grid(run.vae, xi, args.res)
+        row = dict(tmd=tmd(grids[None]), empty=int((~grids.flatten(1).any(1)).sum()), nfe=nfe)
+        if classifier:
+            row['accuracy'] = accuracy(run.vae, xi, dataset.labels[i], *classifier)
+        if clip:
+            row['clip_s'] = clip_s(run.vae, xi, caption, clip, args.views)
+        return row
+    rows = shared(measure, index, 'captions')
+    values = dict(accuracy=None, clip_s=None)
+    values |= {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
+    values.update(empty=sum(row['empty'] for row in rows), captions=len(index),
+                  forwards=values['nfe'] * (1 + (args.guidance != 1)))
+    ends = classifier and ('ends' if classifier[2] else 'centres')
+    report(args, f'{values_line(values)}   w {args.guidance:g}, {args.each} samples each', dict(
+        **values, source=str(run.path), step=run.info['step'], **args.sampler, text=text,
+        threshold=run.vae.config.threshold, clip=clip and clip.source, classifier_grid=ends,
+        classifier=classifier and classifier[0].source))
 
 
-def said(opened, reader, caption, args):
-    """Latents of --each samples of one caption, and their mean NFE."""
-    import ldm
-    seeds, cond = range(args.seed, args.seed + args.each), reader([caption])
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-        z, nfe = ldm.generate(opened.vae, opened.ldm, seeds, cond.expand(
-            args.each, *cond.shape[1:]), args.guidance, args.sampler, batch=args.each,
-            return_nfe=True, **solver_settings(args))
-    return z, float(np.mean(nfe))
-
-
-def parse_samplers(text):
-    """'ddim:50,rk45:1e-3' -> [(sampler, dict of settings)]; a tolerance is both rtol and atol."""
-    out = []
-    for part in text.split(','):
-        name, _, value = part.partition(':')
-        require(name in ('ddpm', 'ddim', 'dpmpp', 'rk45'), f'--samplers {part}: no such sampler')
-        try:
-            out.append((name, dict(rtol=float(value), atol=float(value)) if name == 'rk45'
-                        else dict(steps=int(value))))
-        except ValueError:
-            raise ValueError(f'--samplers {part}: expected NAME:STEPS or rk45:TOLERANCE') from None
-    return out
-
-
-OF_FID = 'weights', 'resize', 'res', 'num_real', 'split', 'float', 'bicubic', 'ddof', 'no_cache'
-
-
-def nfe_command(args):
-    """Network calls of samplers on the same seeds, and with --fid the FID of each."""
-    plain = vars(build_parser().parse_args(['nfe', args.a]))
-    idle = [k for k in OF_FID if getattr(args, k) != plain[k]]
-    require(args.fid or not idle, f'--{"".join(idle[:1])}: says how FID is measured; add --fid')
-    opened = open_run(args.a, args)
-    net = open_network('inception', args) if args.fid else None
-    real = run_reals(opened, args.split, args.num_real) if args.fid else None
-    for name, settings in parse_samplers(args.samplers):
-        vars(args).update(sampler=name, **settings)
-        if args.fid:
-            _, manifest = frechet_between(net, real, run_samples(opened, args), args)
-        else:
-            manifest = dict(n_fake=args.num, fake=dict(sampling(opened, args),
-                                                       nfe=all_latents(opened, args)[1]))
-        setting = '  '.join(f'{k} {v:g}' for k, v in settings.items())
-        line = f'{name:8} {setting:26} NFE {manifest["fake"]["nfe"]:7.1f}'
-        report(args, line + (f'   FID {manifest["fid"]:.4f}' if args.fid else ''), manifest)
-
+# ---- command line ------------------------------------------------------------------------------
 
 FLAGS = dict(
-    weights=dict(default='weights', help='weight file, or folder with it under its published name'),
-    resize=dict(default='tf', choices=tuple(RESIZE), help='how pictures come to the net\'s size'),
-    features=dict(default='vgg16', choices=('vgg16', 'inception'), help='network of the features'),
-    res=dict(default=0, type=int, help='resolution to compare at; 0: as stored, or the run\'s own'),
-    num=dict(default=50_000, type=int, help='fakes: samples to draw, or the first so many files'),
-    num_real=dict(default=50_000, type=int, help='reals at most: of a run evenly spread, of a '
-                  'folder the first in order'),
-    ddof=dict(default=1, type=int, choices=(0, 1), help='covariance over n - ddof; NVIDIA has 0'),
-    preset=dict(default='styleganv', choices=tuple(FVD_PRESETS), help='styleganv: frames stretched '
-                'to 224 x 224, ddof 0, eps 1e-3; ddmi, the authors\': short side to 224 and '
-                'cropped, ddof 1, eps 1e-5'),
-    eps=dict(default=None, type=float, help='of the batch norms of I3D; none: the preset\'s'),
-    frames=dict(default=16, type=int, help='frames of a clip'),
-    interval=dict(default=1, type=int, help='every so manieth frame'),
-    picture=dict(default='', help='PNG to write'),
-    k=dict(default=3, type=int, help='neighbour that a ball reaches to'),
-    split=dict(default='train', choices=('train', 'test'), help='which part of a run\'s data'),
-    sampler=dict(default='dpmpp', help='ddpm, ddim, dpmpp or rk45, for runs'),
-    steps=dict(default=20, type=int, help='network calls of ddpm, ddim, dpmpp'),
-    rtol=dict(default=1e-3, type=float, help='relative tolerance of rk45'),
-    atol=dict(default=1e-3, type=float, help='absolute tolerance of rk45'),
-    samplers=dict(default='ddpm:1000,ddim:50,dpmpp:20,rk45:1e-3,rk45:1e-5',
-                  help='table to fill: NAME:STEPS or rk45:TOLERANCE, comma-separated'),
-    seed=dict(default=0, type=int, help='sample k has seed + k'),
-    amp=dict(action='store_true', help='the diffusion model in bfloat16'),
-    fakes=dict(default='samples', choices=('samples', 'train'), help='what is compared with the '
-               'split: samples, or the training part, whose distance is the floor'),
-    reconstructions=dict(action='store_true', help='compare reconstructions instead of samples'),
-    points=dict(default=2048, type=int, help='points of each cloud'),
-    threshold=dict(default=0.0, type=float, help="occupancy at which a surface lies; 0: the run's"),
-    classifier=dict(default='', help='weights of the voxel classifier'),
-    reader=dict(default='', help="where the text encoder's files are now, if they have moved"),
-    clip=dict(action='store_true', help='CLIP-S as well'),
-    views=dict(default='diffusion_sdf', choices=tuple(VIEWS), help='from where CLIP looks'),
-    each=dict(default=10, type=int, help='samples of each caption'),
-    guidance=dict(default=3.0, type=float, help='weight w of classifier-free guidance'),
-    posterior=dict(default='mean', choices=('mean', 'sample'), help='latent to reconstruct from'),
-    float=dict(action='store_true', help='leave fakes of a run unrounded'),
-    bicubic=dict(action='store_true', help='render a run at r and resize that bicubically: the '
-                 'baseline of rendering at --res'),
-    fid=dict(action='store_true', help='the FID of each sampler as well'),
-    no_cache=dict(action='store_true', help='neither read nor write statistics in cache/'),
-    batch=dict(default=32, type=int, help='pictures at a time; no result but rk45 depends on it'),
-    device=dict(default='auto', help='cpu, cuda, cuda:1, ...; auto = CUDA if there is one'),
-    out=dict(default='', help='file to append the JSON line to'))
-
-SETS = ('weights', 'resize', 'res', 'num', 'num_real', 'split', 'sampler', 'steps', 'rtol', 'atol',
-        'seed', 'amp', 'float', 'bicubic', 'batch')
-FVD = ('weights', 'preset', 'eps', 'frames', 'interval', 'ddof', 'res', 'num', 'seed', 'no_cache',
-       'batch')
-SOLVER = ('sampler', 'steps', 'rtol', 'atol', 'seed', 'amp')
-COMMANDS = dict(  # name: (function, flags, positional arguments, defaults of its own)
-    iou=(iou_command, ('num', 'split'), 'RUN', dict(split='test')),
-    shapes=(shapes_command, ('num', 'split', 'fakes', 'reconstructions', 'points', 'res',
-                             'threshold', 'batch', *SOLVER), 'A [B]', dict(split='test')),
-    text=(text_command, ('num', 'split', 'each', 'guidance', 'res', 'classifier', 'reader', 'clip',
-                         'weights', 'views', *SOLVER), 'RUN', dict(split='test', num=234)),
-    classifier=(classifier_command, ('num', 'split', 'classifier', 'steps', 'seed'), 'RUN',
-                dict(split='test', classifier='weights/classifier.pt', steps=1000)),
-    fid=(fid_command, (*SETS, 'fakes', 'ddof', 'no_cache'), 'A [B]', {}),
-    pr=(pr_command, (*SETS, 'fakes', 'features', 'k'), 'A [B]', {}),
-    fvd=(fvd_command, FVD, 'A B', dict(ddof=None, num=2048, batch=8)),
-    rfvd=(fvd_command, FVD, 'A B', dict(ddof=None, num=2048, batch=8)),
-    nn=(nn_command, (*SETS, 'features', 'k', 'picture'), 'A [B]',
-        dict(num=8, k=7, picture='out/nn.png', fakes='samples')),
-    spectrum=(spectrum_command, ('res', 'num', 'picture', 'batch', *SOLVER), 'RUN',
-              dict(num=4, picture='out/spectrum.png')),
-    psnr=(psnr_command, ('res', 'num', 'split', 'posterior', 'seed', 'bicubic', 'batch'), 'A [B]',
-          dict(split='test')),
-    rfid=(rfid_command, ('weights', 'resize', 'res', 'num', 'split', 'posterior', 'seed', 'float',
-                         'bicubic', 'ddof', 'no_cache', 'batch'), 'RUN', {}),
-    nfe=(nfe_command, ('samplers', 'fid', 'num', 'seed', 'amp', 'batch', *OF_FID), 'RUN',
-         dict(num=32)))
+    weights=flag('weights', 'weight file, or folder with it under its published name'),
+    data=flag('', "where a run's data are now, if they have moved"),
+    reference=flag('', 'file of statistics of the reals: read if it is there, else written'),
+    resize=flag('tf', "how pictures come to the network's size", choices=tuple(RESIZE)),
+    features=flag('vgg16', 'network of the features', choices=('vgg16', 'inception')),
+    res=flag(0, "pictures: resolution to compare at, 0 = as stored, or the run's own; shapes: "
+             'cells along the box'),
+    num=flag(50_000, 'how many fakes, captions or held-out items at most'),
+    num_real=flag(50_000, 'reals at most: of a run evenly spaced, of a folder the first in order'),
+    ddof=flag(1, 'covariance over n - ddof; NVIDIA has 0', low=0, choices=(0, 1)),
+    preset=flag('styleganv', 'styleganv: frames stretched to 224 x 224, ddof 0, eps 1e-3; ddmi, '
+                "the authors': short side to 224 and cropped, ddof 1, eps 1e-5",
+                choices=tuple(FVD_PRESETS)),
+    eps=flag(1e-3, "of I3D's batch norms"),
+    frames=flag(16, 'frames of a clip', low=9),
+    interval=flag(1, 'take every Nth frame'),
+    picture=flag('', 'PNG to write'),
+    k=flag(3, 'neighbours: a ball reaches to the last of them; nn shows them all'),
+    split=flag('train', "part of a run's data", choices=('train', 'test')),
+    sampler=flag('dpmpp:20', 'NAME:STEPS, of ddpm, ddim and dpmpp, or rk45:TOLERANCE'),
+    samplers=flag('dpmpp:20', 'one or several, comma-separated: NAME:STEPS or rk45:TOLERANCE'),
+    steps=flag(1000, 'optimiser steps, of 32 shapes each'),
+    seed=flag(0, 'sample k has seed + k; other draws have keys with it'),
+    amp=flag(False, 'the diffusion model in bfloat16'),
+    fakes=flag('samples', 'what of a run is compared with its --split; the distance of `train`, '
+               'its training part, is the floor', choices=('samples', 'train', 'reconstructions')),
+    points=flag(2048, 'points of a cloud'),
+    threshold=flag(0.0, "occupancy at which a surface lies; 0 = the run's"),
+    classifier=flag('', 'weights of the voxel classifier'),
+    reader=flag('', "where the text encoder's files are now, if they have moved"),
+    clip=flag(False, 'CLIP-S as well'),
+    views=flag('diffusion_sdf', 'from where CLIP looks', choices=tuple(VIEWS)),
+    each=flag(10, 'samples of each caption', low=2),
+    guidance=flag(3.0, 'weight w of classifier-free guidance'),
+    posterior=flag('mean', 'latent to reconstruct from', choices=('mean', 'sample')),
+    float=flag(False, 'leave fakes of a run unrounded'),
+    bicubic=flag(False, 'render a run at r and resize that: the baseline of rendering at --res'),
+    batch=flag(32, 'pictures at a time; no result but that of rk45 depends on it'),
+    device=flag('auto', 'cpu, cuda, cuda:1, ...; auto = CUDA if there is one'),
+    out=flag('', 'file to append the JSON line to'))
 
 
-HELP = {  # where a flag means something else in one command
-    ('nn', 'k'): 'neighbours of each sample', ('nn', 'num'): 'samples to show',
-    ('classifier', 'steps'): 'optimiser steps, of 32 shapes',
-    ('classifier', 'classifier'): 'where to write the weights',
-    ('classifier', 'num'): 'shapes at most, of each side', ('iou', 'num'): 'shapes at most',
-    ('shapes', 'num'): 'shapes at most, of each set', ('text', 'num'): 'captions at most',
-    ('shapes', 'res'): 'cells along the box in which surfaces are found; 0: 128',
-    ('text', 'res'): 'cells along the unit cube for TMD; 0: 64',
-    ('fvd', 'num'): 'clips at most, of each folder', ('rfvd', 'num'): 'clips at most',
-    ('fvd', 'ddof'): 'covariance over n - ddof; none: the preset\'s',
-    ('rfvd', 'ddof'): 'covariance over n - ddof; none: the preset\'s',
-    ('fvd', 'res'): 'first bring frames to this side; 0: as stored',
-    ('rfvd', 'res'): 'first bring frames to this side; 0: as stored',
-    ('psnr', 'num'): 'pictures at most', ('rfid', 'num'): 'pictures at most',
-    ('spectrum', 'num'): 'samples to draw and to take the mean of',
-    ('nfe', 'num'): 'samples of each sampler',
-    ('fvd', 'seed'): 'of the first frames of the clips',
-    ('rfvd', 'seed'): 'of the first frames of the clips',
-    ('psnr', 'seed'): 'of --posterior sample', ('rfid', 'seed'): 'of --posterior sample',
-    ('classifier', 'seed'): 'of the first weights and of the order of the shapes',
-    ('text', 'seed'): 'sample k of a caption has seed + k',
-    ('shapes', 'seed'): 'sample k has seed + k; also of the points on the surfaces'}
-
-PLACES = {  # what a command takes: (help of A, help of B)
-    'RUN': ('run: a folder below runs/, its name, or a checkpoint', ''),
-    'A B': ('folder or zip of real videos: frame folders or animated files',
-            'folder or zip of the videos to compare with them'),
-    'A [B]': ('run, or folder or zip of real {}',
-              'run, folder or zip to compare with A; none: A is a run, and its samples are')}
+# A subcommand: what it does, the thing it measures ('' = any), what it takes (RUN or SETS), its
+# flags, those of their defaults that are its own.
+Command = namedtuple('Command', 'function thing sets flags defaults help')
+SAMPLES = 'data split res num num_real fakes seed amp float bicubic batch '
+REBUILT = 'data split res num posterior seed float bicubic batch '
+FID, FVD = ('weights reference ddof ' + more for more in (
+    'resize ', 'preset eps frames interval '))
+RUN, SETS = 'RUN', 'A [B]'
+FVD_DEFAULTS = dict(features='i3d', preset='styleganv', resize=None, ddof=None, eps=None, num=2048,
+                    batch=8)
+COMMANDS = dict(
+    fid=Command(frechet_command, 'picture', SETS, FID + SAMPLES + 'samplers', dict(
+        features='inception'), 'Frechet Inception distance'),
+    rfid=Command(frechet_command, 'picture', SETS, FID + REBUILT, dict(
+        features='inception', fakes='reconstructions'), 'the same of pictures and reconstructions'),
+    fvd=Command(frechet_command, 'clip', SETS, FVD + SAMPLES + 'samplers', dict(
+        FVD_DEFAULTS), 'Frechet video distance'),
+    rfvd=Command(frechet_command, 'clip', SETS, FVD + REBUILT, dict(
+        FVD_DEFAULTS, fakes='reconstructions'), 'the same of clips and reconstructions'),
+    nfe=Command(nfe_command, '', RUN, 'num seed amp batch samplers', dict(
+        num=32, samplers='ddpm:1000,ddim:50,dpmpp:20,rk45:1e-3,rk45:1e-5'),
+        'network calls of samplers; fid --samplers adds their FID'),
+    pr=Command(pr_command, 'picture', SETS, 'weights resize features k sampler ' + SAMPLES, {},
+               'improved precision and recall'),
+    nn=Command(nn_command, 'picture', SETS, 'weights resize features k picture sampler ' + SAMPLES,
+               dict(num=8, k=7, picture='out/nn.png'), 'nearest reals of samples, drawn (Fig. 13)'),
+    psnr=Command(psnr_command, 'picture', SETS, REBUILT.replace('float', ''), dict(split='test'),
+                 'PSNR and SSIM of held-out reconstructions, or of two folders in pairs'),
+    spectrum=Command(spectrum_command, 'picture', RUN, 'res num picture seed amp batch sampler',
+                     dict(num=4, picture='out/spectrum.png'),
+                     'what each basis field adds to samples, and its spectrum (Fig. 7)'),
+    iou=Command(iou_command, 'cloud', RUN, 'data num split', dict(split='test'),
+                'IoU of held-out reconstructions at every stored point, by class'),
+    shapes=Command(shapes_command, 'cloud', SETS, 'data split num fakes points res threshold seed '
+                   'amp batch sampler', dict(split='test', res=128),
+                   'MMD, COV and 1-NNA of two sets of equal size'),
+    classifier=Command(classifier_command, 'cloud', RUN, 'data num split classifier steps seed',
+                       dict(split='test', classifier='weights/classifier.pt'),
+                       'train a voxel classifier on the classes of a data set'),
+    text=Command(text_command, 'cloud', RUN, 'data num split each guidance res classifier reader '
+                 'clip weights views seed amp sampler', dict(split='test', num=234, res=64),
+                 'TMD, accuracy and CLIP-S of samples of held-out captions'))
 
 
 def build_parser():
@@ -2370,36 +2126,44 @@ def build_parser():
     parser = Parser(__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest='command', required=True,
                                      parser_class=data.command_parser)
-    for name, (function, flags, positional, defaults) in COMMANDS.items():
-        about = function.__doc__.splitlines()[0]
-        command = commands.add_parser(name, help=about, description=about)
-        of_a, of_b = PLACES[positional]
-        things = 'meshes' if name == 'shapes' else 'pictures'
-        command.add_argument('a', metavar=positional.split()[0], help=of_a.format(things))
-        if of_b:
-            command.add_argument('b', metavar='B', help=of_b,
-                                 **dict(nargs='?') if '[' in positional else {})
-        for flag in (*flags, 'device', 'out'):
-            command.add_argument(f'--{flag}', **dict(FLAGS[flag], help=HELP.get(
-                (name, flag), FLAGS[flag]['help'])))
-        command.set_defaults(**defaults)
+    for name, command in COMMANDS.items():
+        own = commands.add_parser(name, help=command.help, description=command.help)
+        own.set_defaults(**{flag: row.default for flag, row in FLAGS.items()}, b=None)
+        own.set_defaults(num_real=0, eps=None, preset='')  # where these are no flags
+        own.add_argument('a', metavar=command.sets.split()[0], help=
+                         'run (its folder, its name below runs/, a checkpoint)' +
+                         ', or folder or zip of reals' * (command.sets == SETS))
+        if command.sets == SETS:
+            own.add_argument('b', nargs='?', metavar='B', help='run, folder or zip to compare with '
+                             'A; none: A is a run, and what it makes is')
+        own.add_config(make_dataclass('flags', [
+            (flag, object, copy(FLAGS[flag])) for flag in f'{command.flags} device out'.split()]))
+        own.set_defaults(**command.defaults)
     return parser
+
+
+def parse_sampler(text):
+    """'ddim:50' -> dict(sampler='ddim', steps=50); of 'rk45:1e-3' rtol and atol are both 1e-3."""
+    name, _, value = text.partition(':')
+    require(name in ('ddpm', 'ddim', 'dpmpp', 'rk45'), f'--sampler {text}: no such sampler')
+    try:
+        settings = (dict(rtol=float(value), atol=float(value)) if name == 'rk45' else
+                    dict(steps=int(value)))
+    except ValueError:
+        settings = {}
+    require(settings and 0 < min(settings.values()) < math.inf,
+            f'--sampler {text}: expected NAME:STEPS or rk45:TOLERANCE')
+    return dict(sampler=name, **settings)
 
 
 def main(argv=None):
     """The command line, or `argv` in its place; ValueError for values out of range."""
     args = build_parser().parse_args(argv)
-    least_values = dict(batch=1, num=1, num_real=1, res=0, k=1, steps=1, points=1, each=2,
-                        threshold=0, frames=9, interval=1)
-    for name, least in least_values.items():
-        value = getattr(args, name, least)
-        require(value >= least, f'--{name} {value}: must be at least {least}')
-    require(getattr(args, 'threshold', 0) < 1, '--threshold: must be below 1')
-    for name, value in vars(args).items():
-        require(not isinstance(value, float) or math.isfinite(value), f'--{name} {value}: not '
-                'a finite number')
-    _, _, args.device = dist_init(args.device)
-    COMMANDS[args.command][0](args)
+    require(args.threshold < 1, '--threshold: must be below 1')
+    args.sampler, args.samplers = parse_sampler(args.sampler), [
+        parse_sampler(text) for text in args.samplers.split(',')]
+    args.device = start_process(args.device).device
+    COMMANDS[args.command].function(args)
 
 
 if __name__ == '__main__':

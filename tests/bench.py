@@ -377,9 +377,9 @@ def metric_cases(table, device):
     """The metrics at full size; no time depends on the values of weights, pictures or features."""
     def fid():
         net = metrics.InceptionV3(head=False).eval().requires_grad_(False).to(device)
-        pictures = metrics.Pictures(range(10_000), lambda part: [torch.randint(
-            256, (len(part), 3, 64, 64), dtype=torch.uint8)], {})
-        return lambda: metrics.stats_distance(*[metrics.image_stats(net, pictures, 32)] * 2)
+        pictures = metrics.Source(range(10_000), lambda part: [torch.randint(
+            256, (len(part), 3, 64, 64), dtype=torch.uint8)], dict(source='', kind='pictures'), 32)
+        return lambda: metrics.stats_distance(*[metrics.feature_stats(net, pictures)] * 2)
 
     def neighbours(n):
         real, fake = (torch.randn(n, 4096, device=device) for _ in range(2))
@@ -387,7 +387,7 @@ def metric_cases(table, device):
 
     def clouds():
         refs, samples = (torch.rand(200, 2048, 3, device=device) for _ in range(2))
-        return lambda: metrics.compare_clouds(refs, samples)
+        return lambda: metrics.mmd_cov(refs, samples)
     return {'FID, 10,000 pictures of 64 x 64': fid,
             'precision, recall, 20,000 each of 4,096': partial(neighbours, 20_000),
             'precision, recall, 50,000 each of 4,096': partial(neighbours, 50_000),

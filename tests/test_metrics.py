@@ -169,20 +169,25 @@ def test_nearest_neighbours_in_any_chunks():
 
 # ---- PSNR --------------------------------------------------------------------------------------
 
+def psnr(x, y):
+    return metrics.finite_mean(metrics.psnr_each(x, y))
+
+
 @pytest.mark.mutation('metrics.py', '.square().flatten(1).mean(1)', '.square().mean()[None]')
+@pytest.mark.mutation('metrics.py', '~values.isinf()', 'values < 50')
 def test_psnr():
     x = torch.rand(4, 3, 8, 8) * 0.5
-    close(metrics.psnr(x, x + 0.1), 20, 1e-5)
-    close(metrics.psnr(x, x + 1 / 255), 48.1308036086791, 1e-4)
-    assert metrics.psnr(x, x) == torch.inf
+    close(psnr(x, x + 0.1), 20, 1e-5)
+    close(psnr(x, x + 1 / 255), 48.1308036086791, 1e-4)
+    assert psnr(x, x) == torch.inf
     offsets = torch.tensor([.1, .01, .001, 0])[:, None, None, None]
-    close(metrics.psnr(x[:3], x[:3] + offsets[:3]), 40, 1e-3)  # 20, 40 and 60 dB, not pooled
-    close(metrics.psnr(x, x + offsets), 40, 1e-3)  # the identical pair is left out
-    close(metrics.psnr(x[1], x[1] + 0.1), 20, 1e-5)
+    close(psnr(x[:3], x[:3] + offsets[:3]), 40, 1e-3)  # 20, 40 and 60 dB, not pooled
+    close(psnr(x, x + offsets), 40, 1e-3)  # the identical pair is left out
+    close(psnr(x[1:2], x[1:2] + 0.1), 20, 1e-5)
     with pytest.raises(ValueError, match='different sizes'):
-        metrics.psnr(x, x[:, :, :4])
+        psnr(x, x[:, :, :4])
     with pytest.raises(ValueError, match='floats'):
-        metrics.psnr(x.byte(), x.byte())
+        psnr(x.byte(), x.byte())
 
 
 def slow_ssim(x, y):
@@ -210,12 +215,12 @@ def test_ssim_is_that_of_the_paper():
     golden = [np.mean([slow_ssim(a.numpy(), b.numpy()) for a, b in zip(p, q)])
               for p, q in zip(x, y)]
     close(metrics.ssim_each(x, y), golden, 1e-12)
-    close(metrics.ssim(x, y), np.mean(golden), 1e-12)
-    close(metrics.ssim(x[0], x[0]), 1, 1e-12)
-    flat, brighter = torch.full((1, 16, 16), 0.25), torch.full((1, 16, 16), 0.5)
-    close(metrics.ssim(flat, brighter), (2 * .25 * .5 + 1e-4) / (.25 ** 2 + .5 ** 2 + 1e-4), 1e-9)
+    close(metrics.ssim_each(x, x), 1, 1e-12)
+    flat, brighter = torch.full((1, 1, 16, 16), 0.25), torch.full((1, 1, 16, 16), 0.5)
+    golden = (2 * .25 * .5 + 1e-4) / (.25 ** 2 + .5 ** 2 + 1e-4)
+    close(metrics.ssim_each(flat, brighter), golden, 1e-9)
     with pytest.raises(ValueError, match='at least 11'):
-        metrics.ssim(x[..., :10], y[..., :10])
+        metrics.ssim_each(x[..., :10], y[..., :10])
 
 
 # ---- resizing ----------------------------------------------------------------------------------
@@ -396,18 +401,32 @@ def test_inception_resizes_as_tensorflow_1():
         net(x[0])
 
 
-@pytest.mark.mutation('metrics.py', 'start = sum(lengths)', 'start = 0')
-@pytest.mark.mutation('metrics.py', 'torch.cat(found) if found', 'found[0] if found')
+def source_of(x, batch=4, **options):
+    """A Source of the rows of x."""
+    return metrics.Source(range(len(x)), lambda part: [x[part.start:part.stop]], dict(
+        source='x', kind='rows'), batch, **options)
+
+
+def passed(source):
+    """The batches of one pass."""
+    return metrics.measured(source, lambda batch: batch)
+
+
+@pytest.mark.mutation('metrics.py', 'n += len(part)', 'n = len(part)')
+@pytest.mark.mutation('metrics.py', 'self.items, self.batch)', 'self.items[1:], self.batch)')
 def test_features_do_not_depend_on_the_batches():
     net, x = nn.Conv2d(3, 7, 8), pictures(9, 8).float()
-    net.dim = 7
     flat = nn.Sequential(net, nn.Flatten()).requires_grad_(False)
     flat.dim = 7
-    halves = metrics.Pictures(range(9), lambda part: x[part.start:part.stop].split(2), {})
     for size in (1, 4, 9):
-        close(metrics.image_features(flat, halves, size), flat(x), 1e-3)
-        close(metrics.image_stats(flat, halves, size).cov, np.cov(flat(x).T), 1e-1)
-        close(torch.cat(list(halves.batches(size))), x, 0)
+        source = source_of(x, size)
+        read = source.read
+        source.read = lambda part: read(part)[0].split(2)
+        found = metrics.features(flat, source)
+        assert found.shape == (9, 7)
+        close(found, flat(x), 1e-3)
+        close(metrics.feature_stats(flat, source).cov, np.cov(flat(x).T), 1e-1)
+        close(torch.cat(passed(source)), x, 0)
 
 
 # ---- weight files ------------------------------------------------------------------------------
@@ -617,7 +636,8 @@ class SlowI3D:
                 c_out, x.shape[1], k, k, k, generator=self.random) * (2 / x.shape[1] / k ** 3) ** .5
             for leaf, low, high in (('weight', .8, 1.2), ('bias', -.05, .05),
                                     ('running_mean', -.05, .05), ('running_var', .02, .06)):
-                s[f'{name}.bn.{leaf}'] = torch.rand(c_out, generator=self.random) * (high - low) + low
+                drawn = torch.rand(c_out, generator=self.random)
+                s[f'{name}.bn.{leaf}'] = drawn * (high - low) + low
             s[f'{name}.bn.num_batches_tracked'] = torch.tensor(0)
         x = self.pad(x, (k,) * 3, (stride,) * 3)
         x = F.conv3d(x, s[name + '.conv3d.weight'], stride=stride)
@@ -801,8 +821,9 @@ def test_published_inception_gives_the_published_fid():
     net, sides = metrics.load_network('inception', path), []
     for split in ('train', 'test'):
         pictures = data.make_dataset('cifar10', place, split, resolution=32)
-        sides.append(metrics.image_stats(net, metrics.Pictures(range(5000), lambda part: [
-            data.to_uint8(torch.stack([pictures.picture(i, 32) for i in part]))], {}), 50))
+        sides.append(metrics.feature_stats(net, metrics.Source(range(5000), lambda part: [
+            data.to_uint8(torch.stack([pictures.truth(i, 32) for i in part]))],
+            dict(source='', kind='pictures'), 50)))
     close(metrics.stats_distance(*sides), 10.3233274, 1e-4)
 
 
@@ -885,28 +906,31 @@ def test_fid_of_folders(capsys, folders, random_file):
     close(again['fid'], metrics.frechet_distance_features(x, y), 1e-3 * golden)
 
 
-@pytest.mark.mutation('metrics.py', 'names=names, facts=facts(files, names)', 'names=names')
-@pytest.mark.mutation('metrics.py', 'return [str(root), *(', 'return [*(')
-def test_statistics_of_reals_are_kept(folders, monkeypatch):
-    passes = []
-
-    def stats(net, pictures, size):
-        passes.append(pictures.size)
-        return stats_of(np.arange(8.).reshape(4, 2))
-    monkeypatch.setattr(metrics, 'image_stats', stats)
-
-    def read(sha='s', resize='tf', no_cache=False, folder='A', **options):
-        net = SimpleNamespace(source=dict(kind='inception', sha256=sha), resize=resize, dim=2)
-        real = metrics.folder_pictures(folder, **options)
-        metrics.real_stats(net, real, SimpleNamespace(no_cache=no_cache, batch=4))
-        return len(passes)
-    assert [read(), read(), read(no_cache=True), read()] == [1, 1, 2, 2]
-    assert [read(sha='t'), read(resize='clean'), read(resolution=16), read(limit=5)] == [3, 4, 5, 6]
-    assert read() == 6
-    data.save_png('A/0.png', torch.zeros(3, 75, 75))
-    assert read() == 7
-    shutil.copytree('A', 'C')  # the same names, sizes and times
-    assert read(folder='C') == 8
+@pytest.mark.mutation('metrics.py', 'own.get(name) == value', 'True')
+@pytest.mark.mutation('metrics.py', "stats.load_state_dict(saved['stats'])", 'pass')
+def test_statistics_of_reals_are_kept_in_a_file(capsys, folders, colour_network):
+    """Written if it is absent, else read and not computed again; refused for another set."""
+    command = 'fid', 'A', 'B', '--reference', 'kept/A.pt'
+    first, _ = result(capsys, *command)
+    assert len(colour_network.seen) == 2
+    try:
+        second, _ = result(capsys, *command)
+    except ValueError as error:
+        pytest.fail(str(error))
+    assert first == second and len(colour_network.seen) == 3  # of the fakes alone
+    close(second['fid'], 3 * 10 ** 2, 1)
+    for change, what in (('--resize clean', 'resize tf, not clean'), ('--res 16', 'resolution'),
+                         ('--num_real 5', 'count 6, not 5')):
+        with pytest.raises(ValueError, match=f'--reference kept/A.pt: made with {what}'):
+            metrics.main([*command, *change.split()])
+    with pytest.raises(ValueError, match='made with source A, not B'):
+        metrics.main(['fid', 'B', 'A', '--reference', 'kept/A.pt'])
+    colour_network.source = dict(colour_network.source, sha256='t')
+    with pytest.raises(ValueError, match='made with sha256 s, not t'):
+        metrics.main([*command])
+    torch.save(dict(a=1), 'kept/A.pt')
+    with pytest.raises(ValueError, match='not a checkpoint of this one'):
+        metrics.main([*command])
 
 
 @pytest.mark.mutation('metrics.py', "f'precision {precision:.4f}", "f'precision {recall:.4f}")
@@ -922,33 +946,40 @@ def test_precision_recall_of_folders(capsys, folders, random_file, monkeypatch):
     assert line.startswith(f'precision {wanted[0] + .5:.4f}   recall {wanted[1]:.4f}')
 
 
-@pytest.mark.mutation('metrics.py', '[None] / 255 for f, n', '[None] / 256 for f, n')
+@pytest.mark.mutation('metrics.py', 'name, args.res) / 255', 'name, args.res) / 256')
 def test_psnr_of_folders(capsys, folders):
     manifest, line = result(capsys, 'psnr', 'A', 'B')
     close(manifest['psnr'], -20 * np.log10(10 / 255), 1e-4)
-    assert manifest['n'] == 6 and manifest['identical'] == 0 and line.startswith('PSNR 28.131 dB')
+    assert manifest['n'] == 6 and manifest['identical'] == 0 and line.startswith('psnr 28.131 ')
     manifest, line = result(capsys, 'psnr', 'A', 'A', '--res', 16)
-    assert manifest['psnr'] is None and manifest['identical'] == 6 and 'infinite' in line
+    assert manifest['psnr'] is None and manifest['identical'] == 6 and 'psnr' not in line
 
 
-@pytest.mark.mutation('metrics.py', 'for _, same in groupby(read, lambda x: x.shape)',
-                      'for _, same in groupby(read, lambda x: x.shape[:1])')
+def folder(name, resolution=0, limit=None, batch=9):
+    return metrics.folder_pictures(name, SimpleNamespace(batch=batch), resolution, limit, 0)
+
+
+@pytest.mark.mutation('metrics.py', 'for _, same in groupby(found, lambda x: x.shape)',
+                      'for _, same in groupby(found, lambda x: x.shape[:1])')
+@pytest.mark.mutation('metrics.py', 'len(bad) < 3 or len(bad) <= self.total / 100', 'True')
 def test_folder_with_bad_and_unequal_pictures(folders, tmp_path):
     (tmp_path / 'A/link.png').symlink_to('nowhere')
     data.save_png(tmp_path / 'A/wide.png', torch.zeros(3, 20, 40))
-    real = metrics.folder_pictures('A')
+    real = folder('A')
     try:
-        shapes = [tuple(b.shape) for b in real.batches(9)]
+        shapes = [tuple(b.shape) for b in passed(real)]
     except RuntimeError as error:
         pytest.fail(str(error))
-    assert shapes == [(6, 3, 75, 75), (1, 3, 20, 40)] and real.size == 8
-    assert [tuple(b.shape) for b in metrics.folder_pictures('A', 16).batches(9)] == [(7, 3, 16, 16)]
+    assert shapes == [(6, 3, 75, 75), (1, 3, 20, 40)] and len(real.items) == 8
+    assert real.sizes == {(75, 75), (20, 40)} and real.bad == {'link.png'}
+    assert [tuple(b.shape) for b in passed(folder('A', 16))] == [(7, 3, 16, 16)]
+    assert len(torch.cat(passed(folder('A', 16, limit=3)))) == 3
     with pytest.raises(ValueError, match='less than --res 64'):
-        list(metrics.folder_pictures('A', 64).batches(9))
+        passed(folder('A', 64))
     for name in 'xy':
         (tmp_path / f'A/{name}.png').write_bytes(b'none')
-    with pytest.raises(ValueError, match='3 of 10 pictures'):
-        list(metrics.folder_pictures('A').batches(9))
+    with pytest.raises(ValueError, match='A: 3 of 10 pictures cannot be read'):
+        passed(folder('A'))
 
 
 @pytest.mark.mutation('metrics.py', 'len(fake.sizes) != 1 or', 'True or')
@@ -965,13 +996,23 @@ def test_pictures_of_other_sizes_are_no_reals(folders, colour_network, capsys):
 
 class Signals(data.Items):
     """A data set of plain colours; the truth is known at any resolution."""
+    domain, resolution, sizes = 'image', 8, [8, 20]
     names = [str(i) for i in range(5)]
 
-    def __len__(self):
-        return 5
+    def __init__(self):
+        pass
 
-    def picture(self, i, R):
+    def truth(self, i, R):
         return torch.full((3, R, R), i / 5)
+
+    def picture(self, i, size):
+        return self.truth(i, size)
+
+    def view(self, i, k):
+        return dict(image=self.truth(i, 8))
+
+    def item(self, i, rng=None):
+        return dict(self.view(i, 0), target=self.truth(i, 8), text='')
 
     def largest(self, i):
         return 24 if i == 3 else 100
@@ -980,23 +1021,30 @@ class Signals(data.Items):
 class Darker(Signals):
     """The same, a tenth darker."""
 
-    def picture(self, i, R):
-        return super().picture(i, R) - 0.1
+    def truth(self, i, R):
+        return super().truth(i, R) - 0.1
 
 
 class Model:
     """Reads the mean colour, gives it back with an error of 0.2 in [-1, 1]."""
-    config = SimpleNamespace(resolution=8, domain='image')
+    config, domain = SimpleNamespace(resolution=8), 'image'
 
-    def encode(self, x):
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def encode(self, batch):
+        x = batch['image']
         assert x.shape[2:] == (8, 8)
         return SimpleNamespace(mean=x.mean((2, 3)), sample=lambda noise: x.mean((2, 3)) + noise)
 
     def decode(self, z):
         return [z]
 
-    def render(self, xi, size):
-        return (xi[0] + 0.2)[:, :, None, None].expand(-1, -1, *size)
+    def signal(self, xi, R):
+        return (xi[0] + 0.2)[:, :, None, None].expand(-1, -1, R, R)
+
+    def show(self, xi, size):
+        return self.signal(xi, size)
 
 
 @pytest.fixture
@@ -1011,7 +1059,7 @@ def toy_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ldm', SimpleNamespace(
         generate=generate, load=lambda path, device: (Model(), 'ldm', info),
         load_vae=lambda path, device: (Model(), info)))
-    monkeypatch.setattr(data, 'open_run_data', lambda info, split: Signals())
+    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: Signals())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -1032,25 +1080,27 @@ def colour_network(monkeypatch):
     return net
 
 
-@pytest.mark.mutation('metrics.py', 'seeds = [args.seed + k for k in numbers]',
-                      'seeds = [k for k in numbers]')
+@pytest.mark.mutation('metrics.py', '[self.args.seed + k for k in numbers]', '[k for k in numbers]')
 def test_fid_of_a_run(capsys, toy_run, colour_network):
-    manifest, _ = result(capsys, 'fid', toy_run, '--num', 4, '--sampler', 'ddim', '--steps', 6,
-                         '--res', 9, '--split', 'test', '--batch', 3, '--seed', 20)
+    manifest, line = result(capsys, 'fid', toy_run, '--num', 4, '--samplers', 'ddim:6', '--res', 9,
+                            '--split', 'test', '--batch', 3, '--seed', 20)
     fake = manifest['fake']
     assert (manifest['n_fake'], manifest['n_real'], manifest['real']['split']) == (4, 5, 'test')
-    assert (fake['nfe'], fake['sampler'], fake['steps'], fake['seed']) == (6, 'ddim', 6, 20)
-    assert fake['resolution'] == 9 and fake['quantised'] and fake['step'] == 7
+    assert (fake['nfe'], fake['sampler'], fake['steps'], manifest['seed']) == (6, 'ddim', 6, 20)
+    assert fake['resolution'] == 9 and not manifest['float'] and fake['step'] == 7
+    assert fake['source'] == str(toy_run / 'ldm.pt') and 'ddim steps 6, NFE 6.0, 4 fakes' in line
     reals, fakes = (torch.cat(colour_network.seen[i:i + 2])[:, 0, 0, 0] for i in (0, 2))
     assert reals.dtype == torch.uint8
     assert reals.tolist() == [int(i / 5 * 127.5 + 128) for i in range(5)]
     assert fakes.tolist() == [int((k / 100 + .2) * 127.5 + 128) for k in range(20, 24)]
     colour_network.seen.clear()
     result(capsys, 'fid', toy_run, '--num', 2, '--split', 'test', '--float', '--res', 9)
-    close(colour_network.seen[0][:, 0, 0, 0], [.2 * 127.5 + 127.5, .21 * 127.5 + 127.5], 1e-3)
+    close(colour_network.seen[1][:, 0, 0, 0], [.2 * 127.5 + 127.5, .21 * 127.5 + 127.5], 1e-3)
+    with pytest.raises(ValueError, match='--float and --fakes are for what a run makes'):
+        metrics.main(['fid', str(toy_run), str(toy_run / 'B'), '--float'])
 
 
-@pytest.mark.mutation('metrics.py', 'args.res or (a.R if a', 'args.res or (0 if a')
+@pytest.mark.mutation('metrics.py', 'args.res or next((run.R', 'args.res or next((0')
 def test_a_folder_is_read_at_the_resolution_of_the_run(capsys, toy_run, colour_network):
     for i, x in enumerate(pictures(3, 50)):
         data.save_png(f'S/{i}.png', x)
@@ -1063,12 +1113,12 @@ def test_a_folder_is_read_at_the_resolution_of_the_run(capsys, toy_run, colour_n
     assert result(capsys, 'fid', 'S', toy_run, '--num', 3)[0]['real']['resolution'] == 8
 
 
-@pytest.mark.mutation('metrics.py', "only and args.split == 'test', TRAIN", "True, TRAIN")
-@pytest.mark.mutation('metrics.py', "return real, run_reals(a, 'train', args.num)",
-                      'return real, real')
+@pytest.mark.mutation('metrics.py', "alone and args.split == 'test', '--fakes", "True, '--fakes")
+@pytest.mark.mutation('metrics.py', "self.reals('train', self.args.num)",
+                      'self.reals(self.args.split, self.args.num)')
 def test_floor_of_a_run(capsys, toy_run, colour_network, monkeypatch):
-    monkeypatch.setattr(data, 'open_run_data', lambda info, split: Signals() if split == 'test'
-                        else Darker())
+    sides = dict(train=Darker, test=Signals)
+    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: sides[split]())
     manifest, _ = result(capsys, 'fid', toy_run, '--fakes', 'train', '--split', 'test')
     close(manifest['fid'], 3 * 12.75 ** 2, 40)  # 0.1 darker
     assert manifest['fake']['split'] == 'train' and manifest['real']['split'] == 'test'
@@ -1077,74 +1127,133 @@ def test_floor_of_a_run(capsys, toy_run, colour_network, monkeypatch):
 
 
 def test_a_diverged_run_has_no_number(toy_run, colour_network, monkeypatch):
-    monkeypatch.setattr(Model, 'render', lambda self, xi, size: torch.full((len(xi[0]), 3, *size),
-                                                                           torch.nan))
+    monkeypatch.setattr(Model, 'signal', lambda self, xi, R: torch.full((len(xi[0]), 3, R, R),
+                                                                        torch.nan))
     for command in ('fid', 'psnr', 'rfid'):
         with pytest.raises(ValueError, match='NaN'):
             metrics.main([command, str(toy_run), '--num', '3'])
 
 
-@pytest.mark.mutation('metrics.py', 'args).cpu() / 2 + 0.5, x)', 'args).cpu(), x)')
-@pytest.mark.mutation('metrics.py', 'dataset.largest(i) >= opened.R', 'True')
-@pytest.mark.mutation('metrics.py', 'psnr_each(torch.ones_like(x), x)', 'psnr_each(0 * x, x)')
+@pytest.mark.mutation('metrics.py', 'made], dim=1) / 2 + 0.5', 'made], dim=1) / 2')
+@pytest.mark.mutation('metrics.py', 'dataset.largest(i) >= R', 'True')
+@pytest.mark.mutation('metrics.py', 'torch.ones_like(mean)', 'torch.zeros_like(mean)')
 def test_psnr_and_rfid_of_a_run(capsys, toy_run, colour_network):
     manifest, _ = result(capsys, 'psnr', toy_run, '--res', 20, '--batch', 2)
     close(manifest['psnr'], 20, 1e-4)
-    assert manifest['split'] == 'test' and manifest['resolution'] == 20 and manifest['r'] == 8
+    assert manifest['split'] == 'test' and manifest['resolution'] == 20 and manifest['step'] == 7
     # pictures are 0.5, 0.6, ..., 0.9 everywhere, their mean 0.7
     close(manifest['white_picture'], -20 * np.log10([.5, .4, .3, .2, .1]).mean(), 1e-3)
     close(manifest['mean_picture'], -20 * np.log10([.2, .1, .1, .2]).mean(), 1e-3)
     (toy_run / 'runs' / 'mine').mkdir(parents=True)
     (toy_run / 'runs' / 'mine' / 'vae.pt').touch()
     assert result(capsys, 'psnr', 'mine', '--res', 30)[0]['n'] == 4  # one is smaller than 30
-    manifest, line = result(capsys, 'rfid', toy_run, '--no_cache')
-    close(manifest['fid'], 3 * 25.5 ** 2, 40)  # colours all too bright by 25.5
-    assert manifest['n_fake'] == 5 and line.startswith('rFID')
-    sampled, _ = result(capsys, 'rfid', toy_run, '--posterior', 'sample', '--no_cache')
-    assert sampled['fake']['posterior'] == 'sample' and sampled['fid'] != manifest['fid']
+    manifest, line = result(capsys, 'rfid', toy_run)
+    close(manifest['rfid'], 3 * 25.5 ** 2, 40)  # colours all too bright by 25.5
+    assert manifest['n_fake'] == 5 and line.startswith('RFID')
+    sampled, _ = result(capsys, 'rfid', toy_run, '--posterior', 'sample')
+    assert sampled['posterior'] == 'sample' and sampled['rfid'] != manifest['rfid']
+
+
+@pytest.mark.mutation('metrics.py', 'if run.fits(dataset, i, size)]', ']')
+def test_what_training_measures_is_what_the_command_measures(capsys, toy_run):
+    """PSNR at r and at the largest size, of the pictures that have it; pairs to look at."""
+    signals = Signals()
+    signals.sizes = [8, 30, 12]
+    found, tiles = metrics.held_out(Model(), signals)
+    assert set(found) == {'psnr_8', 'psnr_30'} and tiles.shape == (10, 3, 30, 30)
+    for R in (8, 30):
+        command, _ = result(capsys, 'psnr', toy_run, '--res', R)
+        close(found[f'psnr_{R}'], command['psnr'], 1e-9)
+    close(tiles[:, 0, 0, 0], np.repeat(np.arange(5) / 5, 2) + np.tile([0, 0.2], 5), 1e-6)
+    signals.truth = lambda i, R: torch.full((3, R, R), 0.9 if R == 30 and i == 3 else i / 5)
+    close(metrics.held_out(Model(), signals)[0]['psnr_30'], 20, 1e-4)  # 3 is not measured there
 
 
 class Torn(Signals):
-    """The same with a file that cannot be read, for which the data set has the next one stand in."""
+    """The same with a file that cannot be read, for which the next one stands in."""
 
-    def usable(self, i):
+    def stand_in(self, i):
         return i + (i == 2)
 
 
-@pytest.mark.mutation('metrics.py', 'if dataset.usable(i) == i]', 'if dataset.usable(i) >= i]')
+@pytest.mark.mutation('metrics.py', 'part = dataset.readable(part)', 'pass')
 def test_no_other_picture_stands_in_for_a_broken_one(capsys, toy_run, colour_network, monkeypatch):
-    monkeypatch.setattr(data, 'open_run_data', lambda info, split: Torn())
-    manifest, _ = result(capsys, 'rfid', toy_run, '--batch', 1, '--no_cache')
+    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: Torn())
+    manifest, _ = result(capsys, 'rfid', toy_run, '--batch', 1)
     assert manifest['n_real'] == manifest['n_fake'] == 4
     manifest, _ = result(capsys, 'psnr', toy_run, '--batch', 1)
     close(manifest['white_picture'], -20 * np.log10([.5, .4, .2, .1]).mean(), 1e-3)
     assert manifest['n'] == 4
 
 
-@pytest.mark.mutation('metrics.py', 'if args.bicubic:', 'if not args.bicubic:')
+@pytest.mark.mutation('metrics.py', '    if enlarged:\n', '    if not enlarged:\n')
 def test_bicubic_baseline_is_pillows_enlargement_of_the_render_at_r():
     pictures = {n: torch.rand(1, 3, n, n) for n in (5, 12)}
-    vae = SimpleNamespace(decode=lambda z: z, render=lambda xi, size: pictures[size[0]])
-    opened = SimpleNamespace(vae=vae, r=5, R=12)
-    assert torch.equal(metrics.render(opened, None, SimpleNamespace(bicubic=False)), pictures[12])
-    enlarged = metrics.render(opened, None, SimpleNamespace(bicubic=True))
+    vae = SimpleNamespace(decode=lambda z: z, signal=lambda xi, R: pictures[R],
+                          config=SimpleNamespace(resolution=5))
+    assert torch.equal(metrics.drawn(vae, None, 12), pictures[12])
+    enlarged = metrics.drawn(vae, None, 12, enlarged=True)
     for c in range(3):
         pillow = Image.fromarray(pictures[5][0, c].numpy()).resize((12, 12), Image.BICUBIC)
-        close(enlarged[0, c], torch.from_numpy(np.array(pillow)), 1e-5)
+        close(enlarged[0, c], torch.from_numpy(np.array(pillow)).clamp(-1, 1), 1e-5)
 
 
 @pytest.mark.mutation('metrics.py', 'atol=float(value))', 'atol=1e-3)')
-def test_nfe_table(capsys, toy_run, colour_network):
-    metrics.main(['nfe', str(toy_run), '--samplers', 'ddpm:100,rk45:1e-5', '--fid', '--num', '4'])
+@pytest.mark.mutation('metrics.py', 'it samples\n        fake',
+                      'it samples\n        args.sampler = args.samplers[0]\n        fake')
+@pytest.mark.mutation('metrics.py', 'it samples\n        source',
+                      'it samples\n        args.sampler = args.samplers[0]\n        source')
+def test_samplers_side_by_side(capsys, toy_run, colour_network):
+    """fid: a line and a JSON of each, the reals read once; nfe: without weights."""
+    table = '--samplers', 'ddpm:100,rk45:1e-5', '--num', '4'
+    metrics.main(['fid', str(toy_run), *table])
+    reals = [x for x in colour_network.seen if len(x) == 5]
     lines = capsys.readouterr().out.splitlines()
     rows = [json.loads(line) for line in lines[1::2]]
     assert [r['fake']['nfe'] for r in rows] == [100, 14] and rows[0]['fid'] == rows[1]['fid']
-    assert rows[1]['fake']['rtol'] == rows[1]['fake']['atol'] == 1e-5
-    assert 'NFE   100.0' in lines[0] and 'rtol 1e-05' in lines[2]
-    with pytest.raises(ValueError, match='--split: says how FID is measured; add --fid'):
-        metrics.main(['nfe', str(toy_run), '--split', 'test'])
+    assert rows[1]['fake']['rtol'] == rows[1]['fake']['atol'] == 1e-5 and len(reals) == 1
+    assert 'ddpm steps 100, NFE 100.0' in lines[0] and 'rk45 rtol 1e-05' in lines[2]
+    colour_network.seen.clear()
+    metrics.main(['nfe', str(toy_run), *table])
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)['fake']['nfe'] for line in lines[1::2]] == [100, 14]
+    assert not colour_network.seen and lines[0].startswith('ddpm steps 100, NFE 100.0')
     with pytest.raises(ValueError, match='expected NAME:STEPS'):
         metrics.main(['nfe', str(toy_run), '--samplers', 'ddim'])
+    with pytest.raises(ValueError, match='no such sampler'):
+        metrics.main(['nfe', str(toy_run), '--samplers', 'euler:3'])
+
+
+@pytest.mark.mutation('metrics.py', 'require(args.command in able', 'require(True')
+def test_a_run_is_measured_by_what_its_domain_has(capsys, toy_run, colour_network, monkeypatch):
+    """By rule: a domain that is added has every command for its thing and no other."""
+    for command in ('iou', 'shapes', 'text', 'fvd', 'rfvd'):
+        thing = 'clip' if 'fvd' in command else 'cloud'
+        with pytest.raises(Exception) as caught:
+            metrics.main([command, str(toy_run)])
+        text = str(caught.value)
+        assert f'the domain image, which has no {thing}s' in text and '\n' not in text, text
+        assert 'fid, rfid, nfe, pr, nn, psnr, spectrum' in text
+
+    def clip(x):
+        return metrics.quantise(x)[:, :, None].expand(-1, -1, 9, -1, -1)
+    class VideoRun(metrics.PictureRun):
+        thing = 'clip'
+
+        def true(self, dataset, i):
+            return clip(dataset.truth(i, 8)[None])[0]
+
+        def made(self, z, numbers):
+            return clip(self.vae.signal(self.vae.decode(z), 8))
+    monkeypatch.setitem(metrics.DOMAINS, 'video', VideoRun)
+    monkeypatch.setattr(Model, 'domain', 'video')
+    net = FirstLogit()
+    monkeypatch.setattr(metrics, 'load_network', lambda kind, path: net)
+    manifest, _ = result(capsys, 'rfvd', toy_run)
+    close(manifest['rfvd'], 6 * 25.5 ** 2, 80)
+    assert result(capsys, 'fvd', toy_run, '--num', 4)[0]['n_fake'] == 4
+    with pytest.raises(ValueError, match='no pictures to measure; .* by fvd, rfvd, nfe'):
+        metrics.main(['fid', str(toy_run)])
 
 
 @pytest.mark.mutation('metrics.py', 'except Exception as error:  # a decoder may',
@@ -1158,7 +1267,7 @@ def test_a_broken_picture_of_a_folder_is_skipped(folders, capsys, monkeypatch):
         return read(files, name)
     monkeypatch.setattr(data.Folder, 'open', broken)
     try:
-        kept = torch.cat(list(metrics.folder_pictures('A').batches(4)))
+        kept = torch.cat(passed(folder('A', batch=4)))
     except SyntaxError:
         pytest.fail('a traceback')
     assert torch.equal(kept, folders[0][[0, 1, 3, 4, 5]])
@@ -1167,7 +1276,7 @@ def test_a_broken_picture_of_a_folder_is_skipped(folders, capsys, monkeypatch):
 
 # ---- videos ------------------------------------------------------------------------------------
 
-@pytest.mark.mutation('metrics.py', 'n - (frames - 1) * interval)\n', 'n - frames * interval)\n')
+@pytest.mark.mutation('metrics.py', 'permutation(n - span)', 'permutation(n - span - interval)')
 @pytest.mark.mutation('metrics.py', 'if turn < len(s)]', 'if turn < 1]')
 def test_clips_are_one_of_each_video_and_then_more():
     lengths = [20, 16, 5, 18]
@@ -1214,26 +1323,26 @@ def videos(tmp_path, monkeypatch):
 
 
 @pytest.mark.mutation('data.py', 'image.seek(k)', 'image.seek(0)')
-@pytest.mark.mutation('metrics.py', '0 if paired else side', 'side')
-@pytest.mark.mutation(
-    'metrics.py',
-    'preset[k] if getattr(args, k) is None',
-    "FVD_PRESETS['ddmi'][k] if getattr(args, k) is None")
+@pytest.mark.mutation('metrics.py', '0 if paired else 1)', '1)')
+@pytest.mark.mutation('metrics.py', 'FVD_PRESETS.get(args.preset, {})',
+                      "(args.preset and FVD_PRESETS['ddmi'] or {})")
 def test_fvd_of_folders(capsys, videos):
     try:
-        manifest, line = result(capsys, 'rfvd', 'R', 'F', '--frames', 10, '--no_cache')
+        manifest, line = result(capsys, 'rfvd', 'R', 'F', '--frames', 10)
     except ValueError as error:
         pytest.fail(str(error))
     assert manifest['n_real'] == manifest['n_fake'] == 24 and line.startswith('RFVD ')
     close(manifest['rfvd'], 6 * 49, 1e-6)  # the same clips, brighter by 7
     assert (manifest['preset'], manifest['ddof'], manifest['eps']) == ('styleganv', 0, 1e-3)
-    assert manifest['real']['clips_per_video'] == 3 and videos.resize == 'square'
-    manifest, _ = result(capsys, 'fvd', 'R', 'F', '--frames', 12, '--preset', 'ddmi')
+    assert manifest['real']['used'] == 8 and videos.resize == 'square'
+    manifest, _ = result(capsys, 'fvd', 'R', 'F', '--frames', 12, '--preset', 'ddmi', '--reference',
+                         'R.pt')
     assert (manifest['ddof'], videos.resize, videos.eps) == (1, 'crop', 1e-5)
     close(manifest['fvd'], 6 * 49, 1e-6)
     grey = 5 * np.arange(8.) + 16
     rows = np.stack([grey] * 3 + [grey + 33] * 3, 1)
-    stats = metrics.read_stats(next(Path('cache').iterdir()), 6)
+    stats = metrics.FeatureStats(6)
+    stats.load_state_dict(torch.load('R.pt', weights_only=True)['stats'])
     close(stats.mean, rows.mean(0), 1e-4)
     close(stats.cov, np.cov(rows.T), 1e-3)
     with pytest.raises(ValueError, match='frames of 20 x 20 pixels are less than 32'):
@@ -1247,6 +1356,9 @@ def test_fvd_of_folders(capsys, videos):
         metrics.main(['fvd', 'R', 'F', '--frames', '12'])
     with pytest.raises(ValueError, match='none of 13 frames'):
         metrics.main(['fvd', 'R', 'F', '--frames', '13'])
+    shutil.rmtree('R/v6')
+    with pytest.raises(ValueError, match='no pairs'):
+        metrics.main(['rfvd', 'R', 'F', '--frames', '12'])
 
 
 def test_videos_lie_in_folders_and_in_files(videos, tmp_path):
@@ -1342,20 +1454,19 @@ def test_spectrum_of_a_run(capsys, toy_run, monkeypatch):
     waves = [torch.cat([slow, stripes, stripes], 1) / 2, torch.cat([stripes] * 3, 1) / 4]
     monkeypatch.setattr(Model, 'decode', lambda self, z: [dict(xy=w.expand(len(z), -1, -1, -1))
                                                        for w in waves])
-    monkeypatch.setattr(Model, 'render', lambda self, xi, size: sum(
-        level['xy'] for level in xi))
-    manifest, said = result(capsys, 'spectrum', toy_run, '--num', 1, '--res', 20)
+    monkeypatch.setattr(Model, 'signal', lambda self, xi, R: sum(level['xy'] for level in xi))
+    manifest, line = result(capsys, 'spectrum', toy_run, '--num', 1, '--res', 20)
     first, second = manifest['fields']['xi1'], manifest['fields']['xi2']
     close(second['centroid'], 1, 1e-6)
-    wave, line = 0.299 ** 2 / 2, (0.587 + 0.114) ** 2
-    close(first['thirds'], [wave / (wave + line), 0, line / (wave + line)], 1e-6)
-    assert said.startswith('spectral centroid') and 'xi2 1.000' in said
+    wave, comb = 0.299 ** 2 / 2, (0.587 + 0.114) ** 2
+    close(first['thirds'], [wave / (wave + comb), 0, comb / (wave + comb)], 1e-6)
+    assert line.startswith('spectral centroid') and 'xi2 1 ' in line
     assert Image.open('out/spectrum.png').size == (3 * 22 + 2, 2 * 22 + 2)
-    many, _ = result(capsys, 'spectrum', toy_run, '--num', 5, '--res', 20, '--batch', 2, '--sampler',
-                     'rk45')
+    many, _ = result(capsys, 'spectrum', toy_run, '--num', 5, '--res', 20, '--batch', 2,
+                     '--sampler', 'rk45:1e-2')
     for name in ('all', 'xi1', 'xi2'):
         close(many['fields'][name]['thirds'], manifest['fields'][name]['thirds'], 1e-9)
-    assert many['shared_steps'] == 2
+    assert many['batch'] == 2 and many['fake']['rtol'] == 1e-2
     assert Image.open('out/spectrum.png').size == (3 * 22 + 2, 10 * 22 + 2)
 
 
@@ -1371,7 +1482,7 @@ def test_shared_work_keeps_its_order(monkeypatch):
     monkeypatch.setattr(metrics, 'ranks', lambda: (1, 3))
     monkeypatch.setattr(metrics, 'gather', lambda mine: [[0, 9], mine, [4, 25]])
     done = []
-    found = metrics.shared(lambda x: done.append(x) or x * x, range(6), 'squares', 'number')
+    found = metrics.shared(lambda x: done.append(x) or x * x, range(6), 'squares')
     assert done == [1, 4] and found == [0, 1, 4, 9, 16, 25]
 
 
@@ -1387,24 +1498,32 @@ class Number(nn.Module):
         return torch.stack([x, x ** 2], 1).float()
 
 
-@pytest.mark.mutation('metrics.py', 'size))[rank::world]', 'size))')
+@pytest.mark.mutation('metrics.py', 'mine = [None] * len(items), items[rank::world]',
+                      'mine = [None] * len(items), items[0::world]')
 @pytest.mark.mutation('metrics.py', 'first.merge(other)', 'pass')
-@pytest.mark.mutation('metrics.py', 'zip_longest(*shares)', 'shares')
+@pytest.mark.mutation('metrics.py', 'sorted(set().union(*bad))', 'sorted(bad[0])')
 def test_features_are_shared_out_and_come_back_in_order(monkeypatch):
-    """Two processes played one after the other; one number cannot be read."""
-    numbers = metrics.Pictures(range(11), lambda part: [torch.tensor([k for k in part if k != 4])], {})
-    for measured, of in ((metrics.image_features, lambda x: x),
-                         (metrics.image_stats, lambda stats: torch.cat([stats.mean[None], stats.cov]))):
+    """Two processes played one after the other; number 6 cannot be read."""
+    def numbers():
+        def read(part):
+            source.bad.update({'6'} & set(map(str, part)))
+            return [torch.tensor([k for k in part if k != 6])]
+        source = metrics.Source(range(11), read, dict(source='x', kind='numbers'), 2)
+        return source
+    for measured, of in ((metrics.features, lambda x: x), (
+            metrics.feature_stats, lambda stats: torch.cat([stats.mean[None], stats.cov]))):
         monkeypatch.undo()
-        alone, sent = of(measured(Number(), numbers, 2)), {}
+        alone, sent, told = of(measured(Number(), numbers())), {0: [], 1: []}, []
         for rank in (1, 0):
             def gather(mine):
-                sent[rank] = copy.deepcopy(mine)
-                return [mine, sent[1]]
+                sent[rank].append(copy.deepcopy(mine))
+                return [mine, sent[1][len(sent[rank]) - 1]]
             monkeypatch.setattr(metrics, 'ranks', lambda: (rank, 2))
             monkeypatch.setattr(metrics, 'gather', gather)
-            both = of(measured(Number(), numbers, 2))
+            monkeypatch.setattr(metrics, 'print', lambda line, **to: told.append(line), False)
+            both = of(measured(Number(), numbers()))
         close(both, alone, 1e-9)
+        assert told == ['skipped 1 unreadable numbers: 6']
 
 
 DRIVER = '''
@@ -1421,7 +1540,8 @@ def test_two_processes_give_the_numbers_of_one(repo, folders, random_file, tmp_p
     (tmp_path / 'A/broken.png').write_bytes(b'none')
     common = ['--weights', str(random_file), '--resize', 'none', '--batch', '2']
     jobs = [[*command, 'A', 'B', '--out', 'two.jsonl', *flags] for command, flags in (
-        (['fid', '--no_cache'], common), (['fid'], common), (['fid'], common),
+        (['fid'], common), (['fid', '--reference', 'A.pt'], common),
+        (['fid', '--reference', 'A.pt'], common),
         (['pr', '--features', 'inception', '--k', '2'], common),
         (['nn', '--features', 'inception', '--k', '2', '--num', '5'], common),
         (['psnr', '--num', '6'], []))]
@@ -1430,15 +1550,13 @@ def test_two_processes_give_the_numbers_of_one(repo, folders, random_file, tmp_p
                            'driver.py', str(repo), json.dumps(jobs)], capture_output=True,
                           text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stderr.count('skipped 1 unreadable') == 5  # once a pass, and not of what is kept
-    cached = list(Path('cache').glob('*'))
+    assert done.stderr.count('skipped 1 unreadable') == 4  # once a set, and not of what is kept
     for job, two in zip(jobs, map(json.loads, open('two.jsonl')), strict=True):
         one, _ = result(capsys, *job, '--out', 'one.jsonl')
         assert one.get('n_real', one.get('n')) in (5, 6)
         for value in ('fid', 'precision', 'recall', 'psnr', 'ssim', 'distances', 'mean'):
             close(two.pop(value, 0), one.pop(value, 0), 1e-5)
         assert one == two
-    assert cached == list(Path('cache').glob('*'))
 
 
 def test_errors_are_one_line(repo, folders, tmp_path):

@@ -779,30 +779,32 @@ def test_metrics_of_shapes(shapes, tmp_path):
     own = []
     for i in range(len(held_out)):
         cloud = data.open_run_data(ldm.load_vae(shapes.run)[1], 'test', shapes.folder / 'set')
-        xi = model.decode(model.encode(cloud.variant(i, 0)['points'][None]).mean)
-        points, inside = held_out.volume(i)
+        xi = model.decode(model.encode(cloud.view(i, 0)['points'][None]).mean)
+        points, inside = held_out.truth(i)
         predicted = model.query(xi, points)[0, :, 0] > 0
         own.append(((predicted & inside).sum() / max((predicted | inside).sum(), 1)).item())
     assert result['iou'] == pytest.approx(np.mean(own), abs=1e-6) and len(own) == result['n']
     for fakes in ('samples', 'train', 'reconstructions'):
-        which = f'--fakes {fakes}' if fakes != 'reconstructions' else '--reconstructions'
-        out = done(shapes.folder, 'metrics.py', 'shapes', flags, which,
-                   '--res 12 --points 50 --steps 2 --threshold 0.1').out.splitlines()
+        out = done(shapes.folder, 'metrics.py', 'shapes', flags, f'--fakes {fakes}',
+                   '--res 12 --points 50 --sampler dpmpp:2 --threshold 0.1').out.splitlines()
         rows = [json.loads(s) for s in out if s.startswith('{')]
         assert [(r['radius'], r['squared']) for r in rows] == list(
             itertools.product((1, 0.5), (True, False)))
-        assert all(r['fake']['kind'] == fakes and r['mmd'] > 0 for r in rows)
+        kind = dict(train='data').get(fakes, fakes)
+        assert all(r['fake']['kind'] == kind and r['mmd'] > 0 for r in rows)
+        assert rows[0]['fake'].get('split') == dict(train='train', reconstructions='test').get(fakes)
+        assert rows[0]['fake']['threshold'] == 0.1
     same = done(shapes.folder, 'metrics.py', 'shapes raw/a raw/a --points 40').out.splitlines()
     assert json.loads(same[1])['mmd'] == 0 and json.loads(same[1])['cov'] == 1
     few = json.loads(done(shapes.folder, 'metrics.py', 'shapes raw raw --num 3 --points 30').out
                      .splitlines()[1])
     assert few['real']['found'] == 8 and few['n_ref'] == 3 and few['seed'] == 0
-    for wrong in ('raw/a raw/b --fakes train', f'{shapes.run} raw/a --reconstructions',
+    for wrong in ('raw/a raw/b --fakes train', f'{shapes.run} raw/a --fakes reconstructions',
                   f'{shapes.run} --fakes train --split train'):
         assert_refused(call(shapes.folder, 'metrics.py', 'shapes', wrong), '--')
-    nothing = done(shapes.folder, 'metrics.py', 'shapes', flags, '--res 8 --steps 1 --points 20',
+    nothing = done(shapes.folder, 'metrics.py', 'shapes', flags, '--res 8 --sampler dpmpp:1 --points 20',
                    '--threshold 0.999').out.splitlines()  # no sample has a surface
-    assert json.loads(nothing[-1])['fake']['empty'] == json.loads(nothing[-1])['n_fake'] > 0
+    assert json.loads(nothing[-1])['empty'] == json.loads(nothing[-1])['n_fake'] > 0
     done(shapes.folder, 'metrics.py', 'classifier', flags, '--steps 3 --classifier c.pt')
     state = common.load_checkpoint(shapes.run / 'vae.pt')  # says which class is which
     saved = torch.load(shapes.folder / 'c.pt', weights_only=True)
@@ -811,7 +813,7 @@ def test_metrics_of_shapes(shapes, tmp_path):
         saved['model']['projection.7.weight'].zero_()
         saved['model']['projection.7.bias'].copy_(torch.tensor([1.0 - answer, answer]))
         torch.save(saved, shapes.folder / 'c.pt')
-        row = json.loads(done(shapes.folder, 'metrics.py', 'text', flags, '--each 2 --steps 2',
+        row = json.loads(done(shapes.folder, 'metrics.py', 'text', flags, '--each 2 --sampler dpmpp:2',
                               '--res 8 --classifier c.pt').out.splitlines()[-1])
         truth = 100 * np.mean([label == answer for label in held_out.labels])
         assert row['accuracy'] == pytest.approx(truth) and row['captions'] == len(held_out)
@@ -821,16 +823,22 @@ def test_metrics_of_shapes(shapes, tmp_path):
     assert_refused(call(shapes.folder, 'metrics.py', 'text', flags, '--classifier c.pt'),
                    'does not know the class')
     for command in ('fid', 'psnr'):
-        assert_refused(call(shapes.folder, 'metrics.py', command, flags), 'run of shapes' if
-                       command == 'psnr' else 'weights')
+        assert_refused(call(shapes.folder, 'metrics.py', command, flags), 'has no pictures',
+                       'nfe, iou, shapes, classifier, text')
+    moved = shapes.folder / 'moved'
+    (shapes.folder / 'set').rename(moved)
+    assert_refused(call(shapes.folder, 'metrics.py', 'iou', flags), 'are gone')
+    again = done(shapes.folder, 'metrics.py', 'iou', flags, '--data moved').out.splitlines()
+    moved.rename(shapes.folder / 'set')
+    assert json.loads(again[-1]) == result
 
 
 def test_metrics_of_two_processes_are_those_of_one(toy, shapes, tmp_path):
     """What runs make is shared out; line for line the manifests are the same."""
     solid = [shapes.run, '--device', 'cpu']
-    jobs = [['shapes', *solid, *'--res 12 --points 50 --steps 2 --batch 1 --threshold 0.1'.split()],
-            ['shapes', *solid, *'--reconstructions --res 12 --points 50 --threshold 0.1'.split()],
-            ['iou', *solid], ['text', *solid, *'--each 2 --steps 2 --res 8'.split()],
+    jobs = [['shapes', *solid, *'--res 12 --points 50 --sampler dpmpp:2 --batch 1 --threshold 0.1'.split()],
+            ['shapes', *solid, *'--fakes reconstructions --res 12 --points 50 --threshold 0.1'.split()],
+            ['iou', *solid], ['text', *solid, *'--each 2 --sampler dpmpp:2 --res 8'.split()],
             ['psnr', toy.run, *'--device cpu --batch 2 --num 5'.split()],
             ['nfe', toy.run, *'--device cpu --num 3 --batch 2 --samplers rk45:1e-1'.split()]]
     jobs = [['metrics', *map(str, job)] for job in jobs]
@@ -905,7 +913,7 @@ MISUSE = [
     ('train_vae.py', f'{NEW} --dataset afhq_cat --data afhq --accumulate 1 --group x',
      '--group x'),
     ('metrics.py', 'psnr toy_image --device nonsense', '--device nonsense'),
-    ('metrics.py', 'iou toy_image', 'of pictures'),
+    ('metrics.py', 'iou toy_image', 'has no clouds'),
     ('metrics.py', 'shapes nowhere', 'not a run'),
     ('metrics.py', 'shapes toy_image --threshold 1', '--threshold'),
     ('train_vae.py', f'{NEW} --point_hidden 8', '--point_hidden'),
@@ -996,7 +1004,7 @@ def test_the_bundled_model(tmp_path):
     with torch.no_grad():
         x = vae.render(vae.decode(ldm.generate(vae, model, range(4))), (64, 64)).clamp(-1, 1)
         y = vae.render(vae.decode(vae.encode(x).mean), (64, 64)).clamp(-1, 1)
-    assert metrics.psnr(y / 2 + 0.5, x / 2 + 0.5) > 25
+    assert metrics.psnr_each(y / 2 + 0.5, x / 2 + 0.5).mean() > 25
     assert x[:, :, :4, :4].mean() > 0.9 and (x - x.mean(0)).abs().mean() > 0.1  # on white, unlike
     texts = [v for part in ('args', 'ldm_args') for v in info[part].values() if isinstance(v, str)]
     assert not any(v.startswith('/') for v in texts)

@@ -467,38 +467,34 @@ def clouds(seed, n, step):
 @pytest.mark.mutation('metrics.py', 'clouds.amin(1, keepdim=True) + clouds', '2 * clouds')
 def test_mmd_and_cov_golden():
     refs, samples = clouds(2, 6, 0.2), clouds(3, 8, 0.15)
-    raw = metrics.mmd_cov(refs, samples)
+    raw, plain = metrics.mmd_cov(refs, samples)
     assert raw['mmd'] == pytest.approx(0.07043072783553041, rel=1e-12)
     assert raw['mmd_smp'] == pytest.approx(0.07160804142951539, rel=1e-12)
     assert raw['cov'] == pytest.approx(5 / 6)
-    plain = metrics.mmd_cov(refs, samples, squared=False)
     assert plain['mmd'] == pytest.approx(0.3413504355995658, rel=1e-12)
     assert plain['cov'] == pytest.approx(5 / 6)
     half = metrics.unit_sphere(refs + 3, 0.5, 'mean')
     torch.testing.assert_close(half.mean(1), torch.zeros(6, 3).double(), atol=1e-12, rtol=0)
     torch.testing.assert_close(half.norm(dim=2).amax(1), torch.full((6,), 0.5).double())
     torch.testing.assert_close(half, metrics.unit_sphere(7 * refs, 0.5, 'mean'))
-    sphere = metrics.mmd_cov(*map(metrics.unit_sphere, (refs, samples)))
+    sphere, _ = metrics.mmd_cov(*map(metrics.unit_sphere, (refs, samples)))
     assert sphere['mmd'] == pytest.approx(0.04867620148873064, rel=1e-12)
     assert sphere['cov'] == pytest.approx(4 / 6)
 
 
-@pytest.mark.mutation(
-    'metrics.py',
-    'd2.amin(1).mean() + d2.amin(0).mean()',
-    '2 * d2.amin(1).mean()')
+@pytest.mark.mutation('metrics.py', 'd.amin(1), d.amin(2)', 'd.amin(1), d.amin(1)')
+@pytest.mark.mutation('metrics.py', 'matrix + matrix.mT if b is a', 'matrix if b is a')
 def test_chamfer_equals_loops():
     a, b = clouds(0, 3, 0.1)[:, :20], clouds(1, 3, 0.3)[:, :33]
     slow = [sum(min(((p - q) ** 2).sum() for q in y) for p in x) / len(x)
             + sum(min(((p - q) ** 2).sum() for q in x) for p in y) / len(y) for x, y in zip(a, b)]
-    torch.testing.assert_close(metrics.chamfer(a, b), torch.stack(slow))
     squared, plain = metrics.chamfer_matrix(a, b)
     torch.testing.assert_close(squared.diag(), torch.stack(slow))
     torch.testing.assert_close(metrics.chamfer_matrix(a, a), metrics.chamfer_matrix(a, a.clone()))
     brute = torch.stack([metrics.cuda_row(x, b, size=2) for x in a], dim=1)
     torch.testing.assert_close(brute, torch.stack([squared, plain]), rtol=1e-5, atol=1e-6)
     r = torch.tensor([[[0.0, 0, 0]], [[3.0, 0, 4]]])
-    assert metrics.chamfer(r[:1], r[1:]).item() == pytest.approx(50)
+    assert metrics.chamfer_matrix(r[:1], r[1:]).flatten().tolist() == pytest.approx([50, 10])
 
 
 @pytest.mark.mutation('metrics.py', 'union.fill_diagonal_(math.inf)', 'pass')
@@ -507,12 +503,31 @@ def test_chamfer_equals_loops():
 def test_one_nna():
     """Sets far apart are told apart; of pairs of twins every nearest neighbour is a stranger."""
     a = clouds(0, 5, 0.0)
-    assert metrics.mmd_cov(a, a + 100)['one_nna'] == 1
-    assert metrics.mmd_cov(a, a + 1e-6)['one_nna'] == 0
+    assert metrics.mmd_cov(a, a + 100)[0]['one_nna'] == 1
+    assert metrics.mmd_cov(a, a + 1e-6)[0]['one_nna'] == 0
     empty = metrics.unit_sphere(torch.cat([a[:1] * 0, a]))  # a sample without a surface
-    assert empty.isfinite().all() and metrics.mmd_cov(a, empty)['mmd'] < 1
-    same = metrics.mmd_cov(a, a.clone())
+    assert empty.isfinite().all() and metrics.mmd_cov(a, empty)[0]['mmd'] < 1
+    same, _ = metrics.mmd_cov(a, a.clone())
     assert same['mmd'] == 0 and same['cov'] == 1
+
+
+@pytest.mark.mutation('metrics.py', "lambda k: str(meshes[k])", "lambda k: 'one'")
+def test_clouds_of_a_folder_of_meshes(tmp_path, capsys):
+    """Points on the surface of each mesh; a broken file is left out and named."""
+    corners = np.array([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    faces = np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
+    for k in range(3):
+        data.write_mesh(tmp_path / f'{k}.obj', torch.tensor(corners + k), torch.tensor(faces))
+    (tmp_path / '1.obj').write_text('nothing')
+    args = SimpleNamespace(points=50, seed=0)
+    source = metrics.folder_clouds(tmp_path, args, 0, 9, 0)
+    first, third = torch.cat(metrics.measured(source, lambda clouds: clouds))
+    for k, cloud in ((0, first), (2, third)):
+        p = cloud - k
+        assert p.shape == (50, 3) and p.min() > -1e-6 and p.sum(1).max() < 1 + 1e-6
+        assert torch.minimum(p.amin(1), 1 - p.sum(1)).abs().max() < 1e-6  # on a face
+    assert source.about['found'] == 3 and '1.obj' in capsys.readouterr().err
+    assert torch.equal(metrics.surface_cloud([], [], 4), torch.zeros(4, 3))
 
 
 @pytest.mark.mutation('metrics.py', '- overlap.trace()', '')
@@ -602,7 +617,10 @@ class TwoHalves(data.Items):
     names = 'ab'
     points = torch.from_numpy(np.random.RandomState(0).uniform(-1, 1, (3000, 3)))
 
-    def volume(self, i, n):
+    def __init__(self):
+        pass
+
+    def truth(self, i, n):
         return self.points, self.points[:, 2 * i] > 0
 
 
@@ -627,11 +645,9 @@ def test_grids_have_x_first():
     grid = metrics.occupancy_grid(model, [dict(xy=torch.zeros(1, 4, 4, 4))], 8)
     assert torch.equal(grid[0], (torch.arange(8) >= 4)[:, None, None].expand(8, 8, 8))
     points = torch.rand(20000, 3) * 2 - 1
-    stored = SimpleNamespace(volume=lambda i: (points, points[:, 1] > 0), voxels=lambda i, cells: None)
+    stored = SimpleNamespace(truth=lambda i, n: (points, points[:, 1] > 0))
     grid = metrics.true_grid(stored, 0, 8)
     assert torch.equal(grid, (torch.arange(8) >= 4)[None, :, None].expand(8, 8, 8))
-    stored.voxels = lambda i, cells: torch.rand(8, 8, 8) > i
-    assert metrics.true_grid(stored, 0, 8).all() and not metrics.true_grid(stored, 1, 8).any()
     ends = metrics.unit_cube_grid(32, ends=True)
     assert ends.abs().max() == pytest.approx(0.5 / 0.55) and len(ends) == 32 ** 3
 

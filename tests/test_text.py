@@ -350,9 +350,12 @@ class Captioned(data.Items):
     names, labels, groups = 'abcd', [1, 0, 0, 0], ['03001627', '04379243']
     captions = [['the', 'chair'], [], [], ['chair']]
 
+    def __init__(self):
+        pass
+
 
 @pytest.mark.mutation('metrics.py', 'v * to_cube, f', 'v, f')
-@pytest.mark.mutation('metrics.py', 'captions[i][0]\n', 'captions[0][0]\n')
+@pytest.mark.mutation('metrics.py', 'captions[i][0], range', 'captions[0][0], range')
 def test_metrics_of_text(tmp_path, merges, monkeypatch, capsys):
     """TMD, accuracy and CLIP-S of balls whose radius the caption decides, by CLIP's own parts."""
     torch.save(random_clip(vision=64), tmp_path / 'clip.pt')
@@ -365,30 +368,36 @@ def test_metrics_of_text(tmp_path, merges, monkeypatch, capsys):
     def field(xi, p):
         return (xi[0]['r'][:, None, None] - p.norm(dim=2, keepdim=True)).expand(-1, -1, 1)
     vae = SimpleNamespace(
-        config=SimpleNamespace(extent=1.0, threshold=0.5, domain='shape'), query=field,
+        config=SimpleNamespace(extent=1.0, threshold=0.5, resolution=16), query=field,
         decode=lambda z: [dict(r=z)], parameters=lambda: iter([torch.zeros(1)]),
-        surfaces=lambda xi, cells: [inr.extract_mesh(lambda p: r - p.norm(dim=1), cells)
-                                    for r in xi[0]['r']])
-    opened = SimpleNamespace(path='run', vae=vae, info=dict(step=7), r=16,
-                             ldm=SimpleNamespace(config=SimpleNamespace(text='bytes')))
-    dataset = Captioned()
-    monkeypatch.setattr(metrics, 'open_run', lambda path, args, stage=2: opened)
-    monkeypatch.setattr(metrics, 'open_data', lambda opened, split: dataset)
-    monkeypatch.setattr(metrics, 'said', lambda opened, reader, caption, args: (
-        torch.tensor(balls[caption]), 20.0))
+        signal=lambda xi, cells: [inr.extract_mesh(lambda p: r - p.norm(dim=1), cells)
+                                  for r in xi[0]['r']])
+
+    class Balls(metrics.ShapeRun):
+        def data(self, split):
+            return Captioned()
+
+        def draw(self, seeds, guidance, cond):
+            assert list(seeds) == list(range(7)) and guidance == 3 and len(cond) == 7
+            return torch.tensor(list(balls.values())[cond[0]]), 20.0
+    ldm = SimpleNamespace(config=SimpleNamespace(text='bytes'))
+    monkeypatch.setattr(metrics, 'open_run', lambda path, args, stage: Balls(
+        vae, ldm, dict(step=7), 'run', args))
+    monkeypatch.setattr(metrics, 'text_reader', lambda text, device: lambda captions: torch.tensor(
+        [list(balls).index(c) for c in captions]))
     metrics.main(['text', 'run', '--res', '16', '--classifier', str(tmp_path / 'best.pt'), '--clip',
                   '--weights', str(tmp_path / 'clip.pt'), '--views', 'even', '--device', 'cpu',
-                  '--num', '2', '--sampler', 'rk45', '--each', '7'])
+                  '--num', '2', '--sampler', 'rk45:1e-3', '--each', '7'])
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (row['captions'], row['empty'], row['nfe'], row['forwards']) == (2, 1, 20, 40)
-    assert row['accuracy'] == 50 and row['classifier_grid'] == 'ends' and row['shared_steps'] == 7
+    assert row['accuracy'] == 50 and row['classifier_grid'] == 'ends' and row['each'] == 7
     small, large = (metrics.occupancy_grid(vae, [dict(r=torch.tensor([r]))], 16)
                     for r in balls['the'])
     overlap = (small & large).sum() / (small | large).sum()
     assert row['tmd'] == pytest.approx(overlap.item() / 2, abs=1e-6)  # a ball and none: 0
     clip, best = metrics.load_network('clip', tmp_path / 'clip.pt'), []
     for caption, radii in balls.items():
-        meshes = vae.surfaces([dict(r=radii)], 64)
+        meshes = vae.signal([dict(r=radii)], 64)
         pictures = torch.cat([metrics.drawn_views((0.55 * v, f), 'even') for v, f in meshes])
         best.append(metrics.clip_score(clip, pictures, caption))
     assert row['clip_s'] == pytest.approx(np.mean(best), abs=1e-4)
