@@ -15,8 +15,6 @@ import math
 import os
 import platform
 import sys
-import warnings
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -441,58 +439,6 @@ def load_checkpoint(path, kind=None, device='cpu'):
     if kind and state['kind'] != kind:
         raise ValueError(f'{path}: holds a {state["kind"]} checkpoint where {kind} is needed')
     return state
-
-
-def is_torchscript(path):
-    """A zip with <root>/constants.pkl and <root>/code/."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    return (any(n.count('/') == 1 and n.endswith('/constants.pkl') for n in names)
-            and any(n.split('/')[1:2] == ['code'] for n in names))
-
-
-def read_safetensors(path):
-    """The tensors of a safetensors file: a length, a JSON of places, the numbers."""
-    with open(path, 'rb') as file:
-        places = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
-        body = bytearray(file.read())
-    kinds = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
-                 I64=torch.int64, I32=torch.int32, U8=torch.uint8, BOOL=torch.bool)
-    return {name: torch.frombuffer(body, dtype=kinds[v['dtype']], offset=v['data_offsets'][0],
-                                   count=math.prod(v['shape'])).reshape(v['shape'])
-            for name, v in places.items() if name != '__metadata__'}
-
-
-def read_tensors(path, wanted):
-    """The tensors of a weight file by name, floats as float32, whatever wraps them.
-
-    A state dict, a TorchScript archive or safetensors. ValueError, which ends in `wanted`, if it
-    holds none.
-    """
-    try:
-        if Path(path).suffix == '.safetensors':
-            state = read_safetensors(path)
-        elif is_torchscript(path):
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # torch.jit is deprecated; tensors are all we take
-                state = torch.jit.load(str(path), map_location='cpu').state_dict()
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # flags, as some save them
-                state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # half a dozen types; all mean the same to a user
-        raise ValueError(f'{path}: truncated or not a weight file ({type(error).__name__}); '
-                         f'{wanted}') from None
-    for wrapper in ('model', 'state_dict'):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        raise ValueError(f'{path}: holds no state dict; {wanted}')
-    for prefix in ('module.', 'net.'):
-        if state and all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
 def file_digest(path):

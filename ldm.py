@@ -638,10 +638,10 @@ def restore(make, weights, device, path):
 
 def first_stage(state, device, path):
     """(vae, info) of a checkpoint of either kind."""
-    from vae import VAEConfig, build  # here: the diffusion itself needs no VAE
+    from vae import D2CVAE, VAEConfig  # here: the diffusion itself needs no VAE
     if state['kind'] not in ('vae', 'ldm'):
         raise ValueError(f'{path} holds a {state["kind"]} checkpoint; give a run folder or ldm.pt')
-    vae = restore(lambda: build(VAEConfig(**state['vae_config'])), state.get('vae', {}), device,
+    vae = restore(lambda: D2CVAE(VAEConfig(**state['vae_config'])), state.get('vae', {}), device,
                   path)
     return vae, dict(args=state.get('vae_args', state['args']), step=state['step'],
                      splits=state['splits'])

@@ -46,10 +46,9 @@ from tqdm import tqdm
 
 import data
 from common import (Parser, evenly_spaced, file_digest, find_checkpoint, flag, load_checkpoint,
-                    move, read_tensors, require, run, save_checkpoint, seeded, start_process,
-                    torch_seeded)
+                    move, require, run, save_checkpoint, seeded, start_process, torch_seeded)
 from encoders import (BPETokenizer, CLIPText, TextBlock, from_hugging_face, layers_of,
-                      text_reader)
+                      read_tensors, text_reader)
 from inr import render_mesh
 
 # ---- distances between feature sets ------------------------------------------------------------
@@ -256,6 +255,15 @@ def psnr_each(x, y):
     return -10 * mse.log10()
 
 
+def psnr(x, y):
+    """Mean of psnr_each over pictures (B,C,H,W), or of one picture (C,H,W), in dB.
+
+    Identical pairs stay out of the mean; inf if all are identical.
+    """
+    x, y = (torch.as_tensor(v) for v in (x, y))
+    return finite_mean(psnr_each(x, y) if x.ndim > 3 else psnr_each(x[None], y[None]))
+
+
 def finite_mean(values):
     """Mean of the finite ones of (N,), inf if all are infinite; NaN counts."""
     finite = values[~values.isinf()]
@@ -294,12 +302,22 @@ def iou(a, b):
 
 # ---- sets of shapes ----------------------------------------------------------------------------
 
+def chamfer(a, b):
+    """Chamfer distances of pairs of clouds (B,N,3), (B,M,3) -> (B,).
+
+    mean_i min_j |a_i - b_j|^2 + mean_j min_i |a_i - b_j|^2: squared, each side's mean, summed.
+    """
+    squares = [torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist').square()
+               for x, y in zip(a, b)]  # by differences: products would cancel
+    return torch.stack([d2.amin(1).mean() + d2.amin(0).mean() for d2 in squares])
+
+
 def chamfer_matrix(a, b):
     """Chamfer distances of every cloud of a (R,N,3) to every one of b (S,M,3): (2,R,S) float64.
 
-    First mean_i min_j |a_i - b_j|^2 + mean_j min_i |a_i - b_j|^2, then the same not squared. By k-d
-    trees in threads, on CUDA by brute force. Where b is a itself, half of the pairs is computed.
-    Rows are shared out over processes, all of which must call this.
+    First as `chamfer`, then the same of distances that are not squared. By k-d trees in threads, on
+    CUDA by brute force. Where b is a itself, half of the pairs is computed. Rows are shared out
+    over processes, all of which must call this.
     """
     if a.is_cuda:
         row, clouds, every = cuda_row, a, b
@@ -332,14 +350,19 @@ def cuda_row(x, clouds, size=64):
     return torch.cat(found, dim=1).double()
 
 
-def mmd_cov(refs, samples):
+def mmd_cov(refs, samples, squared=True):
     """Comparison of reference clouds (R,N,3) and samples (S,M,3) by their Chamfer distances.
 
-    A dict for squared distances and one for plain ones. mmd: mean over references of the distance
-    to the nearest sample; mmd_smp: the reverse; cov: share of references that are nearest to some
-    sample; one_nna: share of the union whose nearest other member comes from its own set (1/2: the
-    sets cannot be told apart). Yang et al. (2019).
+    A dict: mmd: mean over references of the distance to the nearest sample; mmd_smp: the reverse;
+    cov: share of references that are nearest to some sample; one_nna: share of the union whose
+    nearest other member comes from its own set (1/2: the sets cannot be told apart). Yang et al.
+    (2019).
     """
+    return compare_clouds(refs, samples)[0 if squared else 1]
+
+
+def compare_clouds(refs, samples):
+    """`mmd_cov` with squared and with plain distances, which have their neighbours in common."""
     pairs = (refs, samples), (refs, refs), (samples, samples)
     return [mmd_cov_of(*three) for three in zip(*(chamfer_matrix(*pair) for pair in pairs))]
 
@@ -1644,7 +1667,8 @@ def frechet_command(args):
     real, fakes = real_and_fake(args)
     net = open_network(args)
     a = real_stats(net, real, args)
-    for args.sampler in args.samplers:  # a Run reads it when it samples
+    for sampler in args.samplers:
+        args.sampler = sampler  # a Run reads it when it samples
         fake = fakes()
         b = feature_stats(net, fake)
         a.ddof = b.ddof = args.ddof
@@ -1657,7 +1681,8 @@ def frechet_command(args):
 
 def nfe_command(args):
     run = open_run(args.a, args, stage=2)
-    for args.sampler in args.samplers:  # a Run reads it when it samples
+    for sampler in args.samplers:
+        args.sampler = sampler  # a Run reads it when it samples
         source = run.samples(made=lambda z, numbers: z)
         measured(source, len)
         report(args, f'{sampler_name(source.about)}{args.num} samples', {}, fake=source)
@@ -1699,8 +1724,8 @@ def psnr_command(args):
         similar = ssim_each(x, y) if min(x.shape[2:]) >= 11 else torch.full((len(x),), math.nan)
         return torch.stack([psnr_each(x, y), similar.double(),
                             *(psnr_each(guess.expand_as(x), x) for guess in plain.values())])
-    psnr, similar, *others = torch.cat(measured(source, likenesses), dim=1)
-    mean, n, same = finite_mean(psnr), len(psnr), int(psnr.isinf().sum())
+    found, similar, *others = torch.cat(measured(source, likenesses), dim=1)
+    mean, n, same = finite_mean(found), len(found), int(found.isinf().sum())
     values = dict(psnr=mean if mean < math.inf else None,  # JSON has no infinity
                   ssim=None if similar.isnan().any() else similar.mean().item())
     values |= {name: finite_mean(found) for name, found in zip(plain, others)}
@@ -1708,9 +1733,15 @@ def psnr_command(args):
            dict(**values, n=n, identical=same, data_range=1, **source.about))
 
 
+LABELS = dict(psnr='PSNR in dB', ssim='SSIM', mean_picture='of the mean training picture',
+              white_picture='of white', iou='IoU', mean_shape='of the mean training shape',
+              tmd='TMD', accuracy='accuracy in %', clip_s='CLIP-S', nfe='NFE')
+
+
 def values_line(values):
-    """'psnr 30.123   ssim 0.912'; what is None is left out."""
-    return '   '.join(f'{name} {v:.5g}' for name, v in values.items() if v is not None)
+    """'PSNR in dB 30.123   SSIM 0.912'; what is None is left out."""
+    return '   '.join(f'{LABELS.get(name, name)} {v:.5g}' for name, v in values.items()
+                      if v is not None)
 
 
 def mean_shape(dataset, cells=64, limit=1000):
@@ -1767,7 +1798,7 @@ def shapes_command(args):
     empty = int((made == 0).flatten(1).all(1).sum())
     for radius, centre in ((1.0, 'box'), (0.5, 'mean')):
         pair = [unit_sphere(c.to(args.device), radius, centre) for c in (refs, made)]
-        for squared, values in zip((True, False), mmd_cov(*pair)):
+        for squared, values in zip((True, False), compare_clouds(*pair)):
             line = (f'{fake.about["kind"]}: MMD x1e3 {1e3 * values["mmd"]:.3f}   '
                     f'COV {values["cov"]:.3f}   1-NNA {values["one_nna"]:.3f}   {n} against {n}, '
                     f'radius {radius:g} about the {centre}, {"not " * (not squared)}squared')

@@ -351,6 +351,7 @@ def main():
                 log.write(step=step, **values, norm=norm, lr=common.lr_at(step - 1, args),
                           items_per_s=rate)
         if process.is_first and (step % args.eval_every == 0 or step == args.steps):
+            guard.check()
             average.load_state_dict(ema.state_dict())
             result, pictures = evaluate(average, vae, held_out, args, reader, device)
             log.write(step=step, **result)

@@ -15,7 +15,7 @@ import torch
 import common
 import data
 import metrics
-from vae import VAEConfig, annealed, build
+from vae import D2CVAE, VAEConfig, annealed
 
 # Differences from VAEConfig and RunConfig only. The paper gives no batch sizes or step counts: for
 # AFHQ and CelebA-HQ they are the authors' configurations on 8 processes, who published no others.
@@ -126,7 +126,7 @@ def main():
     config = common.from_flags(args, VAEConfig, domain=train.domain, channels=train.channels,
                                extent=train.extent)
     torch.manual_seed(args.seed)
-    model = build(config).to(process.device)
+    model = D2CVAE(config).to(process.device)
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
                             weight_decay=args.weight_decay, fused=True)
 
@@ -186,6 +186,7 @@ def main():
                 log.write(step=step, **values, norm=norm, lr=common.lr_at(step - 1, args),
                           items_per_s=rate)
         if process.is_first and (step % args.eval_every == 0 or step == args.steps):
+            guard.check()
             model.eval()
             result, pictures = metrics.held_out(model, held_out)
             model.train()

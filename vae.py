@@ -225,6 +225,10 @@ class D2CVAE(nn.Module):
 
     stretch, allowed, own_flags = {}, {}, ()
 
+    def __new__(cls, config=None):
+        """D2CVAE(config) is an instance of the subclass of the config's domain."""
+        return super().__new__(DOMAINS[config.domain] if cls is D2CVAE else cls)
+
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -498,8 +502,3 @@ class ShapeVAE(D2CVAE):
 
 
 DOMAINS = dict(image=PictureVAE, shape=ShapeVAE)
-
-
-def build(config):
-    """The first stage of a VAEConfig's domain."""
-    return DOMAINS[config.domain](config)

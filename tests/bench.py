@@ -205,7 +205,7 @@ def readout_cases(table, device):
     size = int(table.split()[1])
     torch.manual_seed(0)
     # The networks before the read-out are kept small: only the MLP and the fields matter here.
-    model = vae.build(vae.VAEConfig(ch=32, decoder_ch=32, num_res_blocks=1, z_channels=4,
+    model = vae.D2CVAE(vae.VAEConfig(ch=32, decoder_ch=32, num_res_blocks=1, z_channels=4,
                                      mlp_layers=3)).to(device).requires_grad_(False)
     for p in model.mlp.parameters():
         p.add_(0.01 * torch.randn_like(p))  # so that no bias is zero
@@ -257,7 +257,7 @@ def readout(args):
 def small_vae(device):
     """A VAE of about 3 M parameters and a batch of 16 pictures at 64."""
     torch.manual_seed(0)
-    model = vae.build(vae.VAEConfig(
+    model = vae.D2CVAE(vae.VAEConfig(
         resolution=64, ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, z_channels=16, decoder_ch=32,
         field_channels=16, mlp_width=64, mlp_layers=3)).to(device)
     image = torch.rand(16, 3, 64, 64, device=device) * 2 - 1

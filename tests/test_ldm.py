@@ -543,7 +543,7 @@ def checkpoint(tmp_path):
     import vae
     vae_config = vae.VAEConfig(resolution=8, ch=8, ch_mult=(1, 1), num_res_blocks=1, z_channels=4,
                                decoder_ch=8, field_channels=4, mlp_width=8, mlp_blocks=4)
-    first, model = vae.build(vae_config), tiny(context_channels=6)
+    first, model = vae.D2CVAE(vae_config), tiny(context_channels=6)
     model.set_null_context(torch.randn(7, 6))
     state = dict(kind='ldm', vae_config=dataclasses.asdict(vae_config), step=3, args=dict(seed=2),
                  ldm_config=dataclasses.asdict(model.config), splits=None, vae_args=dict(seed=1),

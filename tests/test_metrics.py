@@ -169,13 +169,10 @@ def test_nearest_neighbours_in_any_chunks():
 
 # ---- PSNR --------------------------------------------------------------------------------------
 
-def psnr(x, y):
-    return metrics.finite_mean(metrics.psnr_each(x, y))
-
-
 @pytest.mark.mutation('metrics.py', '.square().flatten(1).mean(1)', '.square().mean()[None]')
 @pytest.mark.mutation('metrics.py', '~values.isinf()', 'values < 50')
 def test_psnr():
+    psnr = metrics.psnr
     x = torch.rand(4, 3, 8, 8) * 0.5
     close(psnr(x, x + 0.1), 20, 1e-5)
     close(psnr(x, x + 1 / 255), 48.1308036086791, 1e-4)
@@ -183,7 +180,7 @@ def test_psnr():
     offsets = torch.tensor([.1, .01, .001, 0])[:, None, None, None]
     close(psnr(x[:3], x[:3] + offsets[:3]), 40, 1e-3)  # 20, 40 and 60 dB, not pooled
     close(psnr(x, x + offsets), 40, 1e-3)  # the identical pair is left out
-    close(psnr(x[1:2], x[1:2] + 0.1), 20, 1e-5)
+    close(psnr(x[1], x[1] + 0.1), 20, 1e-5)  # one picture
     with pytest.raises(ValueError, match='different sizes'):
         psnr(x, x[:, :, :4])
     with pytest.raises(ValueError, match='floats'):
@@ -522,7 +519,7 @@ def random_file(tmp_path_factory):
     return path
 
 
-@pytest.mark.mutation('common.py', 'state.get(wrapper), dict)', 'state.get(wrapper), list)')
+@pytest.mark.mutation('encoders.py', 'state.get(wrapper), dict)', 'state.get(wrapper), list)')
 def test_plain_state_dict(random_file):
     try:
         net = metrics.load_network('inception', random_file)
@@ -950,9 +947,9 @@ def test_precision_recall_of_folders(capsys, folders, random_file, monkeypatch):
 def test_psnr_of_folders(capsys, folders):
     manifest, line = result(capsys, 'psnr', 'A', 'B')
     close(manifest['psnr'], -20 * np.log10(10 / 255), 1e-4)
-    assert manifest['n'] == 6 and manifest['identical'] == 0 and line.startswith('psnr 28.131 ')
+    assert manifest['n'] == 6 and manifest['identical'] == 0 and line.startswith('PSNR in dB 28.131 ')
     manifest, line = result(capsys, 'psnr', 'A', 'A', '--res', 16)
-    assert manifest['psnr'] is None and manifest['identical'] == 6 and 'psnr' not in line
+    assert manifest['psnr'] is None and manifest['identical'] == 6 and 'PSNR' not in line
 
 
 def folder(name, resolution=0, limit=None, batch=9):

@@ -44,7 +44,7 @@ def flags_of(name):
 def first_stage(args):
     """The VAE that train_vae.py makes with these flags."""
     kind, _ = data.DATASETS[args.dataset]
-    return vae.build(common.from_flags(args, vae.VAEConfig, domain=kind.domain,
+    return vae.D2CVAE(common.from_flags(args, vae.VAEConfig, domain=kind.domain,
                                        channels=kind.channels, extent=kind.extent))
 
 

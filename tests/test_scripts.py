@@ -390,7 +390,7 @@ def test_continuous_scales_and_the_balance_of_the_paper(tmp_path, repo):
     state = common.load_checkpoint(tmp_path / 'runs' / 'toy_image' / 'vae.pt')
     args, config = SimpleNamespace(**state['args']), vae.VAEConfig(**state['vae_config'])
     torch.manual_seed(0)
-    model = vae.build(config)
+    model = vae.D2CVAE(config)
     noise = torch.randn(args.batch, *[4, 16], generator=common.torch_seeded('posterior', 0, 0))
     errors, divergences, sizes = [], [], set()
     for (image, target, R, (top, left)), own in zip(first_batch(args, 16, 32), noise):

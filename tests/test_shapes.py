@@ -23,7 +23,7 @@ TINY = dict(domain='shape', channels=1, resolution=8, ch=8, ch_mult=(1, 2), num_
 
 
 def tiny(**changes):
-    return vae.build(vae.VAEConfig(**{**TINY, **changes}))
+    return vae.D2CVAE(vae.VAEConfig(**{**TINY, **changes}))
 
 
 # ---- toy solids --------------------------------------------------------------------------------
@@ -465,9 +465,10 @@ def clouds(seed, n, step):
                       'len(between.argmin(1).unique()) / R')
 @pytest.mark.mutation('metrics.py', '(d ** p).mean() + (e ** p).mean()', 'd.mean() + e.mean()')
 @pytest.mark.mutation('metrics.py', 'clouds.amin(1, keepdim=True) + clouds', '2 * clouds')
+@pytest.mark.mutation('metrics.py', '[0 if squared else 1]', '[0]')
 def test_mmd_and_cov_golden():
     refs, samples = clouds(2, 6, 0.2), clouds(3, 8, 0.15)
-    raw, plain = metrics.mmd_cov(refs, samples)
+    raw, plain = (metrics.mmd_cov(refs, samples, squared) for squared in (True, False))
     assert raw['mmd'] == pytest.approx(0.07043072783553041, rel=1e-12)
     assert raw['mmd_smp'] == pytest.approx(0.07160804142951539, rel=1e-12)
     assert raw['cov'] == pytest.approx(5 / 6)
@@ -477,17 +478,19 @@ def test_mmd_and_cov_golden():
     torch.testing.assert_close(half.mean(1), torch.zeros(6, 3).double(), atol=1e-12, rtol=0)
     torch.testing.assert_close(half.norm(dim=2).amax(1), torch.full((6,), 0.5).double())
     torch.testing.assert_close(half, metrics.unit_sphere(7 * refs, 0.5, 'mean'))
-    sphere, _ = metrics.mmd_cov(*map(metrics.unit_sphere, (refs, samples)))
+    sphere = metrics.mmd_cov(*map(metrics.unit_sphere, (refs, samples)))
     assert sphere['mmd'] == pytest.approx(0.04867620148873064, rel=1e-12)
     assert sphere['cov'] == pytest.approx(4 / 6)
 
 
+@pytest.mark.mutation('metrics.py', 'd2.amin(1).mean() + d2.amin(0).mean()', '2 * d2.amin(1).mean()')
 @pytest.mark.mutation('metrics.py', 'd.amin(1), d.amin(2)', 'd.amin(1), d.amin(1)')
 @pytest.mark.mutation('metrics.py', 'matrix + matrix.mT if b is a', 'matrix if b is a')
 def test_chamfer_equals_loops():
     a, b = clouds(0, 3, 0.1)[:, :20], clouds(1, 3, 0.3)[:, :33]
     slow = [sum(min(((p - q) ** 2).sum() for q in y) for p in x) / len(x)
             + sum(min(((p - q) ** 2).sum() for q in x) for p in y) / len(y) for x, y in zip(a, b)]
+    torch.testing.assert_close(metrics.chamfer(a, b), torch.stack(slow))
     squared, plain = metrics.chamfer_matrix(a, b)
     torch.testing.assert_close(squared.diag(), torch.stack(slow))
     torch.testing.assert_close(metrics.chamfer_matrix(a, a), metrics.chamfer_matrix(a, a.clone()))
@@ -503,11 +506,11 @@ def test_chamfer_equals_loops():
 def test_one_nna():
     """Sets far apart are told apart; of pairs of twins every nearest neighbour is a stranger."""
     a = clouds(0, 5, 0.0)
-    assert metrics.mmd_cov(a, a + 100)[0]['one_nna'] == 1
-    assert metrics.mmd_cov(a, a + 1e-6)[0]['one_nna'] == 0
+    assert metrics.mmd_cov(a, a + 100)['one_nna'] == 1
+    assert metrics.mmd_cov(a, a + 1e-6)['one_nna'] == 0
     empty = metrics.unit_sphere(torch.cat([a[:1] * 0, a]))  # a sample without a surface
-    assert empty.isfinite().all() and metrics.mmd_cov(a, empty)[0]['mmd'] < 1
-    same, _ = metrics.mmd_cov(a, a.clone())
+    assert empty.isfinite().all() and metrics.mmd_cov(a, empty)['mmd'] < 1
+    same = metrics.mmd_cov(a, a.clone())
     assert same['mmd'] == 0 and same['cov'] == 1
 
 

@@ -251,18 +251,18 @@ def write_safetensors(path, tensors):
     path.write_bytes(len(text).to_bytes(8, 'little') + text + body)
 
 
-@pytest.mark.mutation('common.py', "offset=v['data_offsets'][0]", "offset=0")
+@pytest.mark.mutation('encoders.py', "offset=v['data_offsets'][0]", "offset=0")
 def test_safetensors(tmp_path):
     tensors = dict(a=torch.randn(2, 3), b=torch.randn(4).half(), c=torch.arange(8),
                    d=torch.tensor(2.0))
     write_safetensors(tmp_path / 'x.safetensors', tensors)
-    read = common.read_tensors(tmp_path / 'x.safetensors', '')
+    read = encoders.read_tensors(tmp_path / 'x.safetensors', '')
     assert {k: tuple(v.shape) for k, v in read.items()} == dict(a=(2, 3), b=(4,), c=(8,), d=())
     assert all(torch.equal(read[k], v.float() if v.is_floating_point() else v)
                for k, v in tensors.items())
     (tmp_path / 'cut.safetensors').write_bytes((tmp_path / 'x.safetensors').read_bytes()[:90])
     with pytest.raises(ValueError, match='truncated'):
-        common.read_tensors(tmp_path / 'cut.safetensors', 'wanted')
+        encoders.read_tensors(tmp_path / 'cut.safetensors', 'wanted')
 
 
 def test_pictures_reach_clip_as_published():

@@ -15,7 +15,7 @@ TINY = dict(resolution=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=4,
 
 
 def tiny(**changes):
-    return vae.build(vae.VAEConfig(**{**TINY, **changes}))
+    return vae.D2CVAE(vae.VAEConfig(**{**TINY, **changes}))
 
 
 def batch_of(n=3, r=16, h=16, w=16):
@@ -91,7 +91,7 @@ def test_parameters_of_the_paper():
     """Table 9's AFHQ: z 64 x 64 x 64 from 256 x 256, fields of 64 channels at 64, 128, 256."""
     config = vae.VAEConfig()
     with torch.device('meta'):
-        model = vae.build(config)
+        model = vae.D2CVAE(config)
     assert model.latent_sizes() == dict(xy=(64, 64)) and config.n_ref == 196608
     fields = model.decoder(torch.empty(1, 64, 64, 64, device='meta'))
     assert [tuple(f.shape[1:]) for f in fields] == [(64, 64, 64), (64, 128, 128), (64, 256, 256)]
