@@ -1460,7 +1460,7 @@ def cluster_moments(triangles):
     """Centre, radius, moments N (K,3), S (K,3,3), C (K,3,3,3), T (K,3) of triangles (K,m,3,3).
 
     N, S, C are the integrals of n_i, n_i x_j, n_i x_j x_l over the area, where n is the unit normal
-    and x the position relative to the centre, the centroid of the area; T_l = sum_i 2 C_iil + C_lii.
+    and x the position relative to the centre, the area's centroid; T_l = sum_i 2 C_iil + C_lii.
     """
     a, b, c = triangles.unbind(2)                           # (K, m, 3)
     normals = torch.linalg.cross(b - a, c - a) / 2          # as long as the area is large
@@ -1923,8 +1923,8 @@ def text2shape(name, root, selection, **options):
 
 # ---- the table of data sets ---------------------------------------------------------------------
 
-# name: (base class, what opens it: (name, root, selection, **options) -> the data set). A user's own
-# files go by the name of their domain.
+# name: (base class, what opens it: (name, root, selection, **options) -> the data set). The data set
+# of a user's own files is called like their domain.
 DATASETS = {
     'toy_image': (ToyPictures, ToyPictures),
     'image': (Pictures, picture_files),
