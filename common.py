@@ -77,10 +77,13 @@ class Parser(argparse.ArgumentParser):
         """One flag for each field of dataclass `config` that carries help text.
 
         Numbers are at least 0, integers and members of tuples at least 1, unless the default is
-        less or the field's metadata has `low`. A flag that is there already is left as it is.
+        less or the field's metadata has `low`. Configs may share a flag, with one default.
         """
-        group, there = self.add_argument_group(config.__name__), {a.dest for a in self._actions}
+        group = self.add_argument_group(config.__name__)
+        there = {a.dest: a.default for a in self._actions}
         for field in dataclasses.fields(config):
+            if field.name in there:
+                assert there[field.name] == field.default, f'{field.name}: one flag, two defaults'
             if 'help' not in field.metadata or field.name in there:
                 continue
             kind, default, more = type(field.default), field.default, {}
@@ -96,7 +99,7 @@ class Parser(argparse.ArgumentParser):
                                help=field.metadata['help'], choices=field.metadata.get('choices'))
 
     def known(self, argv=None):
-        """The flags typed so far as the defaults stand, without failing on others or on -h."""
+        """The flags as typed, before any preset; neither unknown flags nor -h end the program."""
         argv = sys.argv[1:] if argv is None else argv
         return self.parse_known_args([a for a in argv if a not in ('-h', '--help')])[0]
 
@@ -135,8 +138,11 @@ def one_line(error):
     return ' '.join(text.split())
 
 
-def run(main):
-    """Call `main()`; an error that a user can mend becomes one line on stderr and exit code 2."""
+def run(main, stopped='stopped'):
+    """Call `main()`; an error that a user can mend becomes one line on stderr and exit code 2.
+
+    `stopped` is the line for Ctrl-C, which exits with 130.
+    """
     try:
         main()
         return
@@ -147,7 +153,7 @@ def run(main):
             raise
         message, code = f'error: {one_line(error)}; try a smaller size or --batch', 2
     except KeyboardInterrupt:
-        message, code = 'stopped; the same command continues from the last checkpoint', 130
+        message, code = stopped, 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -403,6 +409,7 @@ class EMA:
 # ---- runs, checkpoints, log ------------------------------------------------------------------
 
 RUNS = Path('runs')
+STOPPED = 'stopped; the same command continues from the last checkpoint'
 MAY_CHANGE = {'steps', 'log_every', 'eval_every', 'save_every', 'workers', 'restart', 'slim',
               'device', 'data', 'vae'}  # the last three say where, not what
 
@@ -450,15 +457,16 @@ def file_digest(path):
 def find_checkpoint(text, *files):
     """The checkpoint file that a user means by `text`, or None if there is none.
 
-    text: a .pt file, a run's folder, the name of a run in runs/, or '' for the newest run. Of a run
-    the first of `files` ('vae.pt', 'ldm.pt') that it has; the newest by the first that any has.
+    text: a .pt, .pth or .ckpt file, a run's folder, the name of a run in runs/, or '' for the
+    newest run. Of a run the first of `files` ('vae.pt', 'ldm.pt') that it has; the newest is that
+    with the newest first file, or if none has it, the next.
     """
     if not text:
         found = [sorted(RUNS.glob(f'*/{file}'), key=lambda p: p.stat().st_mtime) for file in files]
         return next((paths[-1] for paths in found if paths), None)
     for path in (Path(text), RUNS / text):
         for candidate in (path, *(path / file for file in files)):
-            if candidate.suffix == '.pt' and candidate.is_file():
+            if candidate.suffix in ('.pt', '.pth', '.ckpt') and candidate.is_file():
                 return candidate
     return None
 

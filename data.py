@@ -467,8 +467,9 @@ def find_files(root):
     if not files.names and any(root.glob('**/data.mdb')):
         raise ValueError(f"{root}: an lmdb; LSUN's own tool writes its pictures into a folder: "
                          'python data.py export LMDB --out_dir FOLDER')
-    if not files.names:
-        raise ValueError(f'{root}: no pictures ({" ".join(SUFFIXES)}) in it')
+    meshes = not files.names and any(p.suffix.lower() in MESH_READERS for p in root.rglob('*'))
+    hint = '; meshes are prepared by python data.py mesh' if meshes else ''
+    require(files.names, f'{root}: no pictures ({" ".join(SUFFIXES)}) in it{hint}')
     return files
 
 
@@ -773,7 +774,7 @@ class Items(Dataset):
     A subclass for a domain says what an item holds:
         item(i, rng)     what training sees: the encoder's input, where the function is compared,
                          and `target`, what with; all draws come from the numpy Generator `rng`,
-                         those of draw_view and of `known` first
+                         those of draw_view and `known` first where the views are all there is
         view(i, k)       the encoder's input alone, in one of `views` ways: stage 2 keeps a latent
                          of each, and draw_view(rng) is the number of the one `item` would show
         truth(i, n)      what a reconstruction is measured against: the picture at n x n pixels,
@@ -832,6 +833,8 @@ class Items(Dataset):
 
     def known(self, i, rng=None):
         """dict of item i's `label`, and of one of its captions as `text` ('' for none), if any."""
+        if self.labels is None and self.captions is None:
+            return {}
         i = self.stand_in(i)
         found = {} if self.labels is None else dict(label=self.labels[i])
         if self.captions is not None:
@@ -904,12 +907,18 @@ class FileItems(Items):
         return [headers[n] for n in self.names]
 
     def add_captions(self, texts):
-        """Join captions {key: [texts]}: the key is an item's name, its last part, or its stem."""
-        keys = [(n, n.split('/')[-1], os.path.splitext(n.split('/')[-1])[0]) for n in self.names]
-        self.captions = [next((texts[k] for k in own if k in texts), []) for own in keys]
+        """Join captions {key: [texts]} by an item's name, its last part, or that without suffix."""
+        known = {key.split('/')[-1]: found for key, found in texts.items()} | texts
+
+        def captions_of(name):
+            last = name.split('/')[-1]
+            keys = name, last, os.path.splitext(last)[0]
+            return next((known[k] for k in keys if k in known), [])
+        self.captions = [captions_of(name) for name in self.names]
+        require(any(map(captions_of, self.sides['train'] + self.sides['test'])),
+                f'--captions: none of {len(texts)} names is that of an item, e.g. '
+                f'{next(iter(texts), "")} and {self.names[0]}')
         missing = sum(not c for c in self.captions)
-        require(missing < len(keys), f'--captions: none of {len(texts)} names is that of an item, '
-                f'e.g. {next(iter(texts), "")} and {keys[0][1]}')
         if missing:
             self.notes.append(f'{missing} {self.kind} have no caption')
 
@@ -926,15 +935,20 @@ class FileItems(Items):
         return self.sides
 
     def stand_in(self, i):
+        """i or, where that cannot be read, the next index that can, the first after the last."""
         while not self.can_read(i):
             i = (i + 1) % len(self)
         return i
 
     def source(self, i):
-        """What `decode` makes of item i; the last one is kept, as one item asks several times."""
+        """What `decode` makes of item i; the last one is kept, as one item asks several times.
+
+        Others are kept in the cache if `bytes_kept` of them fit.
+        """
         last = self.last  # threads may replace it
         if last[0] != i:
-            last = self.last = i, self.decode(i)
+            last = self.last = i, self.cache.get((i, 'source'), lambda: self.decode(i),
+                                                 self.bytes_kept)
         return last[1]
 
     def can_read(self, i):
@@ -957,9 +971,9 @@ class FileItems(Items):
 
     def judge(self, i, why):
         """Remember whether item i is sound, which it is if there is no `why`."""
-        self.sound[i] = not why
-        if why:
+        if why and self.sound.get(i, True):
             self.bad.append((self.names[i], why))
+        self.sound[i] = not why
 
     def verify(self):
         """Decode every file now; those that fail join `bad`."""
@@ -972,13 +986,13 @@ class FileItems(Items):
 def read_captions(path):
     """A CSV of captions as {key: [texts]}, empty ones left out.
 
-    Columns: file, id or modelId, and description, caption, text or name, whichever comes first in
+    Columns: file, modelId or id, and description, caption, text or name, whichever comes first in
     this order. FileNotFoundError or ValueError, one line, for anything else.
     """
     rows = read_table(path, '--captions')
     columns = {c.lower(): c for c in rows[0] if c} if rows else {}
     key, text = (next((columns[c] for c in wanted if c in columns), None) for wanted in (
-        ('modelid', 'model_id', 'id', 'file'), ('description', 'caption', 'text', 'name')))
+        ('file', 'modelid', 'model_id', 'id'), ('description', 'caption', 'text', 'name')))
     require(key and text, f'--captions {path}: needs a column file, id or modelId and one of '
             f'description, caption, text, name; has {", ".join(columns) or "no rows"}')
     found = {}
@@ -1128,14 +1142,12 @@ class FilePictures(FileItems, Pictures):
         except Exception as error:  # a decoder may raise anything on a broken file
             return reason(error)
 
-    def source(self, i):
-        """The centre square of picture i as it is on disk, PIL RGB."""
-        if self.continuous:  # sizes hardly recur, so the source is what to keep
-            return self.cache.get((i, 'source'), lambda: super(FilePictures, self).source(i),
-                                  lambda im: 3 * im.width * im.height)
-        return super().source(i)
+    def bytes_kept(self, im):
+        """Sources are kept where sizes hardly recur; elsewhere the sizes are, see `pixels`."""
+        return 3 * im.width * im.height if self.continuous else math.inf
 
     def decode(self, i):
+        """The centre square of picture i as it is on disk, PIL RGB."""
         with self.files.open(self.names[i]) as im:
             return square(to_rgb(im))
 
@@ -1144,7 +1156,7 @@ class FilePictures(FileItems, Pictures):
 
     def pixels(self, i, R):
         """uint8 (R,R,3), kept if R is a size that training asks for."""
-        if R not in self.sizes and R != self.resolution or self.continuous and R != self.resolution:
+        if R != self.resolution and (self.continuous or R not in self.sizes):
             return resize(self.source(i), R)
         return self.cache.get((i, R), lambda: resize(self.source(i), R), lambda x: x.nbytes)
 
@@ -1591,17 +1603,11 @@ def convert_mesh(path, folder, *options):
 
 def read_classes(path):
     """{id: class} from the columns id and category (or class) of a CSV; {} without a path."""
-    if not path:
-        return {}
-    try:
-        with open(path, newline='', encoding='utf-8-sig') as file:
-            rows = list(csv.DictReader(file))
-        column = 'category' if rows and 'category' in rows[0] else 'class'
-        return {row['id']: re.sub(r'[^\w-]+', '_', row[column]) for row in rows if row[column]}
-    except FileNotFoundError:
-        raise FileNotFoundError(f'--classes {path}: no such file') from None
-    except (KeyError, TypeError, UnicodeDecodeError, csv.Error):
-        raise ValueError(f'--classes {path}: not a CSV with the columns id and category') from None
+    rows = read_table(path, '--classes') if path else []
+    column = 'category' if rows and 'category' in rows[0] else 'class'
+    require(not rows or {'id', column} <= {*rows[0]},
+            f'--classes {path}: not a CSV with the columns id and category')
+    return {row['id']: re.sub(r'[^\w-]+', '_', row[column]) for row in rows if row[column]}
 
 
 def find_meshes(root, classes):
@@ -1735,7 +1741,7 @@ class Shapes(Items):
 
     @property
     def views(self):
-        """So many `clouds` of each shape, flipped or not."""
+        """How many point clouds of a shape stage 2 knows."""
         return self.clouds
 
     def draw_view(self, rng):
@@ -1871,9 +1877,8 @@ class FileShapes(FileItems, Shapes):
                                  f'{len(arrays[points])} points')
         return arrays
 
-    def source(self, i):
-        return self.cache.get(i, lambda: super(FileShapes, self).source(i),
-                              lambda arrays: sum(a.nbytes for a in arrays.values()))
+    def bytes_kept(self, arrays):
+        return sum(a.nbytes for a in arrays.values())
 
     def draw(self, i, points, bits, n, rng):
         """n of the stored points, with replacement, and their occupancies."""
@@ -1923,8 +1928,8 @@ def text2shape(name, root, selection, **options):
 
 # ---- the table of data sets ---------------------------------------------------------------------
 
-# name: (base class, what opens it: (name, root, selection, **options) -> the data set). The data set
-# of a user's own files is called like their domain.
+# name: (base class, what opens it: (name, root, selection, **options) -> the data set); a user's
+# own files are opened under the name of their domain.
 DATASETS = {
     'toy_image': (ToyPictures, ToyPictures),
     'image': (Pictures, picture_files),
@@ -1989,7 +1994,7 @@ def open_run_data(info, split, root=None, **options):
 def kind_of(path):
     """The name of the data set that reads a user's own files at `path`."""
     require(Path(path).exists(), f'{path}: neither a data set ({", ".join(NAMES)}) nor a path')
-    own = [name for name, (base, _) in DATASETS.items() if name == base.domain]
+    own = [name for name, (base, _) in DATASETS.items() if name == base.domain]  # pictures first
     return next(name for name in reversed(own) if DATASETS[name][0].lies_at(path))
 
 
@@ -2031,7 +2036,8 @@ def main():
     flags.add_argument('dataset', help=f'one of {", ".join(NAMES)}, or a folder or zip')
     flags.add_argument('--captions', default='', help='CSV with file or id, and caption or text')
     flags.add_argument('--data', default='', help='where the data are, default data/DATASET')
-    flags.add_argument('--res', type=int, default=64, help='side of the preview pictures')
+    flags.add_argument('--res', type=common.at_least(8, int), default=64,
+                       help='side of the preview pictures')
     flags.add_argument('--split', default='', help='held-out fraction, or a file of the split')
     flags.add_argument('--group', default='', help='regular expression: names that become equal '
                        'when it is deleted stay on one side (--group=REGEX if it begins with -)')

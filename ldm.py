@@ -653,7 +653,7 @@ def load_vae(path, device='cpu'):
     vae is in evaluation mode. info: `args`, the flags of stage 1, its `step` and the data set's
     `splits`. ValueError or FileNotFoundError, one line, for anything else.
     """
-    path = find_checkpoint(path, 'vae.pt', 'ldm.pt') or path
+    path = Path(find_checkpoint(path, 'vae.pt', 'ldm.pt') or path)
     return first_stage(load_checkpoint(path), device, path)
 
 
@@ -664,7 +664,7 @@ def load(path, device='cpu'):
     2, its `step`, and the data set's `splits`. ValueError or FileNotFoundError, one line, for
     anything that is not a finished or running second stage.
     """
-    path = find_checkpoint(path, 'ldm.pt', 'vae.pt') or path
+    path = Path(find_checkpoint(path, 'ldm.pt', 'vae.pt') or path)
     state = load_checkpoint(path)
     if state['kind'] == 'vae':
         raise ValueError(f'{path} holds stage 1 only; train stage 2 with: '

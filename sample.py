@@ -126,13 +126,13 @@ def draw(args, vae, ldm):
 
 
 def file_name(name):
-    """A name as it may stand in a file's."""
+    """The name with all but letters, digits, _ and - replaced by _."""
     return re.sub(r'[^\w-]', '_', name)
 
 
 @torch.no_grad()
 def encode_items(items, vae, device):
-    """Names, fit for files and each another, and posterior means of those that can be read."""
+    """Unique file names and posterior means of the items that can be read."""
     items.verify()
     common.list_notes([], items.bad)
     good = items.readable(range(len(items)))
@@ -152,14 +152,14 @@ class PictureFlags:
 
 
 def check_pictures(args, sizes):
-    """ValueError for a --box that is none."""
+    """ValueError for an invalid --box."""
     parse_box(args.box)
 
 
 def encode_pictures(path, vae, training, device):
     """Names and posterior means of a picture, or of all pictures of a folder or zip."""
-    pictures = data.make_dataset('image', path, 'all', resolution=vae.config.resolution,
-                                 tolerant=True)
+    pictures = data.FilePictures(data.find_files(path), path, data.Selection('all', tolerant=True),
+                                 resolution=vae.config.resolution)
     return *encode_items(pictures, vae, device), None
 
 
@@ -196,7 +196,7 @@ class SurfaceFlags:
 
 
 def check_surfaces(args, sizes):
-    """ValueError for a --threshold or --res that is none."""
+    """ValueError for an invalid --threshold or --res."""
     common.require(args.threshold < 1, f'--threshold {args.threshold}: must be below 1')
     common.require(all(h == w for h, w in sizes or ()), f'--res {args.sweep or args.res}: this run '
                    'makes surfaces; give one number, the cells along each side of the box')
@@ -296,7 +296,8 @@ def main():
     args = build_parser().parse_args()
     check_flags(args)
     sizes = parse_sizes(args.sweep or args.res) if args.sweep or args.res else None
-    files = ('ldm.pt', 'vae.pt') if args.run or args.reconstruct else ('ldm.pt',)
+    files = ('ldm.pt', 'vae.pt') if args.run else ('ldm.pt',)
+    files = ('vae.pt', 'ldm.pt') if args.reconstruct else files
     path = common.find_checkpoint(args.run, *files) or args.run
     if not path:
         print('no finished run in runs/: using the bundled model of emoji')

@@ -238,6 +238,7 @@ def open_data(first, args):
     """The training and held-out data of stage 1's checkpoint, with what conditions stage 2."""
     options = dict(data.DATASETS[args.dataset][0].encoder_only)
     if args.captions:
+        common.require(Path(args.captions).is_file(), f'--captions {args.captions}: no such file')
         options['captions'] = args.captions = str(Path(args.captions).resolve())
     train, held_out = (data.open_run_data(first, split, args.data, **options)
                        for split in ('train', 'test'))
@@ -294,7 +295,8 @@ def main():
         step = state['step']
     else:
         if args.init:
-            common.load_weights(model, common.load_checkpoint(args.init, 'ldm')['ema'], args.init)
+            path = common.find_checkpoint(args.init, 'ldm.pt') or args.init
+            common.load_weights(model, common.load_checkpoint(path, 'ldm')['ema'], path)
         model.set_latent_stats(*measure_latents(latents, vae, args, device))
         if reader and model.text is None:
             model.set_null_context(reader([''])[0])
@@ -368,4 +370,4 @@ def main():
 
 
 if __name__ == '__main__':
-    common.run(main)
+    common.run(main, common.STOPPED)

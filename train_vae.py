@@ -141,7 +141,8 @@ def main():
         step = state['step']
     else:
         if args.init:
-            common.load_weights(model, common.load_checkpoint(args.init)['vae'], args.init)
+            path = common.find_checkpoint(args.init, 'vae.pt', 'ldm.pt') or args.init
+            common.load_weights(model, common.load_checkpoint(path)['vae'], path)
         model.spectral(rounds=40)
     log = common.start_run(folder, 'vae', args, process, step, [
         f'{len(train)} training items', common.parameters_of(model),
@@ -203,4 +204,4 @@ def main():
 
 
 if __name__ == '__main__':
-    common.run(main)
+    common.run(main, common.STOPPED)

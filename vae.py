@@ -1,6 +1,6 @@
 """Stage 1, the D2C-VAE: discrete data -> latent planes -> continuous function.
 
-    q(z|x) = N(mu, sigma^2)      encoder                             Section 3.2, Eq. 5
+    q(z|x) = N(mu, sigma^2)      encoder and posterior         Section 3.1; Section 3.2, Eq. 5
     Xi^1..Xi^n = D(z)            hierarchically-decomposed basis fields (HDBF), Section 3.1
     omega(c) = pi(gamma(c; Xi))  read-out, in inr.py
     L = mean |omega(c) - x| + (lambda_kl sum KL + lambda_sn SN) / N_ref          Eq. 9
@@ -262,7 +262,10 @@ class D2CVAE(nn.Module):
                         f'--{name}: is for {other.domain} data')
 
     def latent_cells(self):
-        """Cells of the latent along x, y, z or t, for a signal of the training resolution."""
+        """Cells of the latent along x, y, z or t, for a signal of the training resolution.
+
+        The same along all; for an axis that is not reduced, such as t, a subclass says otherwise.
+        """
         return [-(-self.config.resolution // 2 ** (len(self.config.ch_mult) - 1))] * 3
 
     def latent_sizes(self):
@@ -438,7 +441,7 @@ class PictureVAE(D2CVAE):
         return self.render(xi, size, box, antialias).clamp_(-1, 1)  # in place: it may be large
 
     def show(self, xi, size=None):
-        """Of the training resolution without a size."""
+        """`signal`, by default at the training resolution."""
         return self.signal(xi, size or self.config.resolution)
 
 

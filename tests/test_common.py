@@ -329,7 +329,7 @@ def test_log_survives_a_torn_last_line(tmp_path):
 
 @pytest.mark.mutation('common.py', 'for path in (Path(text), RUNS / text)',
                       'for path in (RUNS / text, Path(text))')
-@pytest.mark.mutation('common.py', "candidate.suffix == '.pt' and candidate.is_file()",
+@pytest.mark.mutation('common.py', "candidate.suffix in ('.pt', '.pth', '.ckpt') and candidate.is_file()",
                       'candidate.is_file()')
 @pytest.mark.mutation('common.py', 'p.stat().st_mtime', 'p')
 def test_which_run_is_meant(tmp_path, monkeypatch):

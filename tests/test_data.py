@@ -454,7 +454,7 @@ def test_the_cache_is_bounded_and_changes_nothing(folder):
 
 @pytest.mark.mutation('data.py', "found['text'] = texts[int(rng.integers(len(texts))) if rng else 0]",
                       "found['text'] = texts[0]")
-@pytest.mark.mutation('data.py', "'id', 'file')", "'id')")
+@pytest.mark.mutation('data.py', "('file', 'modelid',", "('modelid',")
 def test_pictures_have_captions_by_file_name(folder):
     """By path, last part or stem; several texts of one are drawn in turn."""
     os.makedirs(folder / 'deep')
@@ -471,6 +471,37 @@ def test_pictures_have_captions_by_file_name(folder):
     i = dataset.names.index('p0.png')
     assert {dataset.item(i, common.seeded(k))['text'] for k in range(9)} == {'a red', 'b'}
     assert dataset.item(dataset.names.index('p5.png'))['text'] == ''
+
+
+@pytest.mark.mutation('data.py', "{key.split('/')[-1]: found for key, found in texts.items()} | texts",
+                      'texts')
+@pytest.mark.mutation('data.py', "self.sides['train'] + self.sides['test'])),", 'self.names)),')
+def test_captions_of_one_side_and_with_another_folder(folder):
+    """The file may name p0.png by its folder elsewhere; held-out pictures need no caption."""
+    (folder / 'c.csv').write_text('id,file,text\n1,there/p0.png,red\n')
+    sides = dict(train=[f'p{k}.png' for k in range(9)], test=['p9.png', 'p10.png', 'p11.png'])
+    try:
+        train, test = (pictures(folder, side, holdout=sides, captions=str(folder / 'c.csv'))
+                       for side in ('train', 'test'))
+    except ValueError as error:
+        pytest.fail(str(error))
+    assert train.captions[0] == ['red'] and not any(train.captions[1:] + test.captions)
+    with pytest.raises(ValueError, match='none of 1 names'):
+        pictures(folder, holdout=dict(train=['p1.png'], test=['p2.png']),
+                 captions=str(folder / 'c.csv'))
+
+
+@pytest.mark.mutation('data.py', 'if why and self.sound.get(i, True):', 'if why:')
+@pytest.mark.mutation('data.py', """        if self.labels is None and self.captions is None:
+            return {}
+""", '')
+def test_a_broken_file_is_read_late_and_listed_once(folder):
+    cut(folder / 'p4.png')
+    dataset = pictures(folder)
+    assert dataset.known(4) == {} and not dataset.bad  # nothing had to be read for that
+    assert not dataset.can_read(4)
+    dataset.verify()
+    assert [name for name, _ in dataset.bad] == ['p4.png']
 
 
 @pytest.mark.mutation('data.py', 'if self.stand_in(i) == i]', ']')

@@ -411,7 +411,7 @@ def test_continuous_scales_and_the_balance_of_the_paper(tmp_path, repo):
 
 
 def test_fine_tuning_starts_from_the_given_weights(toy, copy):
-    done(copy, 'train_vae.py', VAE, '--name fine --steps 1 --lr 1e-12 --init runs/toy_image/vae.pt')
+    done(copy, 'train_vae.py', VAE, '--name fine --steps 1 --lr 1e-12 --init toy_image')
     old, new = (common.load_checkpoint(copy / 'runs' / n / 'vae.pt')['vae']
                 for n in ('toy_image', 'fine'))
     for name in (k for k in old if not k.startswith('sn_')):
@@ -1025,6 +1025,18 @@ def test_a_process_says_nothing_else(broken):
 def test_a_changed_stage_1_is_noticed(copy, repo):
     done(copy, 'train_vae.py', VAE, '--steps 7')
     assert_refused(call(copy, 'train_ldm.py', LDM, repo=repo), 'changed', '--restart')
+
+
+@pytest.mark.mutation('sample.py', "('vae.pt', 'ldm.pt') if args.reconstruct",
+                      "('ldm.pt', 'vae.pt') if args.reconstruct")
+def test_reconstructions_are_by_the_newest_first_stage(copy, repo):
+    """Not by the one that the second stage was trained on."""
+    done(copy, 'train_vae.py', VAE, '--steps 2 --restart')
+    data.save_png(copy / 'x.png', data.toy_image([3], 16)[0])
+    for run, out in (('toy_image', 'a'), ('runs/toy_image/vae.pt', 'b')):
+        done(copy, 'sample.py', f'--run {run} --device cpu --reconstruct x.png --out {out}', repo=repo)
+    a, b = (pictures(copy, out)['16x16/x_png.png'] for out in 'ab')
+    assert np.array_equal(a, b)
 
 
 @pytest.mark.mutation('train_vae.py', "state['splits'] == train.splits()", 'True')

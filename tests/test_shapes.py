@@ -382,8 +382,8 @@ def test_the_near_set_is_drawn_with_its_own_occupancies(shapenet):
         assert torch.equal(item['target'][30:].bool(), r < radii[name])
 
 
-@pytest.mark.mutation('data.py', "next((texts[k] for k in own", "next((texts[k][:1] for k in own")
-@pytest.mark.mutation('data.py', "('modelid', 'model_id', 'id', 'file')", "('id', 'modelid')")
+@pytest.mark.mutation('data.py', "next((known[k] for k in keys", "next((known[k][:1] for k in keys")
+@pytest.mark.mutation('data.py', "'modelid', 'model_id', 'id')", "'id', 'modelid')")
 def test_captions_are_joined_by_model(shapenet):
     root, _ = shapenet
     (root / 'captions.tablechair.csv').write_text(
