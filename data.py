@@ -811,8 +811,12 @@ class Items(Dataset):
 
     @staticmethod
     def lies_at(path):
-        """Whether a folder of unknown content holds data of this domain."""
+        """Whether a folder of unknown content holds data of this domain; raises nothing."""
         return False
+
+    def largest(self, i):
+        """The greatest n for which truth(i, n) is the truth and not enlarged."""
+        return np.inf
 
     @property
     def views(self):
@@ -1059,10 +1063,6 @@ class Pictures(Items):
     @staticmethod
     def lies_at(path):
         return True
-
-    def largest(self, i):
-        """The greatest R at which picture i may serve as truth."""
-        return np.inf
 
     def draw_size(self, i, rng):
         r, largest = self.resolution, self.largest(i)
@@ -2003,8 +2003,7 @@ def check(args):
     name, root = args.dataset, args.data
     if name not in NAMES:
         name, root = kind_of(name), args.data or name
-    base, _ = DATASETS[name]
-    options = base.options_from(dict(vars(args), resolution=args.res, seed=0))
+    options = options_of(dict(vars(args), dataset=name, resolution=args.res, seed=0))
     dataset = make_dataset(name, root, 'all', args.split, args.group, tolerant=True, **options)
     if dataset.computed:
         print(f'{name}: computed; ' + ', '.join(f'{k} {v[0]}' for k, v in dataset.splits().items()))
@@ -2042,6 +2041,8 @@ def main():
     flags.add_argument('--group', default='', help='regular expression: names that become equal '
                        'when it is deleted stay on one side (--group=REGEX if it begins with -)')
     flags.add_argument('--out', default='', help='preview, default out/check_DATASET.png')
+    for config in CONFIGS:
+        flags.add_config(config)
     flags.set_defaults(run=check)
     what = 'sample meshes into the files that shapes are trained on'
     flags = commands.add_parser('mesh', help=what, description=what)

@@ -91,9 +91,12 @@ def scale_of_points(resolution, coords):
     A grid is regular, listed row by row, has two or more rows and columns and is the same for
     every item; D = 2. For other points s = 1, the period of training.
     """
-    x, y, *others = coords[0].unbind(-1)
-    one, width = coords.new_ones(()), int((y == y[0]).sum())
-    if others or width < 2 or len(x) % width or len(x) == width:
+    one = coords.new_ones(())
+    if coords.shape[2] != 2:
+        return one
+    x, y = coords[0].unbind(-1)
+    width = int((y == y[0]).sum())
+    if width < 2 or len(x) % width or len(x) == width:
         return one
     size = len(x) // width, width
     half = [(c[-1] - c[0]) / (n - 1) / 2 for c, n in zip((x, y), size[::-1])]  # sides of a cell / 2

@@ -1484,7 +1484,10 @@ class ShapeRun(Run):
         return dict(iou=20_000), 128
 
 
-DOMAINS = dict(image=PictureRun, shape=ShapeRun)
+DOMAINS = dict(
+    image=PictureRun,
+    shape=ShapeRun,
+)
 
 
 def quantise(x, as_float=False):

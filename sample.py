@@ -261,7 +261,8 @@ class Output:
 
 OUTPUTS = dict(
     image=Output('pictures', PictureFlags, check_pictures, encode_pictures, write_pictures),
-    shape=Output('surfaces', SurfaceFlags, check_surfaces, encode_shape, write_meshes))
+    shape=Output('surfaces', SurfaceFlags, check_surfaces, encode_shape, write_meshes),
+)
 
 
 def check_flags(args):

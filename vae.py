@@ -504,4 +504,7 @@ class ShapeVAE(D2CVAE):
         return torch.cat(parts) if parts else torch.zeros_like(vertices)
 
 
-DOMAINS = dict(image=PictureVAE, shape=ShapeVAE)
+DOMAINS = dict(
+    image=PictureVAE,
+    shape=ShapeVAE,
+)
