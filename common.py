@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 
@@ -310,24 +310,19 @@ class Stream(Dataset):
         return self.dataset.item(int(self.order[1][i]), seeded('item', self.seed, k))
 
 
-class Positions(Sampler):
+def positions(step, batch, accumulate, rank, world):
     """The positions that one process reads, a list for each accumulation round, from `step` on."""
-
-    def __init__(self, step, batch, accumulate, rank, world):
-        self.first, self.rank = step * batch, rank
-        self.round, self.local = batch // accumulate, batch // (accumulate * world)
-
-    def __iter__(self):
-        start = self.first + self.rank * self.local
-        while True:
-            yield list(range(start, start + self.local))
-            start += self.round
+    local = batch // (accumulate * world)
+    start = step * batch + rank * local
+    while True:
+        yield list(range(start, start + local))
+        start += local * world
 
 
 def stream(dataset, args, step, process):
     """Iterator over this process's batches, one for each accumulation round, from `step` on."""
-    positions = Positions(step, args.batch, args.accumulate, process.rank, process.world)
-    return iter(DataLoader(Stream(dataset, args.seed), batch_sampler=positions,
+    own = positions(step, args.batch, args.accumulate, process.rank, process.world)
+    return iter(DataLoader(Stream(dataset, args.seed), batch_sampler=own,
                            num_workers=args.workers, persistent_workers=args.workers > 0))
 
 

@@ -92,10 +92,9 @@ def test_stream_is_a_new_permutation_each_epoch_keyed_by_position():
     assert [common.Stream(Numbers(n), seed=4)[k]['i'] for k in range(n)] != epochs[0]
 
 
-@pytest.mark.mutation('common.py', 'self.first + self.rank * self.local', 'self.first')
-@pytest.mark.mutation('common.py', 'self.first, self.rank = step * batch, rank',
-                      'self.first, self.rank = step, rank')
-@pytest.mark.mutation('common.py', 'start += self.round', 'start += self.local')
+@pytest.mark.mutation('common.py', 'start = step * batch + rank * local', 'start = step * batch')
+@pytest.mark.mutation('common.py', 'start = step * batch + rank * local', 'start = rank * local')
+@pytest.mark.mutation('common.py', 'start += local * world', 'start += local')
 @pytest.mark.mutation('common.py', '(round * process.world + process.rank) * local',
                       '(round + process.rank) * local')
 @pytest.mark.mutation('common.py', '(round * process.world + process.rank) * local',
@@ -107,7 +106,7 @@ def test_ranks_and_rounds_divide_the_batch_in_order():
         for accumulate in (1, 2, 4):
             args = arguments(batch=batch, accumulate=accumulate)
             for first in (0, 5):
-                ranks = [iter(common.Positions(first, batch, accumulate, r, world))
+                ranks = [iter(common.positions(first, batch, accumulate, r, world))
                          for r in range(world)]
                 for step in (first, first + 1):
                     whole = torch.arange(step * batch, (step + 1) * batch)
@@ -122,7 +121,7 @@ def test_ranks_and_rounds_divide_the_batch_in_order():
 
 
 @pytest.mark.mutation('common.py', 'Stream(dataset, args.seed), batch', 'Stream(dataset, 0), batch')
-@pytest.mark.mutation('common.py', 'positions = Positions(step,', 'positions = Positions(0,')
+@pytest.mark.mutation('common.py', 'own = positions(step,', 'own = positions(0,')
 def test_stream_resumes_at_a_step_with_any_workers():
     args = arguments(batch=6, accumulate=2, seed=9)
     straight = common.stream(Numbers(20), args, 0, ALONE)

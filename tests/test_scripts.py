@@ -289,8 +289,7 @@ def step_of(path):
         return None
 
 
-@pytest.mark.mutation('common.py', 'self.first, self.rank = step * batch, rank',
-                      'self.first, self.rank = 0, rank')
+@pytest.mark.mutation('common.py', 'start = step * batch + rank * local', 'start = rank * local')
 @pytest.mark.mutation('common.py', "if s.endswith('}')]", "]")
 @pytest.mark.mutation('common.py', "path.with_name(path.name + '.tmp')", 'path')
 @pytest.mark.parametrize('script', STAGES)
@@ -459,8 +458,7 @@ def two_processes(folder, jobs, tmp_path, repo):
     said += out.splitlines()
 
 
-@pytest.mark.mutation('common.py', 'start = self.first + self.rank * self.local',
-                      'start = self.first')
+@pytest.mark.mutation('common.py', 'start = step * batch + rank * local', 'start = step * batch')
 @pytest.mark.mutation('common.py', 'self.first, self.rank = step * batch, rank',
                       'self.first, self.rank = step * (batch // world), rank')
 @pytest.mark.mutation('common.py', 'if last or not hasattr', 'if not hasattr')
@@ -707,8 +705,7 @@ def test_shapes_end_to_end(shapes):
     assert model.config.text == 'bytes' and list(model.config.planes) == ['xy', 'yz', 'xz']
 
 
-@pytest.mark.mutation('common.py', 'self.first, self.rank = step * batch, rank',
-                      'self.first, self.rank = 0, rank')
+@pytest.mark.mutation('common.py', 'start = step * batch + rank * local', 'start = rank * local')
 @pytest.mark.mutation('train_ldm.py', "opt.load_state_dict(state['opt'])", 'pass')
 def test_shapes_resume_bit_by_bit(shapes, tmp_path, repo):
     """Clouds, queries, flips, captions and the text encoder go on where they were."""
