@@ -459,8 +459,8 @@ def two_processes(folder, jobs, tmp_path, repo):
 
 
 @pytest.mark.mutation('common.py', 'start = step * batch + rank * local', 'start = step * batch')
-@pytest.mark.mutation('common.py', 'self.first, self.rank = step * batch, rank',
-                      'self.first, self.rank = step * (batch // world), rank')
+@pytest.mark.mutation('common.py', 'start = step * batch + rank * local',
+                      'start = step * (batch // world) + rank * local')
 @pytest.mark.mutation('common.py', 'if last or not hasattr', 'if not hasattr')
 @pytest.mark.mutation('vae.py', 'total = reconstruction + weights[0] * kl / n',
                       'total = reconstruction + weights[0].item() * kl / n')
