@@ -221,9 +221,9 @@ def parse(argv=None):
     parser = build_parser()
     vae = parser.known(argv).vae
     try:
-        path = common.find_checkpoint(vae, 'vae.pt') or Path(vae)
-        common.require(vae or path.name, 'no stage-1 run in runs/: train one with python '
-                       'train_vae.py')
+        path = common.find_checkpoint(vae, 'vae.pt')
+        common.require(path or vae, 'no stage-1 run in runs/: train one with python train_vae.py')
+        path = path or Path(vae)
         state = common.load_checkpoint(path, 'vae')
     except (ValueError, OSError):
         parser.parse_known_args(argv)  # -h works without a stage 1
