@@ -1347,7 +1347,7 @@ class Run:
         return Source(items, read, about, batch, {(self.R, self.R)})
 
     def items(self, split, limit, kind, work):
-        """A Source of work(dataset, part) of up to `limit` items that fit, evenly spaced."""
+        """A Source of work(dataset, part) for up to `limit` readable items, evenly spaced."""
         dataset = self.data(split)
         fitting = [i for i in range(len(dataset)) if self.fits(dataset, i, self.R)]
         require(fitting, f'{self.path}: none of its {len(dataset)} items has {self.R} pixels a '
@@ -1661,8 +1661,8 @@ def psnr_command(args):
         seen = evenly_spaced(len(train), 1000)
         sums = shared(lambda part: torch.stack([train.truth(i, run.R) for i in part]).sum(0),
                       pieces(seen, args.batch), 'mean picture')
-        mean = sum(sums) / len(seen) / 2 + 0.5
-        plain = dict(mean_picture=mean, white_picture=torch.ones_like(mean))  # guesses to beat
+        mean = sum(sums) / len(seen) / 2 + 0.5  # like white, what a reconstruction must beat
+        plain = dict(mean_picture=mean, white_picture=torch.ones_like(mean))
 
     def likenesses(pairs):
         x, y = pairs.unbind(1)
@@ -1828,9 +1828,6 @@ def only_level(xi, kept):
             for i, level in enumerate(xi)]
 
 
-LUMINANCE = [[[0.299]], [[0.587]], [[0.114]]]  # of R, G, B: ITU-R BT.601
-
-
 def spectrum_command(args):
     run = open_run(args.a, args, stage=2)
 
@@ -1839,7 +1836,8 @@ def spectrum_command(args):
         xi, found = run.vae.decode(z), {}
         for kept in (None, *range(len(xi))):
             x = run.vae.signal(only_level(xi, kept), run.R).cpu()
-            magnitude = spectrum((x * x.new_tensor(LUMINANCE)).sum(1))
+            grey = x * x.new_tensor([0.299, 0.587, 0.114])[:, None, None]  # ITU-R BT.601
+            magnitude = spectrum(grey.sum(1))
             seen = torch.stack([equalise(m) for m in magnitude.log1p()]).float() * 2 - 1
             found['all' if kept is None else f'xi{kept + 1}'] = (
                 torch.stack([x, seen[:, None].expand_as(x)], dim=1), radial_energy(magnitude))
@@ -1863,7 +1861,8 @@ def unit_cube_grid(cells, ends=False):
     line = 2 * (torch.arange(cells) + 0.5) / cells - 1
     if ends:  # from face to face, as Clip-Forge's classifier is fed generated shapes
         line = torch.linspace(-1, 1, cells)
-    return torch.cartesian_prod(*[line * (0.5 / data.HALF_BOX)] * 3)
+    line = line * (0.5 / data.HALF_BOX)
+    return torch.cartesian_prod(line, line, line)
 
 
 @torch.no_grad()
@@ -1941,7 +1940,7 @@ VIEWS = dict(  # azimuths of the five pictures that CLIP-S takes the best of
 
 def drawn_views(surface, preset, size=256):
     """uint8 (5,3,S,S): a mesh within [-1/2, 1/2]^3 from each direction of a preset."""
-    shades = [render_mesh(*surface, size, 20, a, distance=1.7, fov=60)['shade']
+    shades = [render_mesh(*surface, size, elevation=20, azimuth=a, distance=1.7, fov=60)['shade']
               for a in VIEWS[preset]]
     return (255 * torch.stack(shades)).round().byte()[:, None].expand(-1, 3, -1, -1)
 
@@ -2044,8 +2043,8 @@ FLAGS = dict(
 Command = namedtuple('Command', 'function thing sets flags defaults help')
 SAMPLES = 'data split res num num_real fakes seed amp float bicubic batch '
 REBUILT = 'data split res num posterior seed float bicubic batch '
-FID, FVD = ('weights reference ddof ' + more for more in (
-    'resize ', 'preset eps frames interval '))
+FID = 'weights reference ddof resize '
+FVD = 'weights reference ddof preset eps frames interval '
 RUN, SETS = 'RUN', 'A [B]'
 FVD_DEFAULTS = dict(features='i3d', resize=None, ddof=None, eps=None, num=2048, batch=8)
 COMMANDS = dict(
@@ -2053,8 +2052,8 @@ COMMANDS = dict(
         features='inception'), 'Frechet Inception distance'),
     rfid=Command(frechet_command, 'picture', SETS, FID + REBUILT, dict(
         features='inception', fakes='reconstructions'), 'the same of pictures and reconstructions'),
-    fvd=Command(frechet_command, 'clip', SETS, FVD + SAMPLES + 'samplers', dict(
-        FVD_DEFAULTS), 'Frechet video distance'),
+    fvd=Command(frechet_command, 'clip', SETS, FVD + SAMPLES + 'samplers', FVD_DEFAULTS,
+                'Frechet video distance'),
     rfvd=Command(frechet_command, 'clip', SETS, FVD + REBUILT, dict(
         FVD_DEFAULTS, fakes='reconstructions'), 'the same of clips and reconstructions'),
     nfe=Command(nfe_command, '', RUN, 'num seed amp batch samplers', dict(

@@ -1445,7 +1445,7 @@ def test_one_basis_field_is_kept():
     assert all(torch.equal(a['xy'], b['xy']) for a, b in zip(metrics.only_level(xi, None), xi))
 
 
-@pytest.mark.mutation('metrics.py', '(x * x.new_tensor(LUMINANCE)).sum(1)', 'x[:, 0]')
+@pytest.mark.mutation('metrics.py', 'spectrum(grey.sum(1))', 'spectrum(x[:, 0])')
 def test_spectrum_of_a_run(capsys, toy_run, monkeypatch):
     stripes = torch.tensor([1., -1]).repeat(10)[None, None, None].expand(1, 1, 20, 20)
     slow = torch.cos(torch.pi * torch.arange(20) / 10)[:, None].expand(1, 1, 20, 20)
