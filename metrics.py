@@ -1066,18 +1066,13 @@ def identify(path, files):
 # ---- sharing out over processes ----------------------------------------------------------------
 
 def ranks():
-    """(this process's number, how many there are)."""
+    """(this process's number, how many there are); number 0 prints and writes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def first_process():
-    """Whether this process is the one to print and to write."""
-    return ranks()[0] == 0
 
 
 def bar(*args, **options):
     """A progress bar, of the first process alone."""
-    return tqdm(*args, dynamic_ncols=True, disable=not first_process(), **options)
+    return tqdm(*args, dynamic_ncols=True, disable=ranks()[0] > 0, **options)
 
 
 def gather(value):
@@ -1090,10 +1085,7 @@ def gather(value):
 
 
 def shared(work, items, what, mapped=map):
-    """[work(x) for x in items], shared out over the processes; the whole list on every one.
-
-    Item k belongs to process k mod their number. `mapped` is map or that of a pool.
-    """
+    """[work(x) for x in items] on every process; process k mod their number works on item k."""
     rank, world = ranks()
     found, mine = [None] * len(items), items[rank::world]
     done = list(bar(mapped(work, mine), what, len(mine)))
@@ -1113,9 +1105,9 @@ def pieces(items, size):
 class Source:
     """Things of one kind, read part by part: pictures, clips, clouds, or these beside their truth.
 
-    `read` maps a part of the items to a list of batches of one shape each: pictures (B,3,H,W) or
-    clips (B,3,T,H,W) in 0..255, clouds (B,N,3). What cannot be read it leaves out and names in
-    `bad`; where it samples it adds the network calls of a batch to `calls`.
+    `read` maps a part of the items to batches of one shape each: pictures (B,3,H,W) or clips
+    (B,3,T,H,W) in 0..255, clouds (B,N,3). What cannot be read it leaves out and names in `bad`;
+    where it samples it adds the network calls of a batch to `calls`.
     """
     items: Sequence
     read: Callable
@@ -1128,40 +1120,32 @@ class Source:
     def __post_init__(self):
         self.total = len(self.items) + len(self.bad)
 
-    @property
-    def parts(self):
-        return pieces(self.items, self.batch)
-
-    def finish(self):
-        """To be called on every process after a pass: notes the mean NFE, and what is broken.
-
-        ValueError if all is broken, or at least three things and more than 1 %.
-        """
-        bad, calls = zip(*gather((self.bad, self.calls)))
-        bad, calls = sorted(set().union(*bad)), sum(calls, [])
-        if calls:
-            self.about['nfe'] = float(np.mean(calls))
-        if bad and first_process():
-            print(f'skipped {len(bad)} unreadable {self.about["kind"]}: {", ".join(bad[:3])}',
-                  file=sys.stderr)
-        require(len(bad) < self.total and (len(bad) < 3 or len(bad) <= self.total / 100),
-                f'{self.about["source"]}: {len(bad)} of {self.total} {self.about["kind"]} cannot '
-                'be read')
-
 
 @full_precision()
 @torch.no_grad()
 def measured(source, work):
-    """[work(batch) for every batch of a source], shared out over the processes, on every one."""
-    found = shared(lambda part: [work(batch) for batch in source.read(part)], source.parts,
-                   source.about['kind'])
-    source.finish()
+    """[work(batch) for every batch of a source], shared out over the processes, on every one.
+
+    Notes the mean NFE. ValueError if all is broken, or at least three things and more than 1 %.
+    """
+    about, total = source.about, source.total
+    found = shared(lambda part: [work(batch) for batch in source.read(part)],
+                   pieces(source.items, source.batch), about['kind'])
+    bad, calls = zip(*gather((source.bad, source.calls)))
+    bad, calls = sorted(set().union(*bad)), sum(calls, [])
+    if calls:
+        about['nfe'] = float(np.mean(calls))
+    if bad and ranks()[0] == 0:
+        print(f'skipped {len(bad)} unreadable {about["kind"]}: {", ".join(bad[:3])}',
+              file=sys.stderr)
+    require(len(bad) < total and (len(bad) < 3 or len(bad) <= total / 100),
+            f'{about["source"]}: {len(bad)} of {total} {about["kind"]} cannot be read')
     return [x for part in found for x in part]
 
 
 def features(net, source):
     """Features (N, net.dim) of a source, float32, on the CPU of every process, in order."""
-    found = measured(source, lambda batch: net(batch.to(device_of(net))).cpu())
+    found = measured(source, lambda batch: net(batch.to(next(net.parameters()).device)).cpu())
     require(found, 'nothing to measure')
     rows, n = torch.empty(sum(map(len, found)), net.dim), 0
     while found:  # a part is freed before the next is copied: there are never two of all
@@ -1171,14 +1155,10 @@ def features(net, source):
     return rows
 
 
-def device_of(net):
-    return next(net.parameters()).device
-
-
 def feature_stats(net, source):
     """FeatureStats of a source, in the memory of one batch, on every process."""
-    stats = FeatureStats(net.dim)
-    measured(source, lambda batch: stats.update(net(batch.to(device_of(net)))))
+    stats, device = FeatureStats(net.dim), next(net.parameters()).device
+    measured(source, lambda batch: stats.update(net(batch.to(device))))
     first, *others = gather(stats.cpu())
     for other in others:
         first.merge(other)
@@ -1188,10 +1168,7 @@ def feature_stats(net, source):
 # ---- sources in files --------------------------------------------------------------------------
 
 def file_source(items, load, name, about, failure=OSError, **options):
-    """A Source of what load(item) reads from files, in threads.
-
-    An item for which it raises `failure` is broken, and called name(item).
-    """
+    """A Source of load(item), in threads; where that raises `failure`, name(item) is broken."""
     def attempt(item):
         try:
             return load(item)
@@ -1208,16 +1185,12 @@ def file_source(items, load, name, about, failure=OSError, **options):
 
 def about_files(folder, kind, resolution, **more):
     """What a manifest says of pictures in files."""
-    resized = 'centre square, Pillow bicubic, antialiased' if resolution else 'no'
-    return dict(source=str(folder), kind=kind, resolution=resolution or 'as stored',
-                resized=resized, **more)
+    return dict(source=str(folder), kind=kind, resolution=resolution or 'as stored', resized=(
+        'centre square, Pillow bicubic, antialiased' if resolution else 'no'), **more)
 
 
 def read_picture(files, name, resolution=0):
-    """uint8 (3,H,W); with a resolution the centre square, reduced once with antialiasing.
-
-    ValueError for a picture smaller than that; OSError for one that cannot be read.
-    """
+    """uint8 (3,H,W), or the centre square reduced; OSError if broken, ValueError if smaller."""
     try:
         with files.open(name) as image:
             image = data.to_rgb(image)
@@ -1251,24 +1224,21 @@ def folder_pictures(folder, args, resolution, limit, key):
 def folder_pairs(args):
     """Pictures (B,2,3,H,W) in [0, 1] of two folders, paired by sorted name, as a Source."""
     sets = [data.find_files(folder) for folder in (args.a, args.b)]
-    names = [files.names[:args.num] for files in sets]
-    require(len(names[0]) == len(names[1]),
-            f'{args.a} has {len(names[0])} pictures, {args.b} has {len(names[1])}: no pairs')
-    pairs = list(zip(*names))
+    a, b = (files.names[:args.num] for files in sets)
+    require(len(a) == len(b), f'{args.a} has {len(a)} pictures, {args.b} has {len(b)}: no pairs')
 
     def load(pair):
         x, y = (read_picture(files, name, args.res) / 255 for files, name in zip(sets, pair))
         require(x.shape == y.shape, f'{pair[0]} and {pair[1]} have different sizes; try --res')
         return torch.stack([x, y])
-    return file_source(pairs, load, ' and '.join, about_files(
-        args.a, 'pairs', args.res, beside=str(args.b), pairs='by sorted name'), batch=args.batch)
+    about = about_files(args.a, 'pairs', args.res, beside=str(args.b), pairs='by sorted name')
+    return file_source(list(zip(a, b)), load, ' and '.join, about, batch=args.batch)
 
 
 def draw_clips(lengths, frames, interval, num, key):
     """Up to `num` pairs (video, first frame): one of every video, then a second one, and so on.
 
-    First frames are random without repetition; too short videos are left out. Of more videos than
-    `num` some, evenly spaced, are taken.
+    First frames are random without repetition. Of more videos than `num` some are left out evenly.
     """
     span = (frames - 1) * interval
     firsts = {v: seeded('clip', *key, v).permutation(n - span)
@@ -1286,7 +1256,7 @@ def folder_clips(folder, args, resolution, limit, key):
     videos = data.find_videos(files)
     clips = draw_clips([len(v) for v in videos], args.frames, args.interval, limit,
                        (args.seed, key))
-    span, used = (args.frames - 1) * args.interval + 1, {v for v, _ in clips}
+    span = (args.frames - 1) * args.interval + 1
     require(clips, f'{folder}: {len(videos)} videos, none of {span} frames')
 
     def load(clip):
@@ -1294,10 +1264,10 @@ def folder_clips(folder, args, resolution, limit, key):
         numbers = range(first, first + span, args.interval)
         frames = data.read_frames(files, videos[video], numbers, resolution)
         return torch.from_numpy(frames).permute(3, 0, 1, 2)
-    about = about_files(folder, 'clips', resolution, videos=len(videos), used=len(used),
-                        too_short=sum(0 < len(v) < span for v in videos), frames=args.frames,
-                        interval=args.interval, seed=args.seed,
-                        codec=Path(videos[clips[0][0]].frames[0]).suffix)
+    about = about_files(
+        folder, 'clips', resolution, videos=len(videos), used=len({v for v, _ in clips}),
+        too_short=sum(0 < len(v) < span for v in videos), frames=args.frames,
+        interval=args.interval, seed=args.seed, codec=Path(videos[clips[0][0]].frames[0]).suffix)
     return file_source(clips, load, lambda clip: videos[clip[0]].name, about, batch=args.batch,
                        bad={v.name for v in videos if not len(v)})
 
@@ -1377,10 +1347,7 @@ class Run:
         return Source(items, read, about, batch, {(self.R, self.R)})
 
     def items(self, split, limit, kind, work):
-        """A Source of work(dataset, part) for up to `limit` items of a split, evenly spaced.
-
-        Files that cannot be read are left out, and so are items too small for --res.
-        """
+        """A Source of work(dataset, part) for up to `limit` readable items, evenly spaced."""
         dataset = self.data(split)
         fitting = [i for i in range(len(dataset)) if self.fits(dataset, i, self.R)]
         require(fitting, f'{self.path}: none of its {len(dataset)} items has {self.R} pixels a '
@@ -1393,23 +1360,21 @@ class Run:
                            self.encoded_together or self.args.batch, split=split)
 
     def reals(self, split, limit):
-        def work(dataset, part):
-            return torch.stack([self.true(dataset, i) for i in part])
-        return self.items(split, limit, 'data', work)
+        return self.items(split, limit, 'data', lambda dataset, part: torch.stack(
+            [self.true(dataset, i) for i in part]))
 
     def train(self):
         return self.reals('train', self.args.num)
 
     def reconstructions(self):
-        def work(dataset, part):
-            return self.made(self.encoded(dataset, part), part)
-        return self.items(self.args.split, self.args.num, 'reconstructions', work)
+        return self.items(self.args.split, self.args.num, 'reconstructions',
+                          lambda dataset, part: self.made(self.encoded(dataset, part), part))
 
     def pairs(self, size, **options):
         """--num items of --split beside their reconstructions; `options` are of `compared`."""
-        def work(dataset, part):
-            return self.compared(self.encoded(dataset, part), dataset, part, size, **options)
-        return self.items(self.args.split, self.args.num, 'reconstructions', work)
+        return self.items(
+            self.args.split, self.args.num, 'reconstructions', lambda dataset, part:
+            self.compared(self.encoded(dataset, part), dataset, part, size, **options))
 
     def draw(self, seeds, **condition):
         """Latents (B,C,L) with these seeds, in one batch, and their network calls."""
@@ -1464,9 +1429,8 @@ class ShapeRun(Run):
     def made(self, z, numbers):
         clouds, args = [], self.args
         for k, own in zip(numbers, z.split(1)):
-            (vertices, faces), = self.vae.signal(self.vae.decode(own), args.res,
-                                                 args.threshold or None)
-            clouds.append(surface_cloud(vertices.cpu(), faces.cpu(), args.points, args.seed, k))
+            mesh, = self.vae.signal(self.vae.decode(own), args.res, args.threshold or None)
+            clouds.append(surface_cloud(*(v.cpu() for v in mesh), args.points, args.seed, k))
         return torch.stack(clouds)
 
     def settings(self):
@@ -1486,8 +1450,7 @@ class ShapeRun(Run):
 
 DOMAINS = dict(
     image=PictureRun,
-    shape=ShapeRun,
-)
+    shape=ShapeRun)
 
 
 def quantise(x, as_float=False):
@@ -1541,10 +1504,7 @@ def is_run(path):
 
 
 def open_run(path, args, stage=1):
-    """The Run that `path` means; with stage 2 it can sample.
-
-    ValueError if there is none, or if it has not what the command measures.
-    """
+    """The Run at `path`, with stage 2 to sample; ValueError if it has not what is measured."""
     import ldm  # here, so that folders can be measured without the model
     file = find_checkpoint(path, *(('ldm.pt', 'vae.pt') if stage == 2 else ('vae.pt', 'ldm.pt')))
     require(file, f'{path}: not a run; give a folder with vae.pt or ldm.pt')
@@ -1562,7 +1522,8 @@ def real_and_fake(args):
 
     They are A and B, or a run's own data and what it makes. A folder is read as the run is.
     """
-    alone, folder = args.b is None, FOLDERS[COMMANDS[args.command].thing]
+    command, alone = COMMANDS[args.command], args.b is None
+    folder = FOLDERS[command.thing]
     paired, limit = args.fakes == 'reconstructions', args.num_real or args.num
     require(not alone or is_run(args.a),
             f'{args.a}: not a run; give a second folder or run to compare it with')
@@ -1571,19 +1532,16 @@ def real_and_fake(args):
     stage = 2 if args.fakes == 'samples' else 1
     a = open_run(args.a, args, stage if alone else 1) if is_run(args.a) else None
     b = a if alone else open_run(args.b, args, stage) if is_run(args.b) else None
-    flags = COMMANDS[args.command].flags.split()
-    require(b or not args.float and not (paired and 'fakes' in flags), f'--float and --fakes are '
-            f'for what a run makes, and {args.b} is none; leave them out')
+    require(b or not args.float and not (paired and 'fakes' in command.flags), f'--float and '
+            f'--fakes are for what a run makes, and {args.b} is none; leave them out')
     require(len(args.samplers) == 1 or b and stage == 2, '--samplers: several are for the samples '
             'of a run')
     R = args.res or next((run.R for run in (a, b) if run), 0)
     real = a.reals(args.split, limit) if a else folder(args.a, args, R, limit, 0)
 
     def fakes():
-        if b:
-            fake = getattr(b, args.fakes)()  # the choices of --fakes are methods of Run
-        else:
-            fake = folder(args.b, args, R, args.num, 0 if paired else 1)
+        fake = (getattr(b, args.fakes)() if b else  # the choices of --fakes are methods of Run
+                folder(args.b, args, R, args.num, 0 if paired else 1))
         shown = [' or '.join(f'{m} x {n}' for m, n in sorted(s.sizes)[:3]) for s in (fake, real)]
         require(len(fake.sizes) != 1 or real.sizes == fake.sizes or not real.sizes,
                 f'the fakes are {shown[0]} pixels, the reals {shown[1]}: give --res')
@@ -1595,18 +1553,12 @@ def real_and_fake(args):
 
 # ---- results -----------------------------------------------------------------------------------
 
-PLACES = 'weights data reference classifier reader sampler samplers device out'.split()
-
-
 def report(args, line, values, net=None, **sources):
-    """One line to read and one of JSON, by the first process; --out keeps the latter.
-
-    The JSON holds the command, its flags but for places, the network, the values and what each
-    source says of itself: all that a number depends on.
-    """
-    if not first_process():
+    """Prints a line and, with all that a number depends on, one of JSON, which --out keeps."""
+    if ranks()[0] > 0:
         return
-    flags = {k: getattr(args, k) for k in COMMANDS[args.command].flags.split() if k not in PLACES}
+    places = 'weights data reference classifier reader sampler samplers device out'.split()
+    flags = {k: getattr(args, k) for k in COMMANDS[args.command].flags.split() if k not in places}
     network = dict(net.source, resize=net.resize) if net else {}
     text = json.dumps(dict(command=args.command) | flags | network | values
                       | {name: source.about for name, source in sources.items()})
@@ -1635,25 +1587,20 @@ FVD_PRESETS = dict(  # how frames come to 224 x 224; covariance over n - ddof; I
 
 
 def real_stats(net, real, args):
-    """FeatureStats of the reals, read from --reference or, if that is absent, written there.
-
-    ValueError if the file was made with another network, or of other things.
-    """
-    if not args.reference:
-        return feature_stats(net, real)
-    path, stats = Path(args.reference), FeatureStats(net.dim)
+    """FeatureStats of the reals, kept in --reference; ValueError for a file of anything else."""
     own = dict(sha256=net.source['sha256'], resize=net.resize, eps=args.eps,
                count=len(real.items), **real.about)
     own.pop('step', None)  # the run's, not of its data
-    if gather(path.exists())[0]:
-        saved = load_checkpoint(path, 'reference')
+    path = args.reference
+    if path and gather(Path(path).exists())[0]:
+        saved, stats = load_checkpoint(path, 'reference'), FeatureStats(net.dim)
         for name, value in saved['about'].items():
             require(own.get(name) == value, f'--reference {path}: made with {name} {value}, not '
                     f'{own.get(name)}; name another file')
         stats.load_state_dict(saved['stats'])
         return stats
     stats = feature_stats(net, real)
-    if first_process():
+    if path and ranks()[0] == 0:
         save_checkpoint(path, dict(kind='reference', about=own, stats=stats.state_dict()))
     return stats
 
@@ -1704,23 +1651,18 @@ def pr_command(args):
                 n_fake=len(y)), net, real=real, fake=fake)
 
 
-def plain_pictures(run, batch):
-    """The mean training picture and white, (3,R,R) in [0, 1]: what a reconstruction must beat."""
-    train = run.data('train')
-    seen = evenly_spaced(len(train), 1000)
-    sums = shared(lambda part: torch.stack([train.truth(i, run.R) for i in part]).sum(0),
-                  pieces(seen, batch), 'mean picture')
-    mean = sum(sums) / len(seen) / 2 + 0.5
-    return dict(mean_picture=mean, white_picture=torch.ones_like(mean))
-
-
 def psnr_command(args):
     require((args.b is None) == is_run(args.a), f'{args.a}: give one run, or two folders')
     if args.b:
         source, plain = folder_pairs(args), {}
     else:
         run = open_run(args.a, args)
-        source, plain = run.pairs(run.R, enlarged=args.bicubic), plain_pictures(run, args.batch)
+        source, train = run.pairs(run.R, enlarged=args.bicubic), run.data('train')
+        seen = evenly_spaced(len(train), 1000)
+        sums = shared(lambda part: torch.stack([train.truth(i, run.R) for i in part]).sum(0),
+                      pieces(seen, args.batch), 'mean picture')
+        mean = sum(sums) / len(seen) / 2 + 0.5  # like white, what a reconstruction must beat
+        plain = dict(mean_picture=mean, white_picture=torch.ones_like(mean))
 
     def likenesses(pairs):
         x, y = pairs.unbind(1)
@@ -1747,13 +1689,13 @@ def values_line(values):
                       if v is not None)
 
 
-def mean_shape(dataset, cells=64, limit=1000):
-    """Share of up to `limit` shapes that fill each cell of the box: (cells,)*3, z first.
+def mean_shape(dataset, cells=64):
+    """Share of up to 1,000 shapes that fill each cell of the box: (cells,)*3, z first.
 
     With too few shapes for `cells`, the cells are doubled until each has a point in it.
     """
-    inside, seen = torch.zeros(cells ** 3), torch.zeros(cells ** 3)
-    for i in evenly_spaced(len(dataset), limit):
+    inside, seen = torch.zeros(2, cells ** 3)
+    for i in evenly_spaced(len(dataset), 1000):
         points, occupied = dataset.truth(i, 20_000)
         cell = cell_numbers(points, cells)
         seen += torch.bincount(cell, minlength=cells ** 3)
@@ -1776,9 +1718,8 @@ def iou_command(args):
     plain = mean_shape(run.data('train')) > 0.5
     source = run.pairs(100_000, plain=plain)
     source.items = dataset.readable(source.items)  # so that values and labels go together
-    rows = measured(source, lambda pair: (iou(pair[0, 1:], pair[0, :1].expand(2, -1)),
-                                          pair.shape[2]))
-    values, points = zip(*rows)
+    values, points = zip(*measured(source, lambda pair: (
+        iou(pair[0, 1:], pair[0, :1].expand(2, -1)), pair.shape[2])))
     found, guess = torch.stack(values, dim=1)
     labels = torch.tensor([dataset.labels[i] for i in source.items])
     classes = {dataset.titles[k]: found[labels == k].mean().item()
@@ -1813,7 +1754,8 @@ def shapes_command(args):
 
 def chosen(source, wanted):
     """{number: thing} of those with these numbers, counted in a pass over what can be read."""
-    things = (x for part in source.parts for batch in source.read(part) for x in batch)
+    parts = pieces(source.items, source.batch)
+    things = (x for part in parts for batch in source.read(part) for x in batch)
     return {k: x for k, x in enumerate(things) if k in wanted}
 
 
@@ -1829,7 +1771,7 @@ def nn_command(args):
     side = args.res or max(samples[0].shape[1:])
     tiles = [tile(x, side) for k, row in enumerate(index.tolist())
              for x in [samples[k], *(shown[i] for i in row)]]
-    if first_process():
+    if ranks()[0] == 0:
         data.save_grid(args.picture, torch.stack(tiles), columns=args.k + 1)
     report(args, f'{len(queries)} samples, their {args.k} nearest of {len(bank)}: mean distance '
                  f'{distances.mean():.4f}, nearest {distances[:, 0].mean():.4f}; {args.picture}',
@@ -1886,32 +1828,26 @@ def only_level(xi, kept):
             for i, level in enumerate(xi)]
 
 
-LUMINANCE = [[[0.299]], [[0.587]], [[0.114]]]  # of R, G, B: ITU-R BT.601
-
-
-def spectra(run, z):
-    """Of all basis fields and of each alone: pictures beside their spectra, and radial_energy.
-
-    {'all', 'xi1', ...: ((B,2,3,R,R), dict)} of latents (B,C,L); the other fields are zeroed.
-    """
-    xi, found = run.vae.decode(z), {}
-    for kept in (None, *range(len(xi))):
-        x = run.vae.signal(only_level(xi, kept), run.R).cpu()
-        magnitude = spectrum((x * x.new_tensor(LUMINANCE)).sum(1))
-        seen = torch.stack([equalise(m) for m in magnitude.log1p()]).float() * 2 - 1
-        found['all' if kept is None else f'xi{kept + 1}'] = (
-            torch.stack([x, seen[:, None].expand_as(x)], dim=1), radial_energy(magnitude))
-    return found
-
-
 def spectrum_command(args):
     run = open_run(args.a, args, stage=2)
-    source = run.samples(made=lambda z, numbers: spectra(run, z))
+
+    def spectra(z, numbers):
+        """{'all', 'xi1', ...: (pictures beside their spectra (B,2,3,R,R), radial_energy)}."""
+        xi, found = run.vae.decode(z), {}
+        for kept in (None, *range(len(xi))):
+            x = run.vae.signal(only_level(xi, kept), run.R).cpu()
+            grey = x * x.new_tensor([0.299, 0.587, 0.114])[:, None, None]  # ITU-R BT.601
+            magnitude = spectrum(grey.sum(1))
+            seen = torch.stack([equalise(m) for m in magnitude.log1p()]).float() * 2 - 1
+            found['all' if kept is None else f'xi{kept + 1}'] = (
+                torch.stack([x, seen[:, None].expand_as(x)], dim=1), radial_energy(magnitude))
+        return found
+    source = run.samples(made=spectra)
     parts = measured(source, lambda part: part)
     rows = [torch.cat([part[name][0] for part in parts]) for name in parts[0]]
     values = {name: {k: torch.cat([part[name][1][k] for part in parts]).mean(0).tolist()
                      for k in energy} for name, (_, energy) in parts[0].items()}
-    if first_process():
+    if ranks()[0] == 0:
         data.save_grid(args.picture, torch.stack(rows, dim=2).flatten(0, 2), columns=len(rows))
     line = values_line({name: v['centroid'] for name, v in values.items()})
     report(args, f'spectral centroid over Nyquist: {line}   {args.num} samples; {args.picture}',
@@ -1921,21 +1857,17 @@ def spectrum_command(args):
 # ---- text to shape -----------------------------------------------------------------------------
 
 def unit_cube_grid(cells, ends=False):
-    """Points (cells^3,3) in [-1,1] of the unit cube in the box, x slowest: centres of cells.
-
-    Or, with `ends`, from face to face, as Clip-Forge's classifier is fed generated shapes.
-    """
-    line = torch.linspace(-1, 1, cells) if ends else 2 * (torch.arange(cells) + 0.5) / cells - 1
+    """Points (cells^3,3) in [-1,1] of the unit cube in the box, x slowest: centres of cells."""
+    line = 2 * (torch.arange(cells) + 0.5) / cells - 1
+    if ends:  # from face to face, as Clip-Forge's classifier is fed generated shapes
+        line = torch.linspace(-1, 1, cells)
     line = line * (0.5 / data.HALF_BOX)
     return torch.cartesian_prod(line, line, line)
 
 
 @torch.no_grad()
 def occupancy_grid(vae, xi, cells, ends=False):
-    """Boolean grids (B,cells,cells,cells), axes x, y, z, of what basis fields stand for.
-
-    Inside is where the occupancy is above the config's threshold, as for surfaces.
-    """
+    """Boolean grids (B,cells,cells,cells), axes x, y, z: where basis fields have an inside."""
     points = unit_cube_grid(cells, ends).to(next(vae.parameters()).device)
     level = math.log(vae.config.threshold / (1 - vae.config.threshold))
     return (logits(vae, xi, points) > level).unflatten(1, (cells,) * 3).cpu()
@@ -1993,23 +1925,23 @@ def classifier_command(args):
         opt.step()
     net.eval().requires_grad_(False)
     right = 100 * (classify(net, x_test) == y_test).double().mean().item()
-    if first_process():
+    if ranks()[0] == 0:
         save_checkpoint(args.classifier, dict(model=net.state_dict(), classes=train.groups))
     report(args, f'accuracy {right:.1f} % of {len(y_test)} {args.split} shapes, {len(y)} trained '
                  f'on; {len(train.groups)} classes; written to {args.classifier}',
            dict(accuracy=right, n=len(y_test), n_train=len(y), grid=32, classes=train.groups,
-                voxels='nearest stored point', source=str(run.path), file=args.classifier))
+                voxels='nearest stored point', source=run.path, file=args.classifier))
 
 
-VIEWS = dict(  # azimuths of the five pictures that CLIP-S takes the best of; elevation, distance
-    diffusion_sdf=([20 - 10 * k for k in range(1, 6)], 20, 1.7, 60),  # the mesh turns, not the eye
-    even=([k * 72 for k in range(5)], 20, 1.7, 60))
+VIEWS = dict(  # azimuths of the five pictures that CLIP-S takes the best of
+    diffusion_sdf=range(10, -40, -10),  # the mesh turns, not the eye
+    even=range(0, 360, 72))
 
 
 def drawn_views(surface, preset, size=256):
     """uint8 (5,3,S,S): a mesh within [-1/2, 1/2]^3 from each direction of a preset."""
-    azimuths, elevation, distance, fov = VIEWS[preset]
-    shades = [render_mesh(*surface, size, elevation, a, distance, fov)['shade'] for a in azimuths]
+    shades = [render_mesh(*surface, size, elevation=20, azimuth=a, distance=1.7, fov=60)['shade']
+              for a in VIEWS[preset]]
     return (255 * torch.stack(shades)).round().byte()[:, None].expand(-1, 3, -1, -1)
 
 
@@ -2017,13 +1949,6 @@ def accuracy(vae, xi, label, net, numbers, published):
     """Share in percent of basis fields that the classifier takes for shapes of this class."""
     found = classify(net, occupancy_grid(vae, xi, 32, ends=published))
     return 100 * (found == numbers[label]).double().mean().item()
-
-
-def clip_s(vae, xi, caption, clip, views):
-    """Best CLIP score among the shapes of one caption, each drawn from five sides."""
-    to_cube = data.HALF_BOX / vae.config.extent
-    return max(clip_score(clip, drawn_views((v * to_cube, f), views), caption)
-               for v, f in vae.signal(xi, 64))
 
 
 @torch.no_grad()
@@ -2052,7 +1977,9 @@ def text_command(args):
         if classifier:
             row['accuracy'] = accuracy(run.vae, xi, dataset.labels[i], *classifier)
         if clip:
-            row['clip_s'] = clip_s(run.vae, xi, caption, clip, args.views)
+            to_cube = data.HALF_BOX / run.vae.config.extent
+            row['clip_s'] = max(clip_score(clip, drawn_views((v * to_cube, f), args.views), caption)
+                                for v, f in run.vae.signal(xi, 64))
         return row
     rows = shared(measure, index, 'captions')
     values = dict(accuracy=None, clip_s=None)
@@ -2061,7 +1988,7 @@ def text_command(args):
                   forwards=values['nfe'] * (1 + (args.guidance != 1)))
     ends = classifier and ('ends' if classifier[2] else 'centres')
     report(args, f'{values_line(values)}   w {args.guidance:g}, {args.each} samples each', dict(
-        **values, source=str(run.path), step=run.info['step'], **args.sampler, text=text,
+        **values, source=run.path, step=run.info['step'], **args.sampler, text=text,
         threshold=run.vae.config.threshold, clip=clip and clip.source, classifier_grid=ends,
         classifier=classifier and classifier[0].source))
 
@@ -2116,18 +2043,17 @@ FLAGS = dict(
 Command = namedtuple('Command', 'function thing sets flags defaults help')
 SAMPLES = 'data split res num num_real fakes seed amp float bicubic batch '
 REBUILT = 'data split res num posterior seed float bicubic batch '
-FID, FVD = ('weights reference ddof ' + more for more in (
-    'resize ', 'preset eps frames interval '))
+FID = 'weights reference ddof resize '
+FVD = 'weights reference ddof preset eps frames interval '
 RUN, SETS = 'RUN', 'A [B]'
-FVD_DEFAULTS = dict(features='i3d', preset='styleganv', resize=None, ddof=None, eps=None, num=2048,
-                    batch=8)
+FVD_DEFAULTS = dict(features='i3d', resize=None, ddof=None, eps=None, num=2048, batch=8)
 COMMANDS = dict(
     fid=Command(frechet_command, 'picture', SETS, FID + SAMPLES + 'samplers', dict(
         features='inception'), 'Frechet Inception distance'),
     rfid=Command(frechet_command, 'picture', SETS, FID + REBUILT, dict(
         features='inception', fakes='reconstructions'), 'the same of pictures and reconstructions'),
-    fvd=Command(frechet_command, 'clip', SETS, FVD + SAMPLES + 'samplers', dict(
-        FVD_DEFAULTS), 'Frechet video distance'),
+    fvd=Command(frechet_command, 'clip', SETS, FVD + SAMPLES + 'samplers', FVD_DEFAULTS,
+                'Frechet video distance'),
     rfvd=Command(frechet_command, 'clip', SETS, FVD + REBUILT, dict(
         FVD_DEFAULTS, fakes='reconstructions'), 'the same of clips and reconstructions'),
     nfe=Command(nfe_command, '', RUN, 'num seed amp batch samplers', dict(
@@ -2162,8 +2088,8 @@ def build_parser():
                                      parser_class=data.command_parser)
     for name, command in COMMANDS.items():
         own = commands.add_parser(name, help=command.help, description=command.help)
-        own.set_defaults(**{flag: row.default for flag, row in FLAGS.items()}, b=None)
-        own.set_defaults(num_real=0, eps=None, preset='')  # where these are no flags
+        own.set_defaults(**{flag: row.default for flag, row in FLAGS.items()} | dict(
+            b=None, num_real=0, eps=None, preset=''))  # where these are no flags
         own.add_argument('a', metavar=command.sets.split()[0], help=
                          'run (its folder, its name below runs/, a checkpoint)' +
                          ', or folder or zip of reals' * (command.sets == SETS))
@@ -2181,12 +2107,11 @@ def parse_sampler(text):
     name, _, value = text.partition(':')
     require(name in ('ddpm', 'ddim', 'dpmpp', 'rk45'), f'--sampler {text}: no such sampler')
     try:
-        settings = (dict(rtol=float(value), atol=float(value)) if name == 'rk45' else
-                    dict(steps=int(value)))
+        value = float(value) if name == 'rk45' else int(value)
     except ValueError:
-        settings = {}
-    require(settings and 0 < min(settings.values()) < math.inf,
-            f'--sampler {text}: expected NAME:STEPS or rk45:TOLERANCE')
+        value = 0
+    require(0 < value < math.inf, f'--sampler {text}: expected NAME:STEPS or rk45:TOLERANCE')
+    settings = dict(rtol=value, atol=value) if name == 'rk45' else dict(steps=value)
     return dict(sampler=name, **settings)
 
 
