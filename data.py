@@ -27,6 +27,8 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -276,13 +278,6 @@ def rod(start, end, radius, end_radius=None):
                  np.subtract(end, start))
 
 
-def ring(centre, radius, thickness, axis=(0, 1, 0)):
-    """Torus round `axis`: a tube `thickness` wide (a polygon of 24 sides) at `radius`."""
-    turn = np.arange(24) * np.pi / 12
-    circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
-    return Lathe(circle * thickness / 2 + (radius, 0), centre, axis)
-
-
 def toy_table(u, rng):
     """(parts, caption) of a table (u = rng.uniform); its legs are 1/25 to 1/21 of the box thick."""
     is_round, height, splay = rng.random() < 0.5, u(0.5, 0.8), u(0, 0.35)
@@ -355,7 +350,9 @@ def toy_wheel(u, rng):
     spokes, lying = int(rng.integers(3, 7)), rng.random() < 0.5
     radius, thick, hub, phase = u(0.65, 0.75), u(0.24, 0.32), u(0.22, 0.28), u(0, 2 * np.pi)
     x, y, axis = np.eye(3)[[0, 2, 1] if lying else [0, 1, 2]]
-    parts = [ring((0, 0, 0), radius, thick, axis), rod(-0.14 * axis, 0.14 * axis, hub)]
+    turn = np.arange(24) * np.pi / 12
+    tyre = np.stack([np.cos(turn), np.sin(turn)], axis=1) * thick / 2 + (radius, 0)
+    parts = [Lathe(tyre, axis=axis), rod(-0.14 * axis, 0.14 * axis, hub)]
     parts += [rod((0, 0, 0), radius * (np.cos(a) * x + np.sin(a) * y), 0.08)
               for a in phase + 2 * np.pi * np.arange(spokes) / spokes]
     number = ('three', 'four', 'five', 'six')[spokes - 3]
@@ -452,10 +449,7 @@ class Zip:
 
 
 def find_files(root):
-    """The Folder (of one file if `root` is a picture) or Zip of pictures at `root`.
-
-    FileNotFoundError or ValueError if there are no pictures.
-    """
+    """Folder (of one file if `root` is a picture) or Zip; FileNotFoundError, ValueError if none."""
     root = Path(root)
     if not root.exists() and root.with_name(root.name + '.zip').exists():
         root = root.with_name(root.name + '.zip')
@@ -464,13 +458,14 @@ def find_files(root):
     if root.is_file() and root.suffix.lower() in SUFFIXES:
         return Folder(root.parent, [root.name])
     files = Folder(root) if root.is_dir() else Zip(root)
-    if not files.names and any(root.glob('**/data.mdb')):
+    if files.names:
+        return files
+    if any(root.glob('**/data.mdb')):
         raise ValueError(f"{root}: an lmdb; LSUN's own tool writes its pictures into a folder: "
                          'python data.py export LMDB --out_dir FOLDER')
-    meshes = not files.names and any(p.suffix.lower() in MESH_READERS for p in root.rglob('*'))
+    meshes = any(p.suffix.lower() in MESH_READERS for p in root.rglob('*'))
     hint = '; meshes are prepared by python data.py mesh' if meshes else ''
-    require(files.names, f'{root}: no pictures ({" ".join(SUFFIXES)}) in it{hint}')
-    return files
+    raise ValueError(f'{root}: no pictures ({" ".join(SUFFIXES)}) in it{hint}')
 
 
 def reason(error):
@@ -507,29 +502,23 @@ class Cifar:
         self.pixels, self.labels = {}, {}
         try:
             if place.is_dir():
-                for path in place.glob('*_batch*'):
-                    self.add(path.name, path.open('rb'))
+                files = {path.name: path.read_bytes() for path in place.glob('*_batch*')}
             else:
                 with tarfile.open(place) as tar:
-                    for member in tar:
-                        self.add(Path(member.name).name, tar.extractfile(member))
+                    files = {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile()}
+            for k, file in enumerate(['test_batch', *(f'data_batch_{n}' for n in range(1, 6))]):
+                if file not in files:
+                    continue
+                batch = ArrayUnpickler(io.BytesIO(files[file]), encoding='latin1').load()
+                side, first = ('train', 10_000 * (k - 1)) if k else ('test', 0)
+                names = [f'{side}/{first + n}' for n in range(len(batch['labels']))]
+                pictures = batch['data'].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+                self.pixels |= zip(names, pictures)
+                self.labels |= zip(names, batch['labels'])
         except Exception as error:  # a foreign pickle or a cut archive may raise anything
             raise ValueError(f'{place}: not CIFAR-10 as published ({reason(error)}); '
                              'fetch cifar-10-python.tar.gz again') from None
         self.names = sorted(self.pixels, key=natural)
-
-    def add(self, file, stream):
-        """Take in one batch file; others, such as batches.meta, are passed over."""
-        side, first = 'test', 0
-        if file in [f'data_batch_{k}' for k in range(1, 6)]:
-            side, first = 'train', 10_000 * (int(file[-1]) - 1)
-        elif file != 'test_batch':
-            return
-        with stream:
-            batch = ArrayUnpickler(stream, encoding='latin1').load()
-        pictures = batch['data'].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        for k, (picture, label) in enumerate(zip(pictures, batch['labels'])):
-            self.pixels[f'{side}/{first + k}'], self.labels[f'{side}/{first + k}'] = picture, label
 
     def open(self, name):
         return Image.fromarray(self.pixels[name])
@@ -575,11 +564,11 @@ def threaded(function, items, what, workers=8):
 
 # ---- videos -------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
+@dataclass
 class VideoFile:
     """Where the frames of one video lie: a file for each, or one animated file for all."""
     name: str
-    frames: tuple
+    frames: list
     animated: bool
 
     def __len__(self):
@@ -597,9 +586,9 @@ def find_videos(files):
         folders.setdefault(os.path.dirname(name), []).append(name)
     for folder, names in folders.items():
         if max(count_frames(files, n) for n in names[:3]) < 2:
-            videos.append(VideoFile(folder, tuple(names), False))
+            videos.append(VideoFile(folder, names, False))
         else:
-            videos += [VideoFile(n, (n,) * count_frames(files, n), True) for n in names]
+            videos += [VideoFile(n, [n] * count_frames(files, n), True) for n in names]
     return videos
 
 
@@ -618,11 +607,13 @@ def read_frames(files, video, numbers, resolution=0):
     OSError if one cannot be read, or if they differ in size; ValueError if they are smaller.
     """
     try:
+        frames = []
         if video.animated:
             with files.open(video.name) as image:
-                frames = [seek(image, k) for k in numbers]
+                for k in numbers:
+                    image.seek(k)
+                    frames.append(to_rgb(image.copy()))
         else:
-            frames = []
             for k in numbers:
                 with files.open(video.frames[k]) as image:
                     frames.append(to_rgb(image))
@@ -637,19 +628,7 @@ def read_frames(files, video, numbers, resolution=0):
     return np.stack([resize(square(f), resolution) for f in frames])
 
 
-def seek(image, k):
-    """Frame k of an animated picture."""
-    image.seek(k)
-    return to_rgb(image.copy())
-
-
 # ---- splits -------------------------------------------------------------------------------------
-
-def hash01(*key):
-    """A number in [0, 1) that depends on the key alone."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=6).digest()
-    return int.from_bytes(digest, 'big') / 2 ** 48
-
 
 def read_split(path):
     """A split file as dict(train=names, test=names), or dict(test=names) of a plain list."""
@@ -671,12 +650,14 @@ def divide(names, holdout=None, group=None, seed=0, official=None):
     """{'train': names, 'test': names}.
 
     holdout: None -> `official` if the data set has a split, else 0.1; a fraction: a name is held
-    out if its hash with `seed` is below it, so that adding files moves no other; a file (see
-    read_split) or such a dict. Without 'train' the rest is the training part.
-    group: regular expression; names that become equal when it is deleted stay on one side.
-    ValueError where a name is on both sides, or `group` given and both sides are listed.
+    out if its hash with `seed` is below it, so that adding files moves no other; a file for
+    read_split or such a dict, without 'train' if that is the rest. group: regular expression; names
+    that become equal when it is deleted stay on one side, so that it goes with no list of both.
     """
-    key = group_key(group)
+    try:
+        key = partial(re.compile(group).sub, '') if group else str
+    except re.error as error:
+        raise ValueError(f'--group {group}: not a regular expression ({error})') from None
     if holdout in (None, ''):
         holdout = official or 0.1
     if isinstance(holdout, (str, Path)):
@@ -685,31 +666,18 @@ def divide(names, holdout=None, group=None, seed=0, official=None):
         except ValueError:
             holdout = read_split(holdout)
     if isinstance(holdout, dict) and 'train' in holdout:
-        return listed_sides(holdout, group)
+        twice = {*holdout['train']} & {*holdout['test']}
+        require(not twice, f'--split: {len(twice)} names are on both sides, e.g. '
+                + min(twice, default=''))
+        require(not group, f'--group {group}: the split lists both sides; give a fraction as '
+                '--split, or leave --group out')
+        return {side: list(holdout[side]) for side in ('train', 'test')}
     if isinstance(holdout, dict):
         held = listed_groups(names, holdout['test'], key)
     else:
         held = drawn_groups({key(n) for n in names}, holdout, seed)
     return {'train': [n for n in names if key(n) not in held],
             'test': [n for n in names if key(n) in held]}
-
-
-def group_key(group):
-    """The function name -> what is left of it: names with the same rest stay on one side."""
-    try:
-        return partial(re.compile(group).sub, '') if group else str
-    except re.error as error:
-        raise ValueError(f'--group {group}: not a regular expression ({error})') from None
-
-
-def listed_sides(sides, group):
-    """A split of which both sides are listed, checked."""
-    twice = {*sides['train']} & {*sides['test']}
-    require(not twice, f'--split: {len(twice)} names are on both sides, e.g. '
-            + min(twice, default=''))
-    require(not group, f'--group {group}: the split lists both sides; give a fraction as --split, '
-            'or leave --group out')
-    return {side: list(sides[side]) for side in ('train', 'test')}
 
 
 def listed_groups(names, listed, key):
@@ -724,7 +692,8 @@ def listed_groups(names, listed, key):
 def drawn_groups(keys, fraction, seed):
     """About this fraction of the keys, by their hashes; of a small set neither none nor all."""
     require(0 <= fraction < 1, f'--split {fraction}: the held-out fraction must be in [0, 1)')
-    hashes = {k: hash01(seed, k) for k in sorted(keys)}
+    digests = {k: hashlib.blake2b(repr((seed, k)).encode(), digest_size=6) for k in sorted(keys)}
+    hashes = {k: int.from_bytes(d.digest(), 'big') / 2 ** 48 for k, d in digests.items()}
     held = {k for k, u in hashes.items() if u < fraction}
     if fraction and len(hashes) > 1:
         held = (held or {min(hashes, key=hashes.get)}) - {max(hashes, key=hashes.get)}
@@ -743,7 +712,7 @@ class Cache:
     def __init__(self, limit):
         self.limit, self.used, self.kept = limit, 0, {}
 
-    def get(self, key, make, size_of):
+    def get(self, key, make, size_of=attrgetter('nbytes')):
         if key in self.kept:
             return self.kept[key]
         value, worker = make(), get_worker_info()
@@ -755,17 +724,13 @@ class Cache:
 
 @dataclass
 class Selection:
-    """Which items of a data set are wanted: a side of the split, and how it is split.
-
-    split: 'train', 'test' or 'all'. holdout, group, seed: see `divide`. tolerant: broken files are
-    listed, however many. captions: a CSV, see `read_captions`.
-    """
-    split: str = 'train'
+    """Which items of a data set are wanted; for holdout, group and seed see `divide`."""
+    split: str = 'train'  # or 'test', 'all'
     holdout: object = None
     group: str = None
     seed: int = 0
-    tolerant: bool = False
-    captions: str = ''
+    tolerant: bool = False  # broken files are listed, however many
+    captions: str = ''  # a CSV, see `read_captions`
 
 
 class Items(Dataset):
@@ -795,6 +760,7 @@ class Items(Dataset):
     def __init__(self, flip=False, cache_bytes=2 ** 30):
         """flip: mirror half of the items. cache_bytes: memory for what was read, per process."""
         self.flip, self.cache = flip, Cache(cache_bytes)
+        self.views = 2 if flip else 1  # as it is, and mirrored
         self.bad, self.notes = [], []
 
     def __len__(self):
@@ -817,11 +783,6 @@ class Items(Dataset):
     def largest(self, i):
         """The greatest n for which truth(i, n) is the truth and not enlarged."""
         return np.inf
-
-    @property
-    def views(self):
-        """In how many ways the encoder may see an item: as it is, and mirrored if flips are on."""
-        return 2 if self.flip else 1
 
     def draw_view(self, rng):
         """The number of a view; of the first without an rng."""
@@ -959,8 +920,9 @@ class FileItems(Items):
         """Whether item i can be read; a file that cannot is broken from then on."""
         if i not in self.sound:
             why = self.fault(i, self.source)
-            self.judge(i, why)
+            self.sound[i] = not why
             if why:
+                self.bad.append((self.names[i], why))
                 tqdm.write(f'skipped: {self.names[i]}: {why}')
                 self.refuse_bad()
         return self.sound[i]
@@ -973,17 +935,12 @@ class FileItems(Items):
         except Exception as error:  # a decoder may raise anything on a broken file
             return reason(error)
 
-    def judge(self, i, why):
-        """Remember whether item i is sound, which it is if there is no `why`."""
-        if why and self.sound.get(i, True):
-            self.bad.append((self.names[i], why))
-        self.sound[i] = not why
-
     def verify(self):
         """Decode every file now; those that fail join `bad`."""
         faults = threaded(partial(self.fault, read=self.decode), range(len(self)), 'decoding')
-        for i, why in enumerate(faults):
-            self.judge(i, why)
+        self.bad += [(self.names[i], why) for i, why in enumerate(faults)
+                     if why and self.sound.get(i, True)]
+        self.sound = {i: not why for i, why in enumerate(faults)}
         self.refuse_bad()
 
 
@@ -1105,13 +1062,13 @@ class ToyPictures(Computed, Pictures):
 
     def crop(self, i, R, top, left, flip):
         r = self.resolution
-        if R == r:
-            full = self.cache.get(i, lambda: toy_image([self.numbers[i]], r)[0], lambda x: x.nbytes)
-            return full.flip(-1) if flip else full
         x0 = R - left - r if flip else left
         box = 2 * np.array([[x0, x0 + r], [top, top + r]]) / R - 1
-        target = toy_image([self.numbers[i]], r, box)[0]
-        return target.flip(-1) if flip else target
+
+        def draw():
+            return toy_image([self.numbers[i]], r, box)[0]
+        part = self.cache.get(i, draw) if R == r else draw()
+        return part.flip(-1) if flip else part
 
     def truth(self, i, R):
         """Picture i at R x R cells, whole: float32 (3,R,R) in [-1, 1]."""
@@ -1158,7 +1115,7 @@ class FilePictures(FileItems, Pictures):
         """uint8 (R,R,3), kept if R is a size that training asks for."""
         if R != self.resolution and (self.continuous or R not in self.sizes):
             return resize(self.source(i), R)
-        return self.cache.get((i, R), lambda: resize(self.source(i), R), lambda x: x.nbytes)
+        return self.cache.get((i, R), lambda: resize(self.source(i), R))
 
     def crop(self, i, R, top, left, flip):
         whole, r = self.pixels(i, R), self.resolution
@@ -1268,25 +1225,6 @@ PLY_TYPES = dict(char='i1', int8='i1', uchar='u1', uint8='u1', short='i2', int16
                  float='f4', float32='f4', double='f8', float64='f8')
 
 
-def ply_header(data):
-    """Format, [(element, count, [(property, [types])])], and the bytes behind the header.
-
-    A property has one type, but a list two: that of its length and that of its values.
-    """
-    head, found, body = data.partition(b'end_header')
-    start, *parts = head.decode('ascii', 'replace').split('\nelement ')
-    form = re.match(r'(?sm)ply\s.*?^format (\S+)', start)
-    if not found or not form:
-        raise ValueError('no PLY header')
-    elements = []
-    for part in parts:
-        (name, count), *lines = map(str.split, part.splitlines())
-        elements.append((name, int(count), [
-            (words[-1], [PLY_TYPES[w] for w in words[1:-1] if w != 'list'])
-            for words in lines if words[:1] == ['property']]))
-    return form[1], elements, body.partition(b'\n')[2]
-
-
 def ply_values(form, body):
     """The function (type, count) -> list of the next `count` numbers of the body of a PLY file."""
     if form == 'ascii':
@@ -1302,11 +1240,18 @@ def ply_values(form, body):
 
 def read_ply(data):
     """PLY, text or binary of either byte order; only positions and faces are kept."""
-    form, elements, body = ply_header(data)
-    take = ply_values(form, body)
-    rows = {element: [{name: take(kind, int(take(*length, 1)[0]) if length else 1)
-                       for name, (*length, kind) in properties} for _ in range(count)]
-            for element, count, properties in elements}
+    head, found, body = data.partition(b'end_header')
+    start, *parts = head.decode('ascii', 'replace').split('\nelement ')
+    form = re.match(r'(?sm)ply\s.*?^format (\S+)', start)
+    if not found or not form:
+        raise ValueError('no PLY header')
+    take, rows = ply_values(form[1], body.partition(b'\n')[2]), {}
+    for part in parts:
+        (element, count), *lines = map(str.split, part.splitlines())
+        properties = [(words[-1], [PLY_TYPES[w] for w in words[1:-1] if w != 'list'])
+                      for words in lines if words[:1] == ['property']]
+        rows[element] = [{name: take(kind, int(take(*length, 1)[0]) if length else 1)
+                          for name, (*length, kind) in properties} for _ in range(int(count))]
     vertices = [[row[axis][0] for axis in 'xyz'] for row in rows['vertex']]
     polygons = [row.get('vertex_indices') or row.get('vertex_index') or []
                 for row in rows.get('face', [])]
@@ -1592,15 +1537,6 @@ def sample_mesh(path, folder, n, near, seed):
              scale=scale, ambiguous=np.mean((w > 0.1) & (w < 0.9)))  # last: the others are there
 
 
-def convert_mesh(path, folder, *options):
-    """(share inside, share ambiguous) of the volume points of a mesh, sampled if it is not yet."""
-    if not (folder / 'points.npz').exists():
-        sample_mesh(path, folder, *options)
-    with np.load(folder / 'points.npz') as stored:
-        inside = np.unpackbits(stored['occupancies'])[:len(stored['points'])]
-        return inside.mean(), float(stored['ambiguous'])
-
-
 def read_classes(path):
     """{id: class} from the columns id and category (or class) of a CSV; {} without a path."""
     rows = read_table(path, '--classes') if path else []
@@ -1660,8 +1596,14 @@ def mesh(args):
     near = round(args.near * args.points)
 
     def convert(key):
+        """Shares of points inside and of ambiguous ones, or why the mesh cannot be read."""
+        folder = out.joinpath(*key)
         try:
-            return convert_mesh(found[key], out.joinpath(*key), args.points, near, args.seed)
+            if not (folder / 'points.npz').exists():
+                sample_mesh(found[key], folder, args.points, near, args.seed)
+            with np.load(folder / 'points.npz') as stored:
+                inside = np.unpackbits(stored['occupancies'])[:len(stored['points'])]
+                return inside.mean(), float(stored['ambiguous'])
         except ValueError as error:
             return str(error)
     common.keep_freed_memory()
@@ -1699,8 +1641,8 @@ class Shapes(Items):
     """What all shape sets share: what is drawn of a shape, and flips along x.
 
     Coordinates are in the data's units, within [-extent, extent]^3, until an item leaves, divided
-    by `extent`. See ShapeConfig for the flags. A data set has `draw_surface(i, n, rng)`, and
-    `draw_volume` and `draw_near` of the same form, which give points and their occupancy.
+    by `extent`. A data set has `draw_surface(i, n, rng)` -> points and `draw(i, part, n, rng)` ->
+    points and their occupancy, where `part` is 'points', of the whole box, or 'near' the surface.
     """
 
     domain, kind, config = 'shape', 'shapes', ShapeConfig
@@ -1709,7 +1651,7 @@ class Shapes(Items):
     def __init__(self, points=3000, queries=2048, near=0.0, noise=0.005, clouds=4, **options):
         super().__init__(**options)
         require(0 <= near <= 1, f'--near {near}: a share, from 0 to 1')
-        self.points, self.queries, self.noise, self.clouds = points, queries, noise, clouds
+        self.points, self.queries, self.noise, self.views = points, queries, noise, clouds
         self.near = round(near * queries)
 
     @staticmethod
@@ -1731,18 +1673,13 @@ class Shapes(Items):
         i = self.stand_in(i)
         rng = rng or common.seeded('shape', self.names[i])
         cloud, sign = self.cloud(i, rng)
-        c, occupancy = self.draw_volume(i, self.queries - self.near, rng)
+        c, occupancy = self.draw(i, 'points', self.queries - self.near, rng)
         if self.near:
-            close, inside = self.draw_near(i, self.near, rng)
+            close, inside = self.draw(i, 'near', self.near, rng)
             c, occupancy = np.concatenate([c, close]), np.concatenate([occupancy, inside])
         coords = torch.from_numpy((c * sign / self.extent).astype('float32'))
         return dict(points=cloud, coords=coords, **self.known(i, rng),
                     target=torch.from_numpy(occupancy.astype('float32')))
-
-    @property
-    def views(self):
-        """How many point clouds of a shape stage 2 knows."""
-        return self.clouds
 
     def draw_view(self, rng):
         return int(rng.integers(self.views)) if rng else 0
@@ -1780,21 +1717,14 @@ class ToyShapes(Computed, Shapes):
     def draw_surface(self, i, n, rng):
         return toy_surface(self.solids[i], n, rng)
 
-    def occupancy(self, i, points):
-        """At points (N,3), in [0, 1]."""
-        return cover(toy_distance(self.solids[i], points))
-
-    def draw_volume(self, i, n, rng):
-        points = rng.uniform(-1, 1, (n, 3))
-        return points, self.occupancy(i, points)
-
-    def draw_near(self, i, n, rng):
-        points = near_points(self.draw_surface(i, n, rng), self.extent, rng)
-        return points, self.occupancy(i, points)
+    def draw(self, i, part, n, rng):
+        points = (near_points(self.draw_surface(i, n, rng), self.extent, rng) if part == 'near' else
+                  rng.uniform(-1, 1, (n, 3)))
+        return points, cover(toy_distance(self.solids[i], points))
 
     def truth(self, i, n=100_000):
         """n points of the box in [-1,1] and whether they are inside, the same in every call."""
-        points, occupancy = self.draw_volume(i, n, common.seeded('volume', self.names[i]))
+        points, occupancy = self.draw(i, 'points', n, common.seeded('volume', self.names[i]))
         return torch.from_numpy(points.astype('float32')), torch.from_numpy(occupancy > 0.5)
 
 
@@ -1824,16 +1754,6 @@ def class_titles(root, groups):
         return groups
 
 
-def listed_shapes(root, groups):
-    """The names in {train,val,test}.lst of each class, as a dict of these, or None."""
-    sides = {}
-    for side in ('train', 'val', 'test'):
-        files = [(g, root / g / f'{side}.lst') for g in groups]
-        sides[side] = [f'{g}/{line.strip()}' for g, f in files if f.exists()
-                       for line in f.read_text().splitlines() if line.strip()]
-    return sides if sides['train'] and sides['test'] else None
-
-
 class FileShapes(FileItems, Shapes):
     """Shapes in the layout of Occupancy Networks (ShapeNet as they publish it).
 
@@ -1848,12 +1768,18 @@ class FileShapes(FileItems, Shapes):
         place, self.folders = find_shapes(root, classes)
         self.groups = sorted({n.split('/')[0] for n in self.folders})
         self.titles = class_titles(place, self.groups)
-        lists = listed_shapes(place, self.groups)
-        official = lists and {side: lists[side] for side in ('train', 'test')}
-        listed = {*sum(lists.values(), [])} if lists else self.folders
+        lists = {'train': [], 'val': [], 'test': []}
+        for side, group in product(lists, self.groups):
+            file = place / group / f'{side}.lst'
+            lines = file.read_text().splitlines() if file.exists() else []
+            lists[side] += [f'{group}/{line.strip()}' for line in lines if line.strip()]
+        listed, official = self.folders, None
+        if lists['train'] and lists['test']:
+            listed = {*sum(lists.values(), [])}
+            official = {side: lists[side] for side in ('train', 'test')}
         self.select([n for n in self.folders if n in listed], root, selection, official)
         self.labels = [self.groups.index(n.split('/')[0]) for n in self.names]
-        if lists and not selection.holdout and lists['val']:
+        if official and not selection.holdout and lists['val']:
             self.notes.append(f'{len(lists["val"])} shapes of val.lst are left alone')
 
     def header(self, name):
@@ -1864,47 +1790,39 @@ class FileShapes(FileItems, Shapes):
         return f'no {missing[0]}{hint}' if missing else None
 
     def decode(self, i):
-        """What is stored of shape i: positions, packed occupancies, surface, maybe the near set."""
-        folder = self.folders[self.names[i]]
-        with np.load(folder / 'points.npz') as file, np.load(folder / 'pointcloud.npz') as cloud:
-            arrays = dict(points=file['points'], bits=file['occupancies'], surface=cloud['points'])
-        if self.near:
-            with np.load(folder / 'near.npz') as file:
-                arrays |= dict(near=file['points'], near_bits=file['occupancies'])
-        for points, bits in (('points', 'bits'), ('near', 'near_bits')):
-            if points in arrays and 8 * len(arrays[bits]) < len(arrays[points]):
-                raise ValueError(f'{len(arrays[bits])} bytes of occupancies for '
-                                 f'{len(arrays[points])} points')
-        return arrays
+        """What is stored: 'surface', 'points' and maybe 'near', with packed occupancies 'bits'."""
+        folder, stored = self.folders[self.names[i]], {}
+        for part in ('points', *['near'] * bool(self.near)):
+            with np.load(folder / f'{part}.npz') as file:
+                points, bits = file['points'], file['occupancies']
+            if 8 * len(bits) < len(points):
+                raise ValueError(f'{len(bits)} bytes of occupancies for {len(points)} points')
+            stored |= {part: points, f'{part} bits': bits}
+        with np.load(folder / 'pointcloud.npz') as file:
+            return dict(stored, surface=file['points'])
 
     def bytes_kept(self, arrays):
         return sum(a.nbytes for a in arrays.values())
 
-    def draw(self, i, points, bits, n, rng):
+    def draw(self, i, part, n, rng):
         """n of the stored points, with replacement, and their occupancies."""
-        stored = self.source(i)
-        k = rng.integers(len(stored[points]), size=n)
-        p = stored[points][k].astype('float64')
-        if stored[points].dtype == np.float16:  # off the lattice of half precision
+        stored, bits = (self.source(i)[key] for key in (part, f'{part} bits'))
+        k = rng.integers(len(stored), size=n)
+        p = stored[k].astype('float64')
+        if stored.dtype == np.float16:  # off the lattice of half precision
             p = p + 1e-4 * rng.standard_normal(p.shape)
         # Bit k of np.packbits: in byte k // 8, counted from its high end. Unpacking all would cost
         # more than the few that are asked for.
-        return p, stored[bits][k // 8] >> (7 - k % 8) & 1
+        return p, bits[k // 8] >> (7 - k % 8) & 1
 
     def draw_surface(self, i, n, rng):
         surface = self.source(self.stand_in(i))['surface']
         return surface[rng.integers(len(surface), size=n)].astype('float64')
 
-    def draw_volume(self, i, n, rng):
-        return self.draw(i, 'points', 'bits', n, rng)
-
-    def draw_near(self, i, n, rng):
-        return self.draw(i, 'near', 'near_bits', n, rng)
-
     def truth(self, i, n=100_000):
         """The first n stored points in [-1,1] and whether they are inside."""
         stored = self.source(self.stand_in(i))
-        inside = np.unpackbits(stored['bits'])[:len(stored['points'])][:n]
+        inside = np.unpackbits(stored['points bits'])[:len(stored['points'])][:n]
         points = stored['points'][:n].astype('float32') / self.extent
         return torch.from_numpy(points), torch.from_numpy(inside.astype(bool))
 
@@ -1991,18 +1909,14 @@ def open_run_data(info, split, root=None, **options):
 
 # ---- python data.py check -----------------------------------------------------------------------
 
-def kind_of(path):
-    """The name of the data set that reads a user's own files at `path`."""
-    require(Path(path).exists(), f'{path}: neither a data set ({", ".join(NAMES)}) nor a path')
-    own = [name for name, (base, _) in DATASETS.items() if name == base.domain]  # pictures first
-    return next(name for name in reversed(own) if DATASETS[name][0].lies_at(path))
-
-
 def check(args):
     """What `python data.py check` prints; ends in an error if training would refuse the data."""
     name, root = args.dataset, args.data
     if name not in NAMES:
-        name, root = kind_of(name), args.data or name
+        require(Path(name).exists(), f'{name}: neither a data set ({", ".join(NAMES)}) nor a path')
+        root = root or name
+        own = [base for key, (base, _) in DATASETS.items() if key == base.domain]  # pictures first
+        name = next(base.domain for base in reversed(own) if base.lies_at(args.dataset))
     options = options_of(dict(vars(args), dataset=name, resolution=args.res, seed=0))
     dataset = make_dataset(name, root, 'all', args.split, args.group, tolerant=True, **options)
     if dataset.computed:

@@ -364,8 +364,8 @@ def test_shapes_as_published(shapenet):
     assert {*half.splits()['train'], *half.splits()['test']} == {*radii}
 
 
-@pytest.mark.mutation('data.py', "return self.draw(i, 'near', 'near_bits', n, rng)",
-                      "return self.draw(i, 'near', 'bits', n, rng)")
+@pytest.mark.mutation('data.py', "for key in (part, f'{part} bits'))",
+                      "for key in (part, 'points bits'))")
 def test_the_near_set_is_drawn_with_its_own_occupancies(shapenet):
     root, radii = shapenet
     for name, radius in radii.items():
