@@ -6,11 +6,6 @@
 `Items` is what every data set offers; `Pictures` and `Shapes` say what an item of their domain is,
 their subclasses where it comes from. `DATASETS` at the end names them all.
 
-Pictures, multi-scale training (Appendix B.1 of the paper): the encoder sees the full frame at
-r x r, the loss an r x r crop, at known coordinates, of the same picture at R >= r. Departures: the
-last crop position is drawn too, R may be continuous in [r, R_max], and a picture is never enlarged
-to serve as the truth: scales beyond its short side are dropped for that picture.
-
 Pictures are uint8 outside and float32 in [-1, 1] inside; a box ((x_lo, x_hi), (y_lo, y_hi)) is the
 extent of a crop of the frame [-1, 1]^2, y down.
 """
@@ -187,7 +182,7 @@ def toy_boat(p, x, y, picture, sail, wood):
 
 
 def toy_image(seeds, size, box=None):
-    """One picture for each seed: float32 (B,3,H,W), the exact colours at the centres of the cells.
+    """Float32 (B,3,H,W), a picture a seed: the exact colours at the centres of the cells.
 
     size: cells along each side, or (H, W), of `box` (2,2), by default the whole frame [-1, 1]^2.
     """
@@ -228,8 +223,7 @@ class Block:
 class Lathe:
     """Solid that a polygon sweeps out as it turns round the line through `foot` along `axis`.
 
-    profile: corners (K,2) as (radius, height above foot), counterclockwise; a side that lies on
-    the axis is no surface.
+    Its corners are (radius, height), counterclockwise; a side that lies on the axis is no surface.
     """
 
     def __init__(self, profile, foot=(0, 0, 0), axis=(0, 1, 0)):
@@ -505,7 +499,8 @@ class Cifar:
                 files = {path.name: path.read_bytes() for path in place.glob('*_batch*')}
             else:
                 with tarfile.open(place) as tar:
-                    files = {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile()}
+                    files = {Path(m.name).name: tar.extractfile(m).read()
+                             for m in tar if m.isfile()}
             for k, file in enumerate(['test_batch', *(f'data_batch_{n}' for n in range(1, 6))]):
                 if file not in files:
                     continue
@@ -576,10 +571,10 @@ class VideoFile:
 
 
 def find_videos(files):
-    """The videos of a Folder or Zip, in order.
+    """The videos of a Folder or Zip, in order; a file that cannot be opened has no frames.
 
     A folder where one of the first three files moves holds animated files (GIF, WebP, APNG), any
-    other that holds pictures is one video. A file that cannot be opened has no frames.
+    other that holds pictures is one video.
     """
     folders, videos = {}, []
     for name in files.names:
@@ -703,10 +698,9 @@ def drawn_groups(keys, fraction, seed):
 # ---- what a data set is --------------------------------------------------------------------------
 
 class Cache:
-    """Keeps arrays while they fit in `limit` bytes, shared out among the loader's workers.
+    """Keeps what fits in `limit` bytes, shared out among the loader's workers.
 
-    Nothing is thrown out again: a shuffled epoch asks for every key once, so what is kept matters
-    less than that it stays.
+    Nothing is thrown out: a shuffled epoch asks once for every key, whichever of them are kept.
     """
 
     def __init__(self, limit):
@@ -820,12 +814,10 @@ class Items(Dataset):
 
 
 class Computed(Items):
-    """Items that are functions of a seed: nothing to read, and a fixed split.
+    """Items that are functions of a seed: nothing to read, and a fixed split."""
 
-    `seeds` maps a side to (first seed, how many).
-    """
-
-    computed, seeds = True, {}
+    computed = True
+    seeds = {}  # side: (first seed, how many)
 
     def select(self, name, selection):
         """Set `names`; the seeds of the split. ValueError for what a fixed split cannot honour."""
@@ -845,12 +837,11 @@ class Computed(Items):
 
 
 class FileItems(Items):
-    """Items from files that may turn out broken, when their headers are read or later.
+    """Items from files; broken ones go to `bad`, and the next good one stands in.
 
-    Those go to `bad`, and the next good one stands in. ValueError when they are at least three and
-    more than 1 %, or when none is left, unless the selection is tolerant. A subclass has
-    `header(name)`, which returns what is known from a glance or a text that says what is wrong, and
-    `decode(i)`, which reads a file and raises if it cannot.
+    ValueError when they are at least three and more than 1 %, or when none is left, unless the
+    selection is tolerant. A subclass has `header(name)`, which returns what is known from a glance
+    or a text that says what is wrong, and `decode(i)`, which reads a file and raises if it cannot.
     """
 
     def select(self, names, place, selection, official=None):
@@ -906,10 +897,7 @@ class FileItems(Items):
         return i
 
     def source(self, i):
-        """What `decode` makes of item i; the last one is kept, as one item asks several times.
-
-        Others are kept in the cache if `bytes_kept` of them fit.
-        """
+        """What `decode` makes of item i; the last one is kept, as an item asks several times."""
         last = self.last  # threads may replace it
         if last[0] != i:
             last = self.last = i, self.cache.get((i, 'source'), lambda: self.decode(i),
@@ -945,11 +933,7 @@ class FileItems(Items):
 
 
 def read_captions(path):
-    """A CSV of captions as {key: [texts]}, empty ones left out.
-
-    Columns: file, modelId or id, and description, caption, text or name, whichever comes first in
-    this order. FileNotFoundError or ValueError, one line, for anything else.
-    """
+    """{key: [texts]} of a CSV, empty ones left out; FileNotFoundError or ValueError, one line."""
     rows = read_table(path, '--captions')
     columns = {c.lower(): c for c in rows[0] if c} if rows else {}
     key, text = (next((columns[c] for c in wanted if c in columns), None) for wanted in (
@@ -986,10 +970,12 @@ class PictureConfig:
 
 
 class Pictures(Items):
-    """What all picture sets share: scales, crops, flips.
+    """What all picture sets share: multi-scale training (Appendix B.1 of the paper), flips.
 
-    resolution: r, the side of `image` and of every crop. scales: factors of r the target may have,
-    drawn with scale_probs (default equal), or, if continuous, R uniform over [r, max(scales) r].
+    The encoder sees the full frame at r x r, the loss an r x r crop, at known coordinates, of the
+    same picture at R >= r. Departures: the last crop position is drawn too, R may be continuous in
+    [r, max(scales) r], and a picture is never enlarged to serve as the truth: scales beyond its
+    short side are dropped for that picture.
     """
 
     domain, kind, channels, config = 'image', 'pictures', 3, PictureConfig
@@ -1029,10 +1015,9 @@ class Pictures(Items):
         return int(rng.choice(self.sizes, p=probs / probs.sum())) if probs.sum() else r
 
     def item(self, i, rng=None):
-        """Picture i for training: image (3,r,r), target (3,r,r), box (2,2), scale () = r/R; known.
+        """image (3,r,r), its crop target (3,r,r) at box (2,2), scale () = r/R, and what is `known`.
 
-        `target` is an r x r crop, any position equally likely, of the whole (flipped) picture at R;
-        `box` is its extent. Without an rng the target is the image.
+        Without an rng the target is the image.
         """
         i, r = self.stand_in(i), self.resolution
         flip, known = self.draw_view(rng) == 1, self.known(i, rng)
@@ -1052,7 +1037,7 @@ class Pictures(Items):
 
 
 class ToyPictures(Computed, Pictures):
-    """toy_image: 20,000 training and 1,000 test seeds; the truth is exact at every resolution."""
+    """toy_image; the truth is exact at every resolution."""
 
     seeds = TOY_SEEDS
 
@@ -1277,8 +1262,7 @@ CLOUD_READERS = {'.npz': read_array, '.npy': read_array, '.xyz': read_text, '.tx
 def read_geometry(path):
     """(vertices (V,3) float64, triangles (F,3) int64, maybe none) of a file of a mesh or of points.
 
-    Polygons become fans; colours, normals and materials are passed over. ValueError, one line, for
-    a file that cannot be read.
+    Polygons become fans; all else is passed over. ValueError for a file that cannot be read.
     """
     path, readers = Path(path), MESH_READERS | CLOUD_READERS
     suffix = path.suffix.lower()
@@ -1304,10 +1288,7 @@ def finite_extent(points, path):
 
 
 def read_mesh(path):
-    """(vertices (V,3) float64, triangles (F,3) int64) of an .obj, .ply, .off or .stl file.
-
-    Vertices without a face are dropped. ValueError, one line, if there is no surface.
-    """
+    """`read_geometry` without the vertices that no face has; ValueError if there is no surface."""
     vertices, faces = read_geometry(path)
     if not len(faces):
         raise ValueError(f'{path}: no faces')
@@ -1318,10 +1299,7 @@ def read_mesh(path):
 
 
 def read_cloud(path, n, seed=0):
-    """n points (n,3) of a surface: of a mesh, or drawn from a file of points.
-
-    Points: .npz with `points`, .npy, text with three numbers a line, or a mesh file without faces.
-    """
+    """n points (n,3) on the faces of a file or, if it has none, out of its points; ValueError."""
     if not Path(path).exists():
         raise FileNotFoundError(f'{path}: no such file')
     rng = common.seeded('cloud file', seed)
@@ -1370,10 +1348,7 @@ MESH_WRITERS = {'.obj': obj_bytes, '.ply': ply_bytes, '.stl': stl_bytes}
 
 
 def write_mesh(path, vertices, faces, normals=None):
-    """Write vertices (V,3), triangles (F,3) and maybe normals (V,3) as .obj, .ply or .stl.
-
-    Tensors or arrays; an .stl has no normals of vertices.
-    """
+    """Write vertices (V,3), triangles (F,3) and maybe normals (V,3; not to .stl) by the suffix."""
     path = Path(path)
     if path.suffix.lower() not in MESH_WRITERS:
         raise ValueError(f'{path}: a mesh is written as one of {" ".join(MESH_WRITERS)}')
@@ -1518,8 +1493,8 @@ def save_npz(path, **arrays):
 def sample_mesh(path, folder, n, near, seed):
     """Write pointcloud.npz (n points), near.npz (`near`, if any) and points.npz (n) of one mesh.
 
-    |w| > 0.5 is inside, so that a mesh turned inside out is the same solid. Occupancies are those
-    of the positions as stored, in half precision.
+    |w| > 0.5 is inside: a mesh turned inside out is the same solid. Occupancies are those of the
+    positions as stored, in half precision.
     """
     vertices, faces = read_mesh(path)
     vertices, loc, scale = unit_cube(vertices)
@@ -1547,10 +1522,7 @@ def read_classes(path):
 
 
 def find_meshes(root, classes):
-    """{(class, id): path} of the meshes below a folder.
-
-    The class is what `classes` says of the file's name, else the first folder; the id is the rest.
-    """
+    """{(class, id): path} of the meshes below a folder; the class: of `classes`, or that folder."""
     paths = sorted((p for p in Path(root).rglob('*') if p.suffix.lower() in MESH_READERS),
                    key=lambda p: natural(p.as_posix()))
     if not paths:
@@ -1666,7 +1638,7 @@ class Shapes(Items):
         return torch.from_numpy((p * sign / self.extent).astype('float32')), sign
 
     def item(self, i, rng=None):
-        """Shape i for training: points (N,3), coords (M,3), target (M,), their occupancy; known.
+        """points (N,3), coords (M,3), their occupancy target (M,), and what is `known`.
 
         Without an rng the draws depend on the shape's name alone.
         """
@@ -1700,10 +1672,7 @@ def near_points(surface, extent, rng):
 
 
 class ToyShapes(Computed, Shapes):
-    """toy_shape: 5,000 training and 500 test seeds, with captions and the family as label.
-
-    Exact occupancy: 1 inside, 0 outside, smooth over 1/128 of the box between.
-    """
+    """toy_shape, with the family as label; occupancy goes from 1 to 0 over 1/128 of the box."""
 
     seeds = TOY_SOLIDS
 
@@ -1745,15 +1714,6 @@ def find_shapes(root, classes=None):
     return root, found
 
 
-def class_titles(root, groups):
-    """Names of the classes: from metadata.yaml if it is JSON, as ours; else the folders'."""
-    try:
-        known = json.loads((root / 'metadata.yaml').read_text())
-        return [known[g]['name'].split(',')[0] for g in groups]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return groups
-
-
 class FileShapes(FileItems, Shapes):
     """Shapes in the layout of Occupancy Networks (ShapeNet as they publish it).
 
@@ -1767,7 +1727,11 @@ class FileShapes(FileItems, Shapes):
         super().__init__(**options)
         place, self.folders = find_shapes(root, classes)
         self.groups = sorted({n.split('/')[0] for n in self.folders})
-        self.titles = class_titles(place, self.groups)
+        try:  # metadata.yaml if it is JSON, as ours
+            known = json.loads((place / 'metadata.yaml').read_text())
+            self.titles = [known[g]['name'].split(',')[0] for g in self.groups]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            self.titles = self.groups
         lists = {'train': [], 'val': [], 'test': []}
         for side, group in product(lists, self.groups):
             file = place / group / f'{side}.lst'
@@ -1867,10 +1831,7 @@ CONFIGS = tuple({base.config: None for base, _ in DATASETS.values()})  # each on
 
 
 def options_of(flags):
-    """The flags, a dict, that data set flags['dataset'] understands, for `make_dataset`.
-
-    ValueError where a flag differs from its default and is for another kind of data.
-    """
+    """Options for `make_dataset` from the flags, a dict; ValueError for those of other data."""
     base, _ = DATASETS[flags['dataset']]
     own = [f.name for f in fields(base.config)]
     for f in [f for config in CONFIGS for f in fields(config) if f.name not in own]:
@@ -1881,11 +1842,10 @@ def options_of(flags):
 
 def make_dataset(name, root=None, split='train', holdout=None, group=None, seed=0, tolerant=False,
                  captions='', **options):
-    """The data set `name` at `root` (default data/NAME), an `Items`.
+    """The data set `name` at `root` (default data/NAME), an `Items`; for the split see `Selection`.
 
-    split, holdout, group, seed, tolerant, captions: see `Selection`. options: flip, cache_bytes,
-    and what the `config` of its kind has; picture sets need `resolution`. FileNotFoundError or
-    ValueError, one line, if the data are missing or bad.
+    options: flip, cache_bytes, and what the `config` of its kind has; picture sets need
+    `resolution`. FileNotFoundError or ValueError if the data are missing or bad.
     """
     require(name in DATASETS, f'--dataset {name}: unknown; one of {", ".join(NAMES)}')
     require(split in ('train', 'test', 'all'), f'split {split}: one of train, test, all')
@@ -1946,34 +1906,33 @@ def main():
     commands = parser.add_subparsers(dest='command', required=True, parser_class=command_parser)
     what = 'decode everything, print counts, write a preview'
     flags = commands.add_parser('check', help=what, description=what)
-    flags.add_argument('dataset', help=f'one of {", ".join(NAMES)}, or a folder or zip')
-    flags.add_argument('--captions', default='', help='CSV with file or id, and caption or text')
-    flags.add_argument('--data', default='', help='where the data are, default data/DATASET')
-    flags.add_argument('--res', type=common.at_least(8, int), default=64,
-                       help='side of the preview pictures')
-    flags.add_argument('--split', default='', help='held-out fraction, or a file of the split')
-    flags.add_argument('--group', default='', help='regular expression: names that become equal '
-                       'when it is deleted stay on one side (--group=REGEX if it begins with -)')
-    flags.add_argument('--out', default='', help='preview, default out/check_DATASET.png')
+    add = flags.add_argument
+    add('dataset', help=f'one of {", ".join(NAMES)}, or a folder or zip')
+    add('--captions', default='', help='CSV with file or id, and caption or text')
+    add('--data', default='', help='where the data are, default data/DATASET')
+    add('--res', type=common.at_least(8, int), default=64, help='side of the preview pictures')
+    add('--split', default='', help='held-out fraction, or a file of the split')
+    add('--group', default='', help='regular expression: names that become equal when it is '
+        'deleted stay on one side (--group=REGEX if it begins with -)')
+    add('--out', default='', help='preview, default out/check_DATASET.png')
     for config in CONFIGS:
         flags.add_config(config)
     flags.set_defaults(run=check)
     what = 'sample meshes into the files that shapes are trained on'
     flags = commands.add_parser('mesh', help=what, description=what)
-    flags.add_argument('folder', help='folder of .obj, .ply, .off or .stl files; each folder in it '
-                       'is a class')
-    flags.add_argument('--classes', default='', help="CSV with the columns id (the file's name) "
-                       'and category, where folders do not tell')
-    flags.add_argument('--out', default='data/shape', help='folder to write')
-    flags.add_argument('--points', type=common.at_least(8, int), default=100_000,
-                       help='points on the surface and in the box, each; a multiple of 8')
-    flags.add_argument('--near', type=common.at_least(0, float), default=0.5,
-                       help='points close to the surface, for train_vae.py --near, as a share of '
-                       '--points, at most 1')
-    flags.add_argument('--split', default='0.1', help='fraction for val.lst and again for test.lst')
-    flags.add_argument('--group', default='', help='as for check')
-    flags.add_argument('--seed', type=int, default=0, help='of the points and the split')
-    flags.add_argument('--keep', action='store_true', help='list doubtful meshes for training, too')
+    add = flags.add_argument
+    add('folder', help='folder of .obj, .ply, .off or .stl files; each folder in it is a class')
+    add('--classes', default='', help="CSV with the columns id (the file's name) and category, "
+        'where folders do not tell')
+    add('--out', default='data/shape', help='folder to write')
+    add('--points', type=common.at_least(8, int), default=100_000, help='points on the surface '
+        'and in the box, each; a multiple of 8')
+    add('--near', type=common.at_least(0, float), default=0.5, help='points close to the surface, '
+        'for train_vae.py --near, as a share of --points, at most 1')
+    add('--split', default='0.1', help='fraction for val.lst and again for test.lst')
+    add('--group', default='', help='as for check')
+    add('--seed', type=int, default=0, help='of the points and the split')
+    add('--keep', action='store_true', help='list doubtful meshes for training, too')
     flags.set_defaults(run=mesh)
     args = parser.parse_args()
     args.run(args)
