@@ -182,10 +182,7 @@ def toy_boat(p, x, y, picture, sail, wood):
 
 
 def toy_image(seeds, size, box=None):
-    """Float32 (B,3,H,W), a picture a seed: the exact colours at the centres of the cells.
-
-    size: cells along each side, or (H, W), of `box` (2,2), by default the whole frame [-1, 1]^2.
-    """
+    """(B,3,H,W), one a seed: exact colours at the centres of size or (H, W) cells of box (2,2)."""
     height, width = (size, size) if np.ndim(size) == 0 else size
     (x0, x1), (y0, y1) = np.array([[-1, 1], [-1, 1]] if box is None else box, float)
     x = (x0 + (x1 - x0) * (np.arange(width) + 0.5) / width).astype('float32')
@@ -221,10 +218,7 @@ class Block:
 
 
 class Lathe:
-    """Solid that a polygon sweeps out as it turns round the line through `foot` along `axis`.
-
-    Its corners are (radius, height), counterclockwise; a side that lies on the axis is no surface.
-    """
+    """Solid that a polygon of (radius, height), counterclockwise, sweeps out round an axis."""
 
     def __init__(self, profile, foot=(0, 0, 0), axis=(0, 1, 0)):
         self.profile, self.foot = np.array(profile, float), np.array(foot, float)
@@ -234,7 +228,7 @@ class Lathe:
         across /= np.linalg.norm(across)
         self.across = np.stack([across, np.cross(self.axis, across)])
         radii = 2 * self.profile[:, 0] + self.side[:, 0]
-        self.areas = np.pi * radii * np.linalg.norm(self.side, axis=1)
+        self.areas = np.pi * radii * np.linalg.norm(self.side, axis=1)  # on the axis 0: no surface
         self.area = self.areas.sum()
 
     def distance(self, p):
@@ -381,7 +375,7 @@ def toy_surface(shape, n, rng):
     return np.concatenate(found)[:n]
 
 
-# ---- files: where pictures lie ------------------------------------------------------------------
+# ---- files of pictures ---------------------------------------------------------------------------
 
 SUFFIXES = tuple('.png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .ppm .pgm'.split())
 MIN_SIDE = 8  # pixels; anything smaller is no picture
@@ -467,18 +461,16 @@ def reason(error):
     return ' '.join(f'{type(error).__name__}: {error}'.split())
 
 
-# ---- CIFAR-10 -----------------------------------------------------------------------------------
-
 class ArrayUnpickler(pickle.Unpickler):
     """Reads pickled dicts of numpy arrays and nothing else: a pickle may otherwise run any code."""
 
     def find_class(self, module, name):
-        if module.replace('_core', 'core') == 'numpy.core.multiarray' and name == '_reconstruct':
-            return np._core.multiarray._reconstruct
-        if (module, name) in (('numpy', 'ndarray'), ('numpy', 'dtype')):
-            return getattr(np, name)
-        if (module, name) == ('_codecs', 'encode'):
-            return lambda text, encoding: text.encode(encoding)
+        known = {'numpy.core.multiarray._reconstruct': np._core.multiarray._reconstruct,
+                 'numpy.ndarray': np.ndarray, 'numpy.dtype': np.dtype,
+                 '_codecs.encode': lambda text, encoding: text.encode(encoding)}
+        key = f'{module}.{name}'.replace('_core', 'core')
+        if key in known:
+            return known[key]
         raise pickle.UnpicklingError(f'refused to load {module}.{name}')
 
 
@@ -518,8 +510,6 @@ class Cifar:
     def open(self, name):
         return Image.fromarray(self.pixels[name])
 
-
-# ---- reading one picture ------------------------------------------------------------------------
 
 def to_rgb(im):
     """Any PIL picture -> RGB: EXIF turned, transparency over white, 16 bit and float to 8 bit."""
@@ -668,20 +658,15 @@ def divide(names, holdout=None, group=None, seed=0, official=None):
                 '--split, or leave --group out')
         return {side: list(holdout[side]) for side in ('train', 'test')}
     if isinstance(holdout, dict):
-        held = listed_groups(names, holdout['test'], key)
+        known = {os.path.splitext(n)[0]: n for n in names} | {n: n for n in names}
+        listed, unknown = holdout['test'], [n for n in holdout['test'] if n not in known]
+        require(not unknown, f'--split: {len(unknown)} of {len(listed)} held-out names are not in '
+                f'the data, e.g. {", ".join(unknown[:1])}')
+        held = {key(known[n]) for n in listed}
     else:
         held = drawn_groups({key(n) for n in names}, holdout, seed)
     return {'train': [n for n in names if key(n) not in held],
             'test': [n for n in names if key(n) in held]}
-
-
-def listed_groups(names, listed, key):
-    """Keys of the listed names (with or without suffix), all of which must be in the data."""
-    known = {os.path.splitext(n)[0]: n for n in names} | {n: n for n in names}
-    unknown = [n for n in listed if n not in known]
-    require(not unknown, f'--split: {len(unknown)} of {len(listed)} held-out names are not in the '
-            f'data, e.g. {", ".join(unknown[:1])}')
-    return {key(known[n]) for n in listed}
 
 
 def drawn_groups(keys, fraction, seed):
@@ -740,6 +725,7 @@ class Items(Dataset):
                          n points of the box and whether they are inside
         picture(i, size) (3,size,size) in [-1, 1], to look at
         facts()          lines for `python data.py check`
+        lies_at(path)    whether a user's folder holds data of this domain; static, raises nothing
     and, as class attributes, its domain, what its items are called (`kind`), the `channels` of the
     signal, half the side of the data's box (`extent`), the dataclass of its flags (`config`), and
     `encoder_only`, options with which no more is read than the encoder needs.
@@ -768,11 +754,6 @@ class Items(Dataset):
         """Those of the flags (a dict) that such a data set takes, for `make_dataset`."""
         names = ['flip', 'seed', 'captions', *(f.name for f in fields(cls.config))]
         return {k: flags[k] for k in names if k in flags}
-
-    @staticmethod
-    def lies_at(path):
-        """Whether a folder of unknown content holds data of this domain; raises nothing."""
-        return False
 
     def largest(self, i):
         """The greatest n for which truth(i, n) is the truth and not enlarged."""
@@ -1491,11 +1472,7 @@ def save_npz(path, **arrays):
 
 
 def sample_mesh(path, folder, n, near, seed):
-    """Write pointcloud.npz (n points), near.npz (`near`, if any) and points.npz (n) of one mesh.
-
-    |w| > 0.5 is inside: a mesh turned inside out is the same solid. Occupancies are those of the
-    positions as stored, in half precision.
-    """
+    """Write pointcloud.npz (n points), near.npz (`near`, if any) and points.npz (n) of one mesh."""
     vertices, faces = read_mesh(path)
     vertices, loc, scale = unit_cube(vertices)
     rng = common.seeded('mesh', seed, folder.name)
@@ -1503,7 +1480,7 @@ def sample_mesh(path, folder, n, near, seed):
     volume = rng.uniform(-HALF_BOX, HALF_BOX, (n, 3)).astype('float16')
     close = near_points(points[:near], HALF_BOX, rng).astype('float16')
     w = winding_number(np.concatenate([volume, close]).astype('float32'), vertices, faces)
-    w, w_near = np.split(w.abs().numpy(), [n])
+    w, w_near = np.split(w.abs().numpy(), [n])  # a mesh turned inside out is the same solid
     save_npz(folder / 'pointcloud.npz', points=points.astype('float16'),
              normals=normals.astype('float16'), loc=loc, scale=scale)
     if near:
@@ -1791,10 +1768,10 @@ class FileShapes(FileItems, Shapes):
         return torch.from_numpy(points), torch.from_numpy(inside.astype(bool))
 
     def facts(self):
-        share = sorted(self.truth(i)[1].float().mean().item()
-                       for i in self.readable(range(len(self))))
-        yield 'classes   ' + ', '.join(f'{self.labels.count(k)} {title}'
-                                       for k, title in enumerate(self.titles))
+        good = self.readable(range(len(self)))
+        share = sorted(self.truth(i)[1].float().mean().item() for i in good)
+        counts = (f'{self.labels.count(k)} {title}' for k, title in enumerate(self.titles))
+        yield f'classes   {", ".join(counts)}'
         yield (f'inside    {share[0]:.2%} of the box min, {share[len(share) // 2]:.2%} median, '
                f'{share[-1]:.2%} max')
 
@@ -1854,10 +1831,7 @@ def make_dataset(name, root=None, split='train', holdout=None, group=None, seed=
 
 
 def open_run_data(info, split, root=None, **options):
-    """The data set of a run, split as it was: info has `args`, stage 1's flags, and `splits`.
-
-    root: where the data are now, if they have moved; options override the run's own.
-    """
+    """The data set of a run, by `args` and `splits` in its info; root: where it is, if it moved."""
     args = info['args']
     options = {**options_of(args), 'flip': args['flip'] and split == 'train', **options}
     try:
