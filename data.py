@@ -607,9 +607,9 @@ def read_frames(files, video, numbers, resolution=0):
         raise OSError(f'{video.name}: cannot be read ({reason(error)})') from None
     if not resolution:
         return whole
-    if min(frames[0].size) < resolution:
-        raise ValueError(f'{video.name}: frames of {frames[0].size[0]} x {frames[0].size[1]} '
-                         f'pixels are less than {resolution} a side')
+    width, height = frames[0].size
+    require(min(width, height) >= resolution, f'{video.name}: frames of {width} x {height} pixels '
+            f'are less than {resolution} a side')
     return np.stack([resize(square(f), resolution) for f in frames])
 
 
@@ -803,9 +803,8 @@ class Computed(Items):
     def select(self, name, selection):
         """Set `names`; the seeds of the split. ValueError for what a fixed split cannot honour."""
         divided = selection.holdout and not isinstance(selection.holdout, dict)
-        if selection.group or selection.captions or divided:
-            raise ValueError(f'{name}: it is computed, with a fixed split; leave --split, --group '
-                             'and --captions out')
+        require(not (selection.group or selection.captions or divided), f'{name}: it is computed, '
+                'with a fixed split; leave --split, --group and --captions out')
         sides = self.seeds if selection.split == 'all' else (selection.split,)
         chosen = [first + k for first, count in map(self.seeds.get, sides) for k in range(count)]
         self.names = [f'seed {s}' for s in chosen]
@@ -996,7 +995,7 @@ class Pictures(Items):
         return int(rng.choice(self.sizes, p=probs / probs.sum())) if probs.sum() else r
 
     def item(self, i, rng=None):
-        """image (3,r,r), its crop target (3,r,r) at box (2,2), scale () = r/R, and what is `known`.
+        """image (3,r,r), target (3,r,r), a crop of it at R, box (2,2), scale () = r/R, and `known`.
 
         Without an rng the target is the image.
         """
@@ -1126,8 +1125,7 @@ def afhq(name, root, selection, **options):
     parts = {n: (Path(root).name, *n.split('/')[:-1]) for n in files.names}
     if any(a in p for p in parts.values() for a in AFHQ):
         files.names = [n for n in files.names if animal in parts[n]]
-    if not files.names:
-        raise ValueError(f'{root}: no folder {animal} in it; name the place with --data PATH')
+    require(files.names, f'{root}: no folder {animal} in it; name the place with --data PATH')
     test = [n for n in files.names if {'test', 'val'} & {*parts[n][1:]}]
     train = [n for n in files.names if 'train' in parts[n][1:]]
     official = dict(train=train, test=test) if train and test else None
@@ -1160,12 +1158,10 @@ def read_off(data):
     """OFF; the counts may stand on the header's line, and colours behind a vertex or a face."""
     text = re.sub('#.*', '', data.decode('utf-8', 'replace'))
     header = re.match(r'\s*(C|N|CN|ST)?OFF', text)
-    if not header:
-        raise ValueError('no OFF header')
+    require(header, 'no OFF header')
     counts, *rows = filter(None, map(str.split, text[header.end():].splitlines()))
     n, m = map(int, counts[:2])
-    if len(rows) < n + m:
-        raise ValueError('cut short')
+    require(len(rows) >= n + m, 'cut short')
     polygons = [[int(w) for w in row[1:1 + int(row[0])]] for row in rows[n:n + m]]
     return [[float(w) for w in row[:3]] for row in rows[:n]], polygons
 
@@ -1209,8 +1205,7 @@ def read_ply(data):
     head, found, body = data.partition(b'end_header')
     start, *parts = head.decode('ascii', 'replace').split('\nelement ')
     form = re.match(r'(?sm)ply\s.*?^format (\S+)', start)
-    if not found or not form:
-        raise ValueError('no PLY header')
+    require(found and form, 'no PLY header')
     take, rows = ply_values(form[1], body.partition(b'\n')[2]), {}
     for part in parts:
         (element, count), *lines = map(str.split, part.splitlines())
@@ -1247,9 +1242,8 @@ def read_geometry(path):
     """
     path, readers = Path(path), MESH_READERS | CLOUD_READERS
     suffix = path.suffix.lower()
-    if suffix not in readers:
-        raise ValueError(f'{path}: neither a mesh ({" ".join(MESH_READERS)}) nor points '
-                         f'({" ".join(CLOUD_READERS)})')
+    require(suffix in readers, f'{path}: neither a mesh ({" ".join(MESH_READERS)}) nor points '
+            f'({" ".join(CLOUD_READERS)})')
     data = path.read_bytes()
     try:
         vertices, polygons = readers[suffix](data)
@@ -1271,8 +1265,7 @@ def finite_extent(points, path):
 def read_mesh(path):
     """`read_geometry` without the vertices that no face has; ValueError if there is no surface."""
     vertices, faces = read_geometry(path)
-    if not len(faces):
-        raise ValueError(f'{path}: no faces')
+    require(len(faces), f'{path}: no faces')
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise ValueError(f'{path}: a face names a vertex that is not there')
     used, faces = np.unique(faces, return_inverse=True)
@@ -1502,8 +1495,7 @@ def find_meshes(root, classes):
     """{(class, id): path} of the meshes below a folder; the class: of `classes`, or that folder."""
     paths = sorted((p for p in Path(root).rglob('*') if p.suffix.lower() in MESH_READERS),
                    key=lambda p: natural(p.as_posix()))
-    if not paths:
-        raise ValueError(f'{root}: no such folder, or no meshes ({" ".join(MESH_READERS)}) in it')
+    require(paths, f'{root}: no such folder, or no meshes ({" ".join(MESH_READERS)}) in it')
     found = {}
     for path in paths:
         parts = path.relative_to(root).with_suffix('').parts
@@ -1523,7 +1515,7 @@ def doubt(inside, ambiguous):
 
 
 def write_lists(out, keys, args):
-    """{side: how many}; writes {train,val,test}.lst of each class and metadata.yaml, as JSON."""
+    """Write {train,val,test}.lst of each class and metadata.yaml, as JSON; 'how many side, ...'."""
     first = divide(['/'.join(k) for k in keys], args.split, args.group, args.seed)
     second = divide(first['train'], args.split, args.group, args.seed + 1)
     sides = dict(train=second['train'], val=second['test'], test=first['test'])
@@ -1535,12 +1527,12 @@ def write_lists(out, keys, args):
             common.replace(out / group / f'{side}.lst', lambda t, text=text: t.write_text(text))
     text = json.dumps({g: dict(id=g, name=g) for g in groups}, indent=1)
     common.replace(out / 'metadata.yaml', lambda t: t.write_text(text))
-    return {side: len(members) for side, members in sides.items()}
+    return ', '.join(f'{len(members)} {side}' for side, members in sides.items())
 
 
 def mesh(args):
     """What `python data.py mesh` does; a second call goes on where the first one was stopped."""
-    common.require(args.near <= 1, f'--near {args.near}: a share, from 0 to 1')
+    require(args.near <= 1, f'--near {args.near}: a share, from 0 to 1')
     found, out = find_meshes(args.folder, read_classes(args.classes)), Path(args.out)
     near = round(args.near * args.points)
 
@@ -1568,8 +1560,7 @@ def mesh(args):
     if not keys or len(bad) >= 3 and len(bad) > len(results) / 100:
         raise ValueError(f'{args.folder}: {len(bad)} of {len(results)} meshes cannot be read, '
                          f'{len(doubts)} are doubtful: mend or remove them, or try --keep')
-    counts = write_lists(out, keys, args)
-    sides = ', '.join(f'{n} {side}' for side, n in counts.items())
+    sides = write_lists(out, keys, args)
     print(f'{out}: {sides}; {len(bad)} unreadable, {len(doubts)} doubtful, '
           + ('kept' if args.keep else 'left out of the lists'))
 
@@ -1615,7 +1606,7 @@ class Shapes(Items):
         return torch.from_numpy((p * sign / self.extent).astype('float32')), sign
 
     def item(self, i, rng=None):
-        """points (N,3), coords (M,3), their occupancy target (M,), and what is `known`.
+        """points (N,3), coords (M,3), target (M,), which is their occupancy, and `known`.
 
         Without an rng the draws depend on the shape's name alone.
         """
@@ -1685,9 +1676,8 @@ def find_shapes(root, classes=None):
     groups = [g for g in sorted(root.iterdir())
               if g.is_dir() and (not classes or g.name in classes)]
     found = {f'{g.name}/{p.name}': p for g in groups for p in g.iterdir() if p.is_dir()}
-    if not found:
-        raise ValueError(f'{root}: no folders {"/".join(classes or ["CLASS"])}/ID in it, each with '
-                         'points.npz and pointcloud.npz; python data.py mesh makes them of meshes')
+    require(found, f'{root}: no folders {"/".join(classes or ["CLASS"])}/ID in it, each with '
+            'points.npz and pointcloud.npz; python data.py mesh makes them of meshes')
     return root, found
 
 
