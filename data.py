@@ -260,10 +260,9 @@ class Lathe:
 
 def rod(start, end, radius, end_radius=None):
     """Round bar between two points, or a cone cut off where the radii at its ends differ."""
-    length = np.linalg.norm(np.subtract(end, start))
-    wide = radius if end_radius is None else end_radius
-    return Lathe([(0, 0), (radius, 0), (wide, length), (0, length)], start,
-                 np.subtract(end, start))
+    axis, wide = np.subtract(end, start), radius if end_radius is None else end_radius
+    length = np.linalg.norm(axis)
+    return Lathe([(0, 0), (radius, 0), (wide, length), (0, length)], start, axis)
 
 
 def toy_table(u, rng):
@@ -828,10 +827,9 @@ class FileItems(Items):
         """Divide the names and keep those wanted; the headers of the good ones."""
         self.place, self.tolerant = str(place), selection.tolerant
         self.sides = divide(names, selection.holdout, selection.group, selection.seed, official)
-        wanted = (self.sides['train'] + self.sides['test'] if selection.split == 'all' else
-                  self.sides[selection.split])
+        chosen = ('train', 'test') if selection.split == 'all' else (selection.split,)
+        wanted = sorted((n for side in chosen for n in self.sides[side]), key=natural)
         require(wanted, f'{place}: no {self.kind} in the {selection.split} part; change --split')
-        wanted = sorted(wanted, key=natural)
         headers = dict(zip(wanted, threaded(self.header, wanted, 'reading headers')))
         self.bad = [(n, h) for n, h in headers.items() if isinstance(h, str)]
         self.names = [n for n, h in headers.items() if not isinstance(h, str)]
@@ -854,8 +852,7 @@ class FileItems(Items):
         require(any(map(captions_of, self.sides['train'] + self.sides['test'])),
                 f'--captions: none of {len(texts)} names is that of an item, e.g. '
                 f'{next(iter(texts), "")} and {self.names[0]}')
-        missing = sum(not c for c in self.captions)
-        if missing:
+        if missing := sum(not c for c in self.captions):
             self.notes.append(f'{missing} {self.kind} have no caption')
 
     def refuse_bad(self):
@@ -1026,13 +1023,11 @@ class ToyPictures(Computed, Pictures):
         self.numbers = self.select(name, selection)
 
     def crop(self, i, R, top, left, flip):
-        r = self.resolution
+        seeds, r = [self.numbers[i]], self.resolution
         x0 = R - left - r if flip else left
         box = 2 * np.array([[x0, x0 + r], [top, top + r]]) / R - 1
-
-        def draw():
-            return toy_image([self.numbers[i]], r, box)[0]
-        part = self.cache.get(i, draw) if R == r else draw()
+        part = (self.cache.get(i, lambda: toy_image(seeds, r)[0]) if R == r else
+                toy_image(seeds, r, box)[0])
         return part.flip(-1) if flip else part
 
     def truth(self, i, R):
@@ -1050,8 +1045,7 @@ class FilePictures(FileItems, Pictures):
         self.shapes, self.modes = [h[0] for h in headers], [h[1] for h in headers]
         if labels:
             self.labels = [labels[n] for n in self.names]
-        small = sum(min(shape) < self.resolution for shape in self.shapes)
-        if small:
+        if small := sum(min(shape) < self.resolution for shape in self.shapes):
             self.notes.append(f'{small} pictures smaller than {self.resolution} are enlarged')
 
     def header(self, name):
@@ -1704,13 +1698,12 @@ class FileShapes(FileItems, Shapes):
             file = place / group / f'{side}.lst'
             lines = file.read_text().splitlines() if file.exists() else []
             lists[side] += [f'{group}/{line.strip()}' for line in lines if line.strip()]
-        listed, official = self.folders, None
-        if lists['train'] and lists['test']:
-            listed = {*sum(lists.values(), [])}
-            official = {side: lists[side] for side in ('train', 'test')}
+        given = lists['train'] and lists['test']
+        listed = {*sum(lists.values(), [])} if given else self.folders
+        official = {side: lists[side] for side in ('train', 'test')} if given else None
         self.select([n for n in self.folders if n in listed], root, selection, official)
         self.labels = [self.groups.index(n.split('/')[0]) for n in self.names]
-        if official and not selection.holdout and lists['val']:
+        if given and not selection.holdout and lists['val']:
             self.notes.append(f'{len(lists["val"])} shapes of val.lst are left alone')
 
     def header(self, name):
@@ -1811,8 +1804,8 @@ def make_dataset(name, root=None, split='train', holdout=None, group=None, seed=
                  captions='', **options):
     """The data set `name` at `root` (default data/NAME), an `Items`; for the split see `Selection`.
 
-    options: flip, cache_bytes, and what the `config` of its kind has; picture sets need
-    `resolution`. FileNotFoundError or ValueError if the data are missing or bad.
+    options: flip, cache_bytes, what the `config` of its kind has, for pictures `resolution`.
+    FileNotFoundError or ValueError, one line, if the data are missing or bad.
     """
     require(name in DATASETS, f'--dataset {name}: unknown; one of {", ".join(NAMES)}')
     require(split in ('train', 'test', 'all'), f'split {split}: one of train, test, all')
