@@ -182,7 +182,7 @@ def toy_boat(p, x, y, picture, sail, wood):
 
 
 def toy_image(seeds, size, box=None):
-    """(B,3,H,W), one a seed: exact colours at the centres of size or (H, W) cells of box (2,2)."""
+    """(B,3,H,W), one a seed: exact colours at centres of size or (H, W) cells of box or frame."""
     height, width = (size, size) if np.ndim(size) == 0 else size
     (x0, x1), (y0, y1) = np.array([[-1, 1], [-1, 1]] if box is None else box, float)
     x = (x0 + (x1 - x0) * (np.arange(width) + 0.5) / width).astype('float32')
@@ -820,7 +820,8 @@ class FileItems(Items):
 
     ValueError when they are at least three and more than 1 %, or when none is left, unless the
     selection is tolerant. A subclass has `header(name)`, which returns what is known from a glance
-    or a text that says what is wrong, and `decode(i)`, which reads a file and raises if it cannot.
+    or a text that says what is wrong, `decode(i)`, which reads a file and raises if it cannot, and
+    `bytes_kept` of what it made, for the cache.
     """
 
     def select(self, names, place, selection, official=None):
