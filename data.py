@@ -6,11 +6,6 @@
 `Items` is what every data set offers; `Pictures` and `Shapes` say what an item of their domain is,
 their subclasses where it comes from. `DATASETS` at the end names them all.
 
-Pictures, multi-scale training (Appendix B.1 of the paper): the encoder sees the full frame at
-r x r, the loss an r x r crop, at known coordinates, of the same picture at R >= r. Departures: the
-last crop position is drawn too, R may be continuous in [r, R_max], and a picture is never enlarged
-to serve as the truth: scales beyond its short side are dropped for that picture.
-
 Pictures are uint8 outside and float32 in [-1, 1] inside; a box ((x_lo, x_hi), (y_lo, y_hi)) is the
 extent of a crop of the frame [-1, 1]^2, y down.
 """
@@ -27,6 +22,8 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,10 +182,7 @@ def toy_boat(p, x, y, picture, sail, wood):
 
 
 def toy_image(seeds, size, box=None):
-    """One picture for each seed: float32 (B,3,H,W), the exact colours at the centres of the cells.
-
-    size: cells along each side, or (H, W), of `box` (2,2), by default the whole frame [-1, 1]^2.
-    """
+    """(B,3,H,W), one a seed: exact colours at centres of size or (H, W) cells of box or frame."""
     height, width = (size, size) if np.ndim(size) == 0 else size
     (x0, x1), (y0, y1) = np.array([[-1, 1], [-1, 1]] if box is None else box, float)
     x = (x0 + (x1 - x0) * (np.arange(width) + 0.5) / width).astype('float32')
@@ -224,11 +218,7 @@ class Block:
 
 
 class Lathe:
-    """Solid that a polygon sweeps out as it turns round the line through `foot` along `axis`.
-
-    profile: corners (K,2) as (radius, height above foot), counterclockwise; a side that lies on
-    the axis is no surface.
-    """
+    """Solid that a polygon of (radius, height), counterclockwise, sweeps out round an axis."""
 
     def __init__(self, profile, foot=(0, 0, 0), axis=(0, 1, 0)):
         self.profile, self.foot = np.array(profile, float), np.array(foot, float)
@@ -238,7 +228,7 @@ class Lathe:
         across /= np.linalg.norm(across)
         self.across = np.stack([across, np.cross(self.axis, across)])
         radii = 2 * self.profile[:, 0] + self.side[:, 0]
-        self.areas = np.pi * radii * np.linalg.norm(self.side, axis=1)
+        self.areas = np.pi * radii * np.linalg.norm(self.side, axis=1)  # on the axis 0: no surface
         self.area = self.areas.sum()
 
     def distance(self, p):
@@ -270,17 +260,9 @@ class Lathe:
 
 def rod(start, end, radius, end_radius=None):
     """Round bar between two points, or a cone cut off where the radii at its ends differ."""
-    length = np.linalg.norm(np.subtract(end, start))
-    wide = radius if end_radius is None else end_radius
-    return Lathe([(0, 0), (radius, 0), (wide, length), (0, length)], start,
-                 np.subtract(end, start))
-
-
-def ring(centre, radius, thickness, axis=(0, 1, 0)):
-    """Torus round `axis`: a tube `thickness` wide (a polygon of 24 sides) at `radius`."""
-    turn = np.arange(24) * np.pi / 12
-    circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
-    return Lathe(circle * thickness / 2 + (radius, 0), centre, axis)
+    axis, wide = np.subtract(end, start), radius if end_radius is None else end_radius
+    length = np.linalg.norm(axis)
+    return Lathe([(0, 0), (radius, 0), (wide, length), (0, length)], start, axis)
 
 
 def toy_table(u, rng):
@@ -355,7 +337,9 @@ def toy_wheel(u, rng):
     spokes, lying = int(rng.integers(3, 7)), rng.random() < 0.5
     radius, thick, hub, phase = u(0.65, 0.75), u(0.24, 0.32), u(0.22, 0.28), u(0, 2 * np.pi)
     x, y, axis = np.eye(3)[[0, 2, 1] if lying else [0, 1, 2]]
-    parts = [ring((0, 0, 0), radius, thick, axis), rod(-0.14 * axis, 0.14 * axis, hub)]
+    turn = np.arange(24) * np.pi / 12
+    tyre = np.stack([np.cos(turn), np.sin(turn)], axis=1) * thick / 2 + (radius, 0)
+    parts = [Lathe(tyre, axis=axis), rod(-0.14 * axis, 0.14 * axis, hub)]
     parts += [rod((0, 0, 0), radius * (np.cos(a) * x + np.sin(a) * y), 0.08)
               for a in phase + 2 * np.pi * np.arange(spokes) / spokes]
     number = ('three', 'four', 'five', 'six')[spokes - 3]
@@ -390,7 +374,7 @@ def toy_surface(shape, n, rng):
     return np.concatenate(found)[:n]
 
 
-# ---- files: where pictures lie ------------------------------------------------------------------
+# ---- files of pictures ---------------------------------------------------------------------------
 
 SUFFIXES = tuple('.png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .ppm .pgm'.split())
 MIN_SIDE = 8  # pixels; anything smaller is no picture
@@ -452,10 +436,7 @@ class Zip:
 
 
 def find_files(root):
-    """The Folder (of one file if `root` is a picture) or Zip of pictures at `root`.
-
-    FileNotFoundError or ValueError if there are no pictures.
-    """
+    """Folder (of one file if `root` is a picture) or Zip; FileNotFoundError, ValueError if none."""
     root = Path(root)
     if not root.exists() and root.with_name(root.name + '.zip').exists():
         root = root.with_name(root.name + '.zip')
@@ -464,13 +445,14 @@ def find_files(root):
     if root.is_file() and root.suffix.lower() in SUFFIXES:
         return Folder(root.parent, [root.name])
     files = Folder(root) if root.is_dir() else Zip(root)
-    if not files.names and any(root.glob('**/data.mdb')):
+    if files.names:
+        return files
+    if any(root.glob('**/data.mdb')):
         raise ValueError(f"{root}: an lmdb; LSUN's own tool writes its pictures into a folder: "
                          'python data.py export LMDB --out_dir FOLDER')
-    meshes = not files.names and any(p.suffix.lower() in MESH_READERS for p in root.rglob('*'))
+    meshes = any(p.suffix.lower() in MESH_READERS for p in root.rglob('*'))
     hint = '; meshes are prepared by python data.py mesh' if meshes else ''
-    require(files.names, f'{root}: no pictures ({" ".join(SUFFIXES)}) in it{hint}')
-    return files
+    raise ValueError(f'{root}: no pictures ({" ".join(SUFFIXES)}) in it{hint}')
 
 
 def reason(error):
@@ -478,18 +460,16 @@ def reason(error):
     return ' '.join(f'{type(error).__name__}: {error}'.split())
 
 
-# ---- CIFAR-10 -----------------------------------------------------------------------------------
-
 class ArrayUnpickler(pickle.Unpickler):
     """Reads pickled dicts of numpy arrays and nothing else: a pickle may otherwise run any code."""
 
     def find_class(self, module, name):
-        if module.replace('_core', 'core') == 'numpy.core.multiarray' and name == '_reconstruct':
-            return np._core.multiarray._reconstruct
-        if (module, name) in (('numpy', 'ndarray'), ('numpy', 'dtype')):
-            return getattr(np, name)
-        if (module, name) == ('_codecs', 'encode'):
-            return lambda text, encoding: text.encode(encoding)
+        known = {'numpy.core.multiarray._reconstruct': np._core.multiarray._reconstruct,
+                 'numpy.ndarray': np.ndarray, 'numpy.dtype': np.dtype,
+                 '_codecs.encode': lambda text, encoding: text.encode(encoding)}
+        key = f'{module}.{name}'.replace('_core', 'core')
+        if key in known:
+            return known[key]
         raise pickle.UnpicklingError(f'refused to load {module}.{name}')
 
 
@@ -507,35 +487,28 @@ class Cifar:
         self.pixels, self.labels = {}, {}
         try:
             if place.is_dir():
-                for path in place.glob('*_batch*'):
-                    self.add(path.name, path.open('rb'))
+                files = {path.name: path.read_bytes() for path in place.glob('*_batch*')}
             else:
                 with tarfile.open(place) as tar:
-                    for member in tar:
-                        self.add(Path(member.name).name, tar.extractfile(member))
+                    files = {Path(m.name).name: tar.extractfile(m).read()
+                             for m in tar if m.isfile()}
+            for k, file in enumerate(['test_batch', *(f'data_batch_{n}' for n in range(1, 6))]):
+                if file not in files:
+                    continue
+                batch = ArrayUnpickler(io.BytesIO(files[file]), encoding='latin1').load()
+                side, first = ('train', 10_000 * (k - 1)) if k else ('test', 0)
+                names = [f'{side}/{first + n}' for n in range(len(batch['labels']))]
+                pictures = batch['data'].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+                self.pixels |= zip(names, pictures)
+                self.labels |= zip(names, batch['labels'])
         except Exception as error:  # a foreign pickle or a cut archive may raise anything
             raise ValueError(f'{place}: not CIFAR-10 as published ({reason(error)}); '
                              'fetch cifar-10-python.tar.gz again') from None
         self.names = sorted(self.pixels, key=natural)
 
-    def add(self, file, stream):
-        """Take in one batch file; others, such as batches.meta, are passed over."""
-        side, first = 'test', 0
-        if file in [f'data_batch_{k}' for k in range(1, 6)]:
-            side, first = 'train', 10_000 * (int(file[-1]) - 1)
-        elif file != 'test_batch':
-            return
-        with stream:
-            batch = ArrayUnpickler(stream, encoding='latin1').load()
-        pictures = batch['data'].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        for k, (picture, label) in enumerate(zip(pictures, batch['labels'])):
-            self.pixels[f'{side}/{first + k}'], self.labels[f'{side}/{first + k}'] = picture, label
-
     def open(self, name):
         return Image.fromarray(self.pixels[name])
 
-
-# ---- reading one picture ------------------------------------------------------------------------
 
 def to_rgb(im):
     """Any PIL picture -> RGB: EXIF turned, transparency over white, 16 bit and float to 8 bit."""
@@ -575,11 +548,11 @@ def threaded(function, items, what, workers=8):
 
 # ---- videos -------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
+@dataclass
 class VideoFile:
     """Where the frames of one video lie: a file for each, or one animated file for all."""
     name: str
-    frames: tuple
+    frames: list
     animated: bool
 
     def __len__(self):
@@ -587,19 +560,19 @@ class VideoFile:
 
 
 def find_videos(files):
-    """The videos of a Folder or Zip, in order.
+    """The videos of a Folder or Zip, in order; a file that cannot be opened has no frames.
 
     A folder where one of the first three files moves holds animated files (GIF, WebP, APNG), any
-    other that holds pictures is one video. A file that cannot be opened has no frames.
+    other that holds pictures is one video.
     """
     folders, videos = {}, []
     for name in files.names:
         folders.setdefault(os.path.dirname(name), []).append(name)
     for folder, names in folders.items():
         if max(count_frames(files, n) for n in names[:3]) < 2:
-            videos.append(VideoFile(folder, tuple(names), False))
+            videos.append(VideoFile(folder, names, False))
         else:
-            videos += [VideoFile(n, (n,) * count_frames(files, n), True) for n in names]
+            videos += [VideoFile(n, [n] * count_frames(files, n), True) for n in names]
     return videos
 
 
@@ -618,11 +591,13 @@ def read_frames(files, video, numbers, resolution=0):
     OSError if one cannot be read, or if they differ in size; ValueError if they are smaller.
     """
     try:
+        frames = []
         if video.animated:
             with files.open(video.name) as image:
-                frames = [seek(image, k) for k in numbers]
+                for k in numbers:
+                    image.seek(k)
+                    frames.append(to_rgb(image.copy()))
         else:
-            frames = []
             for k in numbers:
                 with files.open(video.frames[k]) as image:
                     frames.append(to_rgb(image))
@@ -631,25 +606,13 @@ def read_frames(files, video, numbers, resolution=0):
         raise OSError(f'{video.name}: cannot be read ({reason(error)})') from None
     if not resolution:
         return whole
-    if min(frames[0].size) < resolution:
-        raise ValueError(f'{video.name}: frames of {frames[0].size[0]} x {frames[0].size[1]} '
-                         f'pixels are less than {resolution} a side')
+    width, height = frames[0].size
+    require(min(width, height) >= resolution, f'{video.name}: frames of {width} x {height} pixels '
+            f'are less than {resolution} a side')
     return np.stack([resize(square(f), resolution) for f in frames])
 
 
-def seek(image, k):
-    """Frame k of an animated picture."""
-    image.seek(k)
-    return to_rgb(image.copy())
-
-
 # ---- splits -------------------------------------------------------------------------------------
-
-def hash01(*key):
-    """A number in [0, 1) that depends on the key alone."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=6).digest()
-    return int.from_bytes(digest, 'big') / 2 ** 48
-
 
 def read_split(path):
     """A split file as dict(train=names, test=names), or dict(test=names) of a plain list."""
@@ -671,12 +634,14 @@ def divide(names, holdout=None, group=None, seed=0, official=None):
     """{'train': names, 'test': names}.
 
     holdout: None -> `official` if the data set has a split, else 0.1; a fraction: a name is held
-    out if its hash with `seed` is below it, so that adding files moves no other; a file (see
-    read_split) or such a dict. Without 'train' the rest is the training part.
-    group: regular expression; names that become equal when it is deleted stay on one side.
-    ValueError where a name is on both sides, or `group` given and both sides are listed.
+    out if its hash with `seed` is below it, so that adding files moves no other; a file for
+    read_split or such a dict, without 'train' if that is the rest. group: regular expression; names
+    that become equal when it is deleted stay on one side, so that it goes with no list of both.
     """
-    key = group_key(group)
+    try:
+        key = partial(re.compile(group).sub, '') if group else str
+    except re.error as error:
+        raise ValueError(f'--group {group}: not a regular expression ({error})') from None
     if holdout in (None, ''):
         holdout = official or 0.1
     if isinstance(holdout, (str, Path)):
@@ -685,46 +650,29 @@ def divide(names, holdout=None, group=None, seed=0, official=None):
         except ValueError:
             holdout = read_split(holdout)
     if isinstance(holdout, dict) and 'train' in holdout:
-        return listed_sides(holdout, group)
+        twice = {*holdout['train']} & {*holdout['test']}
+        require(not twice, f'--split: {len(twice)} names are on both sides, e.g. '
+                + min(twice, default=''))
+        require(not group, f'--group {group}: the split lists both sides; give a fraction as '
+                '--split, or leave --group out')
+        return {side: list(holdout[side]) for side in ('train', 'test')}
     if isinstance(holdout, dict):
-        held = listed_groups(names, holdout['test'], key)
+        known = {os.path.splitext(n)[0]: n for n in names} | {n: n for n in names}
+        listed, unknown = holdout['test'], [n for n in holdout['test'] if n not in known]
+        require(not unknown, f'--split: {len(unknown)} of {len(listed)} held-out names are not in '
+                f'the data, e.g. {", ".join(unknown[:1])}')
+        held = {key(known[n]) for n in listed}
     else:
         held = drawn_groups({key(n) for n in names}, holdout, seed)
     return {'train': [n for n in names if key(n) not in held],
             'test': [n for n in names if key(n) in held]}
 
 
-def group_key(group):
-    """The function name -> what is left of it: names with the same rest stay on one side."""
-    try:
-        return partial(re.compile(group).sub, '') if group else str
-    except re.error as error:
-        raise ValueError(f'--group {group}: not a regular expression ({error})') from None
-
-
-def listed_sides(sides, group):
-    """A split of which both sides are listed, checked."""
-    twice = {*sides['train']} & {*sides['test']}
-    require(not twice, f'--split: {len(twice)} names are on both sides, e.g. '
-            + min(twice, default=''))
-    require(not group, f'--group {group}: the split lists both sides; give a fraction as --split, '
-            'or leave --group out')
-    return {side: list(sides[side]) for side in ('train', 'test')}
-
-
-def listed_groups(names, listed, key):
-    """Keys of the listed names (with or without suffix), all of which must be in the data."""
-    known = {os.path.splitext(n)[0]: n for n in names} | {n: n for n in names}
-    unknown = [n for n in listed if n not in known]
-    require(not unknown, f'--split: {len(unknown)} of {len(listed)} held-out names are not in the '
-            f'data, e.g. {", ".join(unknown[:1])}')
-    return {key(known[n]) for n in listed}
-
-
 def drawn_groups(keys, fraction, seed):
     """About this fraction of the keys, by their hashes; of a small set neither none nor all."""
     require(0 <= fraction < 1, f'--split {fraction}: the held-out fraction must be in [0, 1)')
-    hashes = {k: hash01(seed, k) for k in sorted(keys)}
+    digests = {k: hashlib.blake2b(repr((seed, k)).encode(), digest_size=6) for k in sorted(keys)}
+    hashes = {k: int.from_bytes(d.digest(), 'big') / 2 ** 48 for k, d in digests.items()}
     held = {k for k, u in hashes.items() if u < fraction}
     if fraction and len(hashes) > 1:
         held = (held or {min(hashes, key=hashes.get)}) - {max(hashes, key=hashes.get)}
@@ -734,16 +682,15 @@ def drawn_groups(keys, fraction, seed):
 # ---- what a data set is --------------------------------------------------------------------------
 
 class Cache:
-    """Keeps arrays while they fit in `limit` bytes, shared out among the loader's workers.
+    """Keeps what fits in `limit` bytes, shared out among the loader's workers.
 
-    Nothing is thrown out again: a shuffled epoch asks for every key once, so what is kept matters
-    less than that it stays.
+    Nothing is thrown out: a shuffled epoch asks once for every key, whichever of them are kept.
     """
 
     def __init__(self, limit):
         self.limit, self.used, self.kept = limit, 0, {}
 
-    def get(self, key, make, size_of):
+    def get(self, key, make, size_of=attrgetter('nbytes')):
         if key in self.kept:
             return self.kept[key]
         value, worker = make(), get_worker_info()
@@ -755,17 +702,13 @@ class Cache:
 
 @dataclass
 class Selection:
-    """Which items of a data set are wanted: a side of the split, and how it is split.
-
-    split: 'train', 'test' or 'all'. holdout, group, seed: see `divide`. tolerant: broken files are
-    listed, however many. captions: a CSV, see `read_captions`.
-    """
-    split: str = 'train'
+    """Which items of a data set are wanted; for holdout, group and seed see `divide`."""
+    split: str = 'train'  # or 'test', 'all'
     holdout: object = None
     group: str = None
     seed: int = 0
-    tolerant: bool = False
-    captions: str = ''
+    tolerant: bool = False  # broken files are listed, however many
+    captions: str = ''  # a CSV, see `read_captions`
 
 
 class Items(Dataset):
@@ -781,6 +724,7 @@ class Items(Dataset):
                          n points of the box and whether they are inside
         picture(i, size) (3,size,size) in [-1, 1], to look at
         facts()          lines for `python data.py check`
+        lies_at(path)    whether a user's folder holds data of this domain; static, raises nothing
     and, as class attributes, its domain, what its items are called (`kind`), the `channels` of the
     signal, half the side of the data's box (`extent`), the dataclass of its flags (`config`), and
     `encoder_only`, options with which no more is read than the encoder needs.
@@ -795,6 +739,7 @@ class Items(Dataset):
     def __init__(self, flip=False, cache_bytes=2 ** 30):
         """flip: mirror half of the items. cache_bytes: memory for what was read, per process."""
         self.flip, self.cache = flip, Cache(cache_bytes)
+        self.views = 2 if flip else 1  # as it is, and mirrored
         self.bad, self.notes = [], []
 
     def __len__(self):
@@ -809,19 +754,9 @@ class Items(Dataset):
         names = ['flip', 'seed', 'captions', *(f.name for f in fields(cls.config))]
         return {k: flags[k] for k in names if k in flags}
 
-    @staticmethod
-    def lies_at(path):
-        """Whether a folder of unknown content holds data of this domain; raises nothing."""
-        return False
-
     def largest(self, i):
         """The greatest n for which truth(i, n) is the truth and not enlarged."""
         return np.inf
-
-    @property
-    def views(self):
-        """In how many ways the encoder may see an item: as it is, and mirrored if flips are on."""
-        return 2 if self.flip else 1
 
     def draw_view(self, rng):
         """The number of a view; of the first without an rng."""
@@ -859,19 +794,16 @@ class Items(Dataset):
 
 
 class Computed(Items):
-    """Items that are functions of a seed: nothing to read, and a fixed split.
+    """Items that are functions of a seed: nothing to read, and a fixed split."""
 
-    `seeds` maps a side to (first seed, how many).
-    """
-
-    computed, seeds = True, {}
+    computed = True
+    seeds = {}  # side: (first seed, how many)
 
     def select(self, name, selection):
         """Set `names`; the seeds of the split. ValueError for what a fixed split cannot honour."""
         divided = selection.holdout and not isinstance(selection.holdout, dict)
-        if selection.group or selection.captions or divided:
-            raise ValueError(f'{name}: it is computed, with a fixed split; leave --split, --group '
-                             'and --captions out')
+        require(not (selection.group or selection.captions or divided), f'{name}: it is computed, '
+                'with a fixed split; leave --split, --group and --captions out')
         sides = self.seeds if selection.split == 'all' else (selection.split,)
         chosen = [first + k for first, count in map(self.seeds.get, sides) for k in range(count)]
         self.names = [f'seed {s}' for s in chosen]
@@ -884,22 +816,21 @@ class Computed(Items):
 
 
 class FileItems(Items):
-    """Items from files that may turn out broken, when their headers are read or later.
+    """Items from files; broken ones go to `bad`, and the next good one stands in.
 
-    Those go to `bad`, and the next good one stands in. ValueError when they are at least three and
-    more than 1 %, or when none is left, unless the selection is tolerant. A subclass has
-    `header(name)`, which returns what is known from a glance or a text that says what is wrong, and
-    `decode(i)`, which reads a file and raises if it cannot.
+    ValueError when they are at least three and more than 1 %, or when none is left, unless the
+    selection is tolerant. A subclass has `header(name)`, which returns what is known from a glance
+    or a text that says what is wrong, `decode(i)`, which reads a file and raises if it cannot, and
+    `bytes_kept` of what it made, for the cache.
     """
 
     def select(self, names, place, selection, official=None):
         """Divide the names and keep those wanted; the headers of the good ones."""
         self.place, self.tolerant = str(place), selection.tolerant
         self.sides = divide(names, selection.holdout, selection.group, selection.seed, official)
-        wanted = (self.sides['train'] + self.sides['test'] if selection.split == 'all' else
-                  self.sides[selection.split])
+        chosen = ('train', 'test') if selection.split == 'all' else (selection.split,)
+        wanted = sorted((n for side in chosen for n in self.sides[side]), key=natural)
         require(wanted, f'{place}: no {self.kind} in the {selection.split} part; change --split')
-        wanted = sorted(wanted, key=natural)
         headers = dict(zip(wanted, threaded(self.header, wanted, 'reading headers')))
         self.bad = [(n, h) for n, h in headers.items() if isinstance(h, str)]
         self.names = [n for n, h in headers.items() if not isinstance(h, str)]
@@ -922,8 +853,7 @@ class FileItems(Items):
         require(any(map(captions_of, self.sides['train'] + self.sides['test'])),
                 f'--captions: none of {len(texts)} names is that of an item, e.g. '
                 f'{next(iter(texts), "")} and {self.names[0]}')
-        missing = sum(not c for c in self.captions)
-        if missing:
+        if missing := sum(not c for c in self.captions):
             self.notes.append(f'{missing} {self.kind} have no caption')
 
     def refuse_bad(self):
@@ -945,10 +875,7 @@ class FileItems(Items):
         return i
 
     def source(self, i):
-        """What `decode` makes of item i; the last one is kept, as one item asks several times.
-
-        Others are kept in the cache if `bytes_kept` of them fit.
-        """
+        """What `decode` makes of item i; the last one is kept, as an item asks several times."""
         last = self.last  # threads may replace it
         if last[0] != i:
             last = self.last = i, self.cache.get((i, 'source'), lambda: self.decode(i),
@@ -959,8 +886,9 @@ class FileItems(Items):
         """Whether item i can be read; a file that cannot is broken from then on."""
         if i not in self.sound:
             why = self.fault(i, self.source)
-            self.judge(i, why)
+            self.sound[i] = not why
             if why:
+                self.bad.append((self.names[i], why))
                 tqdm.write(f'skipped: {self.names[i]}: {why}')
                 self.refuse_bad()
         return self.sound[i]
@@ -973,26 +901,17 @@ class FileItems(Items):
         except Exception as error:  # a decoder may raise anything on a broken file
             return reason(error)
 
-    def judge(self, i, why):
-        """Remember whether item i is sound, which it is if there is no `why`."""
-        if why and self.sound.get(i, True):
-            self.bad.append((self.names[i], why))
-        self.sound[i] = not why
-
     def verify(self):
         """Decode every file now; those that fail join `bad`."""
         faults = threaded(partial(self.fault, read=self.decode), range(len(self)), 'decoding')
-        for i, why in enumerate(faults):
-            self.judge(i, why)
+        self.bad += [(self.names[i], why) for i, why in enumerate(faults)
+                     if why and self.sound.get(i, True)]
+        self.sound = {i: not why for i, why in enumerate(faults)}
         self.refuse_bad()
 
 
 def read_captions(path):
-    """A CSV of captions as {key: [texts]}, empty ones left out.
-
-    Columns: file, modelId or id, and description, caption, text or name, whichever comes first in
-    this order. FileNotFoundError or ValueError, one line, for anything else.
-    """
+    """{key: [texts]} of a CSV, empty ones left out; FileNotFoundError or ValueError, one line."""
     rows = read_table(path, '--captions')
     columns = {c.lower(): c for c in rows[0] if c} if rows else {}
     key, text = (next((columns[c] for c in wanted if c in columns), None) for wanted in (
@@ -1029,10 +948,12 @@ class PictureConfig:
 
 
 class Pictures(Items):
-    """What all picture sets share: scales, crops, flips.
+    """What all picture sets share: multi-scale training (Appendix B.1 of the paper), flips.
 
-    resolution: r, the side of `image` and of every crop. scales: factors of r the target may have,
-    drawn with scale_probs (default equal), or, if continuous, R uniform over [r, max(scales) r].
+    The encoder sees the full frame at r x r, the loss an r x r crop, at known coordinates, of the
+    same picture at R >= r. Departures: the last crop position is drawn too, R may be continuous in
+    [r, max(scales) r], and a picture is never enlarged to serve as the truth: scales beyond its
+    short side are dropped for that picture.
     """
 
     domain, kind, channels, config = 'image', 'pictures', 3, PictureConfig
@@ -1072,10 +993,9 @@ class Pictures(Items):
         return int(rng.choice(self.sizes, p=probs / probs.sum())) if probs.sum() else r
 
     def item(self, i, rng=None):
-        """Picture i for training: image (3,r,r), target (3,r,r), box (2,2), scale () = r/R; known.
+        """image (3,r,r), target (3,r,r), a crop of it at R, box (2,2), scale () = r/R, and `known`.
 
-        `target` is an r x r crop, any position equally likely, of the whole (flipped) picture at R;
-        `box` is its extent. Without an rng the target is the image.
+        Without an rng the target is the image.
         """
         i, r = self.stand_in(i), self.resolution
         flip, known = self.draw_view(rng) == 1, self.known(i, rng)
@@ -1095,7 +1015,7 @@ class Pictures(Items):
 
 
 class ToyPictures(Computed, Pictures):
-    """toy_image: 20,000 training and 1,000 test seeds; the truth is exact at every resolution."""
+    """toy_image; the truth is exact at every resolution."""
 
     seeds = TOY_SEEDS
 
@@ -1104,14 +1024,12 @@ class ToyPictures(Computed, Pictures):
         self.numbers = self.select(name, selection)
 
     def crop(self, i, R, top, left, flip):
-        r = self.resolution
-        if R == r:
-            full = self.cache.get(i, lambda: toy_image([self.numbers[i]], r)[0], lambda x: x.nbytes)
-            return full.flip(-1) if flip else full
+        seeds, r = [self.numbers[i]], self.resolution
         x0 = R - left - r if flip else left
         box = 2 * np.array([[x0, x0 + r], [top, top + r]]) / R - 1
-        target = toy_image([self.numbers[i]], r, box)[0]
-        return target.flip(-1) if flip else target
+        part = (self.cache.get(i, lambda: toy_image(seeds, r)[0]) if R == r else
+                toy_image(seeds, r, box)[0])
+        return part.flip(-1) if flip else part
 
     def truth(self, i, R):
         """Picture i at R x R cells, whole: float32 (3,R,R) in [-1, 1]."""
@@ -1128,8 +1046,7 @@ class FilePictures(FileItems, Pictures):
         self.shapes, self.modes = [h[0] for h in headers], [h[1] for h in headers]
         if labels:
             self.labels = [labels[n] for n in self.names]
-        small = sum(min(shape) < self.resolution for shape in self.shapes)
-        if small:
+        if small := sum(min(shape) < self.resolution for shape in self.shapes):
             self.notes.append(f'{small} pictures smaller than {self.resolution} are enlarged')
 
     def header(self, name):
@@ -1158,7 +1075,7 @@ class FilePictures(FileItems, Pictures):
         """uint8 (R,R,3), kept if R is a size that training asks for."""
         if R != self.resolution and (self.continuous or R not in self.sizes):
             return resize(self.source(i), R)
-        return self.cache.get((i, R), lambda: resize(self.source(i), R), lambda x: x.nbytes)
+        return self.cache.get((i, R), lambda: resize(self.source(i), R))
 
     def crop(self, i, R, top, left, flip):
         whole, r = self.pixels(i, R), self.resolution
@@ -1203,8 +1120,7 @@ def afhq(name, root, selection, **options):
     parts = {n: (Path(root).name, *n.split('/')[:-1]) for n in files.names}
     if any(a in p for p in parts.values() for a in AFHQ):
         files.names = [n for n in files.names if animal in parts[n]]
-    if not files.names:
-        raise ValueError(f'{root}: no folder {animal} in it; name the place with --data PATH')
+    require(files.names, f'{root}: no folder {animal} in it; name the place with --data PATH')
     test = [n for n in files.names if {'test', 'val'} & {*parts[n][1:]}]
     train = [n for n in files.names if 'train' in parts[n][1:]]
     official = dict(train=train, test=test) if train and test else None
@@ -1237,12 +1153,10 @@ def read_off(data):
     """OFF; the counts may stand on the header's line, and colours behind a vertex or a face."""
     text = re.sub('#.*', '', data.decode('utf-8', 'replace'))
     header = re.match(r'\s*(C|N|CN|ST)?OFF', text)
-    if not header:
-        raise ValueError('no OFF header')
+    require(header, 'no OFF header')
     counts, *rows = filter(None, map(str.split, text[header.end():].splitlines()))
     n, m = map(int, counts[:2])
-    if len(rows) < n + m:
-        raise ValueError('cut short')
+    require(len(rows) >= n + m, 'cut short')
     polygons = [[int(w) for w in row[1:1 + int(row[0])]] for row in rows[n:n + m]]
     return [[float(w) for w in row[:3]] for row in rows[:n]], polygons
 
@@ -1268,25 +1182,6 @@ PLY_TYPES = dict(char='i1', int8='i1', uchar='u1', uint8='u1', short='i2', int16
                  float='f4', float32='f4', double='f8', float64='f8')
 
 
-def ply_header(data):
-    """Format, [(element, count, [(property, [types])])], and the bytes behind the header.
-
-    A property has one type, but a list two: that of its length and that of its values.
-    """
-    head, found, body = data.partition(b'end_header')
-    start, *parts = head.decode('ascii', 'replace').split('\nelement ')
-    form = re.match(r'(?sm)ply\s.*?^format (\S+)', start)
-    if not found or not form:
-        raise ValueError('no PLY header')
-    elements = []
-    for part in parts:
-        (name, count), *lines = map(str.split, part.splitlines())
-        elements.append((name, int(count), [
-            (words[-1], [PLY_TYPES[w] for w in words[1:-1] if w != 'list'])
-            for words in lines if words[:1] == ['property']]))
-    return form[1], elements, body.partition(b'\n')[2]
-
-
 def ply_values(form, body):
     """The function (type, count) -> list of the next `count` numbers of the body of a PLY file."""
     if form == 'ascii':
@@ -1302,11 +1197,17 @@ def ply_values(form, body):
 
 def read_ply(data):
     """PLY, text or binary of either byte order; only positions and faces are kept."""
-    form, elements, body = ply_header(data)
-    take = ply_values(form, body)
-    rows = {element: [{name: take(kind, int(take(*length, 1)[0]) if length else 1)
-                       for name, (*length, kind) in properties} for _ in range(count)]
-            for element, count, properties in elements}
+    head, found, body = data.partition(b'end_header')
+    start, *parts = head.decode('ascii', 'replace').split('\nelement ')
+    form = re.match(r'(?sm)ply\s.*?^format (\S+)', start)
+    require(found and form, 'no PLY header')
+    take, rows = ply_values(form[1], body.partition(b'\n')[2]), {}
+    for part in parts:
+        (element, count), *lines = map(str.split, part.splitlines())
+        properties = [(words[-1], [PLY_TYPES[w] for w in words[1:-1] if w != 'list'])
+                      for words in lines if words[:1] == ['property']]
+        rows[element] = [{name: take(kind, int(take(*length, 1)[0]) if length else 1)
+                          for name, (*length, kind) in properties} for _ in range(int(count))]
     vertices = [[row[axis][0] for axis in 'xyz'] for row in rows['vertex']]
     polygons = [row.get('vertex_indices') or row.get('vertex_index') or []
                 for row in rows.get('face', [])]
@@ -1332,14 +1233,12 @@ CLOUD_READERS = {'.npz': read_array, '.npy': read_array, '.xyz': read_text, '.tx
 def read_geometry(path):
     """(vertices (V,3) float64, triangles (F,3) int64, maybe none) of a file of a mesh or of points.
 
-    Polygons become fans; colours, normals and materials are passed over. ValueError, one line, for
-    a file that cannot be read.
+    Polygons become fans; all else is passed over. ValueError for a file that cannot be read.
     """
     path, readers = Path(path), MESH_READERS | CLOUD_READERS
     suffix = path.suffix.lower()
-    if suffix not in readers:
-        raise ValueError(f'{path}: neither a mesh ({" ".join(MESH_READERS)}) nor points '
-                         f'({" ".join(CLOUD_READERS)})')
+    require(suffix in readers, f'{path}: neither a mesh ({" ".join(MESH_READERS)}) nor points '
+            f'({" ".join(CLOUD_READERS)})')
     data = path.read_bytes()
     try:
         vertices, polygons = readers[suffix](data)
@@ -1359,13 +1258,9 @@ def finite_extent(points, path):
 
 
 def read_mesh(path):
-    """(vertices (V,3) float64, triangles (F,3) int64) of an .obj, .ply, .off or .stl file.
-
-    Vertices without a face are dropped. ValueError, one line, if there is no surface.
-    """
+    """`read_geometry` without the vertices that no face has; ValueError if there is no surface."""
     vertices, faces = read_geometry(path)
-    if not len(faces):
-        raise ValueError(f'{path}: no faces')
+    require(len(faces), f'{path}: no faces')
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise ValueError(f'{path}: a face names a vertex that is not there')
     used, faces = np.unique(faces, return_inverse=True)
@@ -1373,10 +1268,7 @@ def read_mesh(path):
 
 
 def read_cloud(path, n, seed=0):
-    """n points (n,3) of a surface: of a mesh, or drawn from a file of points.
-
-    Points: .npz with `points`, .npy, text with three numbers a line, or a mesh file without faces.
-    """
+    """n points (n,3) on the faces of a file or, if it has none, out of its points; ValueError."""
     if not Path(path).exists():
         raise FileNotFoundError(f'{path}: no such file')
     rng = common.seeded('cloud file', seed)
@@ -1425,10 +1317,7 @@ MESH_WRITERS = {'.obj': obj_bytes, '.ply': ply_bytes, '.stl': stl_bytes}
 
 
 def write_mesh(path, vertices, faces, normals=None):
-    """Write vertices (V,3), triangles (F,3) and maybe normals (V,3) as .obj, .ply or .stl.
-
-    Tensors or arrays; an .stl has no normals of vertices.
-    """
+    """Write vertices (V,3), triangles (F,3) and maybe normals (V,3; not to .stl) by the suffix."""
     path = Path(path)
     if path.suffix.lower() not in MESH_WRITERS:
         raise ValueError(f'{path}: a mesh is written as one of {" ".join(MESH_WRITERS)}')
@@ -1571,11 +1460,7 @@ def save_npz(path, **arrays):
 
 
 def sample_mesh(path, folder, n, near, seed):
-    """Write pointcloud.npz (n points), near.npz (`near`, if any) and points.npz (n) of one mesh.
-
-    |w| > 0.5 is inside, so that a mesh turned inside out is the same solid. Occupancies are those
-    of the positions as stored, in half precision.
-    """
+    """Write pointcloud.npz (n points), near.npz (`near`, if any) and points.npz (n) of one mesh."""
     vertices, faces = read_mesh(path)
     vertices, loc, scale = unit_cube(vertices)
     rng = common.seeded('mesh', seed, folder.name)
@@ -1583,22 +1468,13 @@ def sample_mesh(path, folder, n, near, seed):
     volume = rng.uniform(-HALF_BOX, HALF_BOX, (n, 3)).astype('float16')
     close = near_points(points[:near], HALF_BOX, rng).astype('float16')
     w = winding_number(np.concatenate([volume, close]).astype('float32'), vertices, faces)
-    w, w_near = np.split(w.abs().numpy(), [n])
+    w, w_near = np.split(w.abs().numpy(), [n])  # a mesh turned inside out is the same solid
     save_npz(folder / 'pointcloud.npz', points=points.astype('float16'),
              normals=normals.astype('float16'), loc=loc, scale=scale)
     if near:
         save_npz(folder / 'near.npz', points=close, occupancies=np.packbits(w_near > 0.5))
     save_npz(folder / 'points.npz', points=volume, occupancies=np.packbits(w > 0.5), loc=loc,
              scale=scale, ambiguous=np.mean((w > 0.1) & (w < 0.9)))  # last: the others are there
-
-
-def convert_mesh(path, folder, *options):
-    """(share inside, share ambiguous) of the volume points of a mesh, sampled if it is not yet."""
-    if not (folder / 'points.npz').exists():
-        sample_mesh(path, folder, *options)
-    with np.load(folder / 'points.npz') as stored:
-        inside = np.unpackbits(stored['occupancies'])[:len(stored['points'])]
-        return inside.mean(), float(stored['ambiguous'])
 
 
 def read_classes(path):
@@ -1611,14 +1487,10 @@ def read_classes(path):
 
 
 def find_meshes(root, classes):
-    """{(class, id): path} of the meshes below a folder.
-
-    The class is what `classes` says of the file's name, else the first folder; the id is the rest.
-    """
+    """{(class, id): path} of the meshes below a folder; the class: of `classes`, or that folder."""
     paths = sorted((p for p in Path(root).rglob('*') if p.suffix.lower() in MESH_READERS),
                    key=lambda p: natural(p.as_posix()))
-    if not paths:
-        raise ValueError(f'{root}: no such folder, or no meshes ({" ".join(MESH_READERS)}) in it')
+    require(paths, f'{root}: no such folder, or no meshes ({" ".join(MESH_READERS)}) in it')
     found = {}
     for path in paths:
         parts = path.relative_to(root).with_suffix('').parts
@@ -1638,7 +1510,7 @@ def doubt(inside, ambiguous):
 
 
 def write_lists(out, keys, args):
-    """{side: how many}; writes {train,val,test}.lst of each class and metadata.yaml, as JSON."""
+    """Write {train,val,test}.lst of each class and metadata.yaml, as JSON; 'how many side, ...'."""
     first = divide(['/'.join(k) for k in keys], args.split, args.group, args.seed)
     second = divide(first['train'], args.split, args.group, args.seed + 1)
     sides = dict(train=second['train'], val=second['test'], test=first['test'])
@@ -1650,18 +1522,24 @@ def write_lists(out, keys, args):
             common.replace(out / group / f'{side}.lst', lambda t, text=text: t.write_text(text))
     text = json.dumps({g: dict(id=g, name=g) for g in groups}, indent=1)
     common.replace(out / 'metadata.yaml', lambda t: t.write_text(text))
-    return {side: len(members) for side, members in sides.items()}
+    return ', '.join(f'{len(members)} {side}' for side, members in sides.items())
 
 
 def mesh(args):
     """What `python data.py mesh` does; a second call goes on where the first one was stopped."""
-    common.require(args.near <= 1, f'--near {args.near}: a share, from 0 to 1')
+    require(args.near <= 1, f'--near {args.near}: a share, from 0 to 1')
     found, out = find_meshes(args.folder, read_classes(args.classes)), Path(args.out)
     near = round(args.near * args.points)
 
     def convert(key):
+        """Shares of points inside and of ambiguous ones, or why the mesh cannot be read."""
+        folder = out.joinpath(*key)
         try:
-            return convert_mesh(found[key], out.joinpath(*key), args.points, near, args.seed)
+            if not (folder / 'points.npz').exists():
+                sample_mesh(found[key], folder, args.points, near, args.seed)
+            with np.load(folder / 'points.npz') as stored:
+                inside = np.unpackbits(stored['occupancies'])[:len(stored['points'])]
+                return inside.mean(), float(stored['ambiguous'])
         except ValueError as error:
             return str(error)
     common.keep_freed_memory()
@@ -1677,8 +1555,7 @@ def mesh(args):
     if not keys or len(bad) >= 3 and len(bad) > len(results) / 100:
         raise ValueError(f'{args.folder}: {len(bad)} of {len(results)} meshes cannot be read, '
                          f'{len(doubts)} are doubtful: mend or remove them, or try --keep')
-    counts = write_lists(out, keys, args)
-    sides = ', '.join(f'{n} {side}' for side, n in counts.items())
+    sides = write_lists(out, keys, args)
     print(f'{out}: {sides}; {len(bad)} unreadable, {len(doubts)} doubtful, '
           + ('kept' if args.keep else 'left out of the lists'))
 
@@ -1699,8 +1576,8 @@ class Shapes(Items):
     """What all shape sets share: what is drawn of a shape, and flips along x.
 
     Coordinates are in the data's units, within [-extent, extent]^3, until an item leaves, divided
-    by `extent`. See ShapeConfig for the flags. A data set has `draw_surface(i, n, rng)`, and
-    `draw_volume` and `draw_near` of the same form, which give points and their occupancy.
+    by `extent`. A data set has `draw_surface(i, n, rng)` -> points and `draw(i, part, n, rng)` ->
+    points and their occupancy, where `part` is 'points', of the whole box, or 'near' the surface.
     """
 
     domain, kind, config = 'shape', 'shapes', ShapeConfig
@@ -1709,7 +1586,7 @@ class Shapes(Items):
     def __init__(self, points=3000, queries=2048, near=0.0, noise=0.005, clouds=4, **options):
         super().__init__(**options)
         require(0 <= near <= 1, f'--near {near}: a share, from 0 to 1')
-        self.points, self.queries, self.noise, self.clouds = points, queries, noise, clouds
+        self.points, self.queries, self.noise, self.views = points, queries, noise, clouds
         self.near = round(near * queries)
 
     @staticmethod
@@ -1724,25 +1601,20 @@ class Shapes(Items):
         return torch.from_numpy((p * sign / self.extent).astype('float32')), sign
 
     def item(self, i, rng=None):
-        """Shape i for training: points (N,3), coords (M,3), target (M,), their occupancy; known.
+        """points (N,3), coords (M,3), target (M,), which is their occupancy, and `known`.
 
         Without an rng the draws depend on the shape's name alone.
         """
         i = self.stand_in(i)
         rng = rng or common.seeded('shape', self.names[i])
         cloud, sign = self.cloud(i, rng)
-        c, occupancy = self.draw_volume(i, self.queries - self.near, rng)
+        c, occupancy = self.draw(i, 'points', self.queries - self.near, rng)
         if self.near:
-            close, inside = self.draw_near(i, self.near, rng)
+            close, inside = self.draw(i, 'near', self.near, rng)
             c, occupancy = np.concatenate([c, close]), np.concatenate([occupancy, inside])
         coords = torch.from_numpy((c * sign / self.extent).astype('float32'))
         return dict(points=cloud, coords=coords, **self.known(i, rng),
                     target=torch.from_numpy(occupancy.astype('float32')))
-
-    @property
-    def views(self):
-        """How many point clouds of a shape stage 2 knows."""
-        return self.clouds
 
     def draw_view(self, rng):
         return int(rng.integers(self.views)) if rng else 0
@@ -1763,10 +1635,7 @@ def near_points(surface, extent, rng):
 
 
 class ToyShapes(Computed, Shapes):
-    """toy_shape: 5,000 training and 500 test seeds, with captions and the family as label.
-
-    Exact occupancy: 1 inside, 0 outside, smooth over 1/128 of the box between.
-    """
+    """toy_shape, with the family as label; occupancy goes from 1 to 0 over 1/128 of the box."""
 
     seeds = TOY_SOLIDS
 
@@ -1780,21 +1649,14 @@ class ToyShapes(Computed, Shapes):
     def draw_surface(self, i, n, rng):
         return toy_surface(self.solids[i], n, rng)
 
-    def occupancy(self, i, points):
-        """At points (N,3), in [0, 1]."""
-        return cover(toy_distance(self.solids[i], points))
-
-    def draw_volume(self, i, n, rng):
-        points = rng.uniform(-1, 1, (n, 3))
-        return points, self.occupancy(i, points)
-
-    def draw_near(self, i, n, rng):
-        points = near_points(self.draw_surface(i, n, rng), self.extent, rng)
-        return points, self.occupancy(i, points)
+    def draw(self, i, part, n, rng):
+        points = (near_points(self.draw_surface(i, n, rng), self.extent, rng) if part == 'near' else
+                  rng.uniform(-1, 1, (n, 3)))
+        return points, cover(toy_distance(self.solids[i], points))
 
     def truth(self, i, n=100_000):
         """n points of the box in [-1,1] and whether they are inside, the same in every call."""
-        points, occupancy = self.draw_volume(i, n, common.seeded('volume', self.names[i]))
+        points, occupancy = self.draw(i, 'points', n, common.seeded('volume', self.names[i]))
         return torch.from_numpy(points.astype('float32')), torch.from_numpy(occupancy > 0.5)
 
 
@@ -1809,29 +1671,9 @@ def find_shapes(root, classes=None):
     groups = [g for g in sorted(root.iterdir())
               if g.is_dir() and (not classes or g.name in classes)]
     found = {f'{g.name}/{p.name}': p for g in groups for p in g.iterdir() if p.is_dir()}
-    if not found:
-        raise ValueError(f'{root}: no folders {"/".join(classes or ["CLASS"])}/ID in it, each with '
-                         'points.npz and pointcloud.npz; python data.py mesh makes them of meshes')
+    require(found, f'{root}: no folders {"/".join(classes or ["CLASS"])}/ID in it, each with '
+            'points.npz and pointcloud.npz; python data.py mesh makes them of meshes')
     return root, found
-
-
-def class_titles(root, groups):
-    """Names of the classes: from metadata.yaml if it is JSON, as ours; else the folders'."""
-    try:
-        known = json.loads((root / 'metadata.yaml').read_text())
-        return [known[g]['name'].split(',')[0] for g in groups]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return groups
-
-
-def listed_shapes(root, groups):
-    """The names in {train,val,test}.lst of each class, as a dict of these, or None."""
-    sides = {}
-    for side in ('train', 'val', 'test'):
-        files = [(g, root / g / f'{side}.lst') for g in groups]
-        sides[side] = [f'{g}/{line.strip()}' for g, f in files if f.exists()
-                       for line in f.read_text().splitlines() if line.strip()]
-    return sides if sides['train'] and sides['test'] else None
 
 
 class FileShapes(FileItems, Shapes):
@@ -1847,13 +1689,22 @@ class FileShapes(FileItems, Shapes):
         super().__init__(**options)
         place, self.folders = find_shapes(root, classes)
         self.groups = sorted({n.split('/')[0] for n in self.folders})
-        self.titles = class_titles(place, self.groups)
-        lists = listed_shapes(place, self.groups)
-        official = lists and {side: lists[side] for side in ('train', 'test')}
-        listed = {*sum(lists.values(), [])} if lists else self.folders
+        try:  # metadata.yaml if it is JSON, as ours
+            known = json.loads((place / 'metadata.yaml').read_text())
+            self.titles = [known[g]['name'].split(',')[0] for g in self.groups]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            self.titles = self.groups
+        lists = {'train': [], 'val': [], 'test': []}
+        for side, group in product(lists, self.groups):
+            file = place / group / f'{side}.lst'
+            lines = file.read_text().splitlines() if file.exists() else []
+            lists[side] += [f'{group}/{line.strip()}' for line in lines if line.strip()]
+        given = lists['train'] and lists['test']
+        listed = {*sum(lists.values(), [])} if given else self.folders
+        official = {side: lists[side] for side in ('train', 'test')} if given else None
         self.select([n for n in self.folders if n in listed], root, selection, official)
         self.labels = [self.groups.index(n.split('/')[0]) for n in self.names]
-        if lists and not selection.holdout and lists['val']:
+        if given and not selection.holdout and lists['val']:
             self.notes.append(f'{len(lists["val"])} shapes of val.lst are left alone')
 
     def header(self, name):
@@ -1864,55 +1715,47 @@ class FileShapes(FileItems, Shapes):
         return f'no {missing[0]}{hint}' if missing else None
 
     def decode(self, i):
-        """What is stored of shape i: positions, packed occupancies, surface, maybe the near set."""
-        folder = self.folders[self.names[i]]
-        with np.load(folder / 'points.npz') as file, np.load(folder / 'pointcloud.npz') as cloud:
-            arrays = dict(points=file['points'], bits=file['occupancies'], surface=cloud['points'])
-        if self.near:
-            with np.load(folder / 'near.npz') as file:
-                arrays |= dict(near=file['points'], near_bits=file['occupancies'])
-        for points, bits in (('points', 'bits'), ('near', 'near_bits')):
-            if points in arrays and 8 * len(arrays[bits]) < len(arrays[points]):
-                raise ValueError(f'{len(arrays[bits])} bytes of occupancies for '
-                                 f'{len(arrays[points])} points')
-        return arrays
+        """What is stored: 'surface', 'points' and maybe 'near', with packed occupancies 'bits'."""
+        folder, stored = self.folders[self.names[i]], {}
+        for part in ('points', *['near'] * bool(self.near)):
+            with np.load(folder / f'{part}.npz') as file:
+                points, bits = file['points'], file['occupancies']
+            if 8 * len(bits) < len(points):
+                raise ValueError(f'{len(bits)} bytes of occupancies for {len(points)} points')
+            stored |= {part: points, f'{part} bits': bits}
+        with np.load(folder / 'pointcloud.npz') as file:
+            return dict(stored, surface=file['points'])
 
     def bytes_kept(self, arrays):
         return sum(a.nbytes for a in arrays.values())
 
-    def draw(self, i, points, bits, n, rng):
+    def draw(self, i, part, n, rng):
         """n of the stored points, with replacement, and their occupancies."""
-        stored = self.source(i)
-        k = rng.integers(len(stored[points]), size=n)
-        p = stored[points][k].astype('float64')
-        if stored[points].dtype == np.float16:  # off the lattice of half precision
+        stored, bits = (self.source(i)[key] for key in (part, f'{part} bits'))
+        k = rng.integers(len(stored), size=n)
+        p = stored[k].astype('float64')
+        if stored.dtype == np.float16:  # off the lattice of half precision
             p = p + 1e-4 * rng.standard_normal(p.shape)
         # Bit k of np.packbits: in byte k // 8, counted from its high end. Unpacking all would cost
         # more than the few that are asked for.
-        return p, stored[bits][k // 8] >> (7 - k % 8) & 1
+        return p, bits[k // 8] >> (7 - k % 8) & 1
 
     def draw_surface(self, i, n, rng):
         surface = self.source(self.stand_in(i))['surface']
         return surface[rng.integers(len(surface), size=n)].astype('float64')
 
-    def draw_volume(self, i, n, rng):
-        return self.draw(i, 'points', 'bits', n, rng)
-
-    def draw_near(self, i, n, rng):
-        return self.draw(i, 'near', 'near_bits', n, rng)
-
     def truth(self, i, n=100_000):
         """The first n stored points in [-1,1] and whether they are inside."""
         stored = self.source(self.stand_in(i))
-        inside = np.unpackbits(stored['bits'])[:len(stored['points'])][:n]
+        inside = np.unpackbits(stored['points bits'])[:len(stored['points'])][:n]
         points = stored['points'][:n].astype('float32') / self.extent
         return torch.from_numpy(points), torch.from_numpy(inside.astype(bool))
 
     def facts(self):
-        share = sorted(self.truth(i)[1].float().mean().item()
-                       for i in self.readable(range(len(self))))
-        yield 'classes   ' + ', '.join(f'{self.labels.count(k)} {title}'
-                                       for k, title in enumerate(self.titles))
+        good = self.readable(range(len(self)))
+        share = sorted(self.truth(i)[1].float().mean().item() for i in good)
+        counts = (f'{self.labels.count(k)} {title}' for k, title in enumerate(self.titles))
+        yield f'classes   {", ".join(counts)}'
         yield (f'inside    {share[0]:.2%} of the box min, {share[len(share) // 2]:.2%} median, '
                f'{share[-1]:.2%} max')
 
@@ -1949,10 +1792,7 @@ CONFIGS = tuple({base.config: None for base, _ in DATASETS.values()})  # each on
 
 
 def options_of(flags):
-    """The flags, a dict, that data set flags['dataset'] understands, for `make_dataset`.
-
-    ValueError where a flag differs from its default and is for another kind of data.
-    """
+    """Options for `make_dataset` from the flags, a dict; ValueError for those of other data."""
     base, _ = DATASETS[flags['dataset']]
     own = [f.name for f in fields(base.config)]
     for f in [f for config in CONFIGS for f in fields(config) if f.name not in own]:
@@ -1963,11 +1803,10 @@ def options_of(flags):
 
 def make_dataset(name, root=None, split='train', holdout=None, group=None, seed=0, tolerant=False,
                  captions='', **options):
-    """The data set `name` at `root` (default data/NAME), an `Items`.
+    """The data set `name` at `root` (default data/NAME), an `Items`; for the split see `Selection`.
 
-    split, holdout, group, seed, tolerant, captions: see `Selection`. options: flip, cache_bytes,
-    and what the `config` of its kind has; picture sets need `resolution`. FileNotFoundError or
-    ValueError, one line, if the data are missing or bad.
+    options: flip, cache_bytes, what the `config` of its kind has, for pictures `resolution`.
+    FileNotFoundError or ValueError, one line, if the data are missing or bad.
     """
     require(name in DATASETS, f'--dataset {name}: unknown; one of {", ".join(NAMES)}')
     require(split in ('train', 'test', 'all'), f'split {split}: one of train, test, all')
@@ -1976,10 +1815,7 @@ def make_dataset(name, root=None, split='train', holdout=None, group=None, seed=
 
 
 def open_run_data(info, split, root=None, **options):
-    """The data set of a run, split as it was: info has `args`, stage 1's flags, and `splits`.
-
-    root: where the data are now, if they have moved; options override the run's own.
-    """
+    """The data set of a run, by `args` and `splits` in its info; root: where it is, if it moved."""
     args = info['args']
     options = {**options_of(args), 'flip': args['flip'] and split == 'train', **options}
     try:
@@ -1991,18 +1827,14 @@ def open_run_data(info, split, root=None, **options):
 
 # ---- python data.py check -----------------------------------------------------------------------
 
-def kind_of(path):
-    """The name of the data set that reads a user's own files at `path`."""
-    require(Path(path).exists(), f'{path}: neither a data set ({", ".join(NAMES)}) nor a path')
-    own = [name for name, (base, _) in DATASETS.items() if name == base.domain]  # pictures first
-    return next(name for name in reversed(own) if DATASETS[name][0].lies_at(path))
-
-
 def check(args):
     """What `python data.py check` prints; ends in an error if training would refuse the data."""
     name, root = args.dataset, args.data
     if name not in NAMES:
-        name, root = kind_of(name), args.data or name
+        require(Path(name).exists(), f'{name}: neither a data set ({", ".join(NAMES)}) nor a path')
+        root = root or name
+        own = [base for key, (base, _) in DATASETS.items() if key == base.domain]  # pictures first
+        name = next(base.domain for base in reversed(own) if base.lies_at(args.dataset))
     options = options_of(dict(vars(args), dataset=name, resolution=args.res, seed=0))
     dataset = make_dataset(name, root, 'all', args.split, args.group, tolerant=True, **options)
     if dataset.computed:
@@ -2032,34 +1864,33 @@ def main():
     commands = parser.add_subparsers(dest='command', required=True, parser_class=command_parser)
     what = 'decode everything, print counts, write a preview'
     flags = commands.add_parser('check', help=what, description=what)
-    flags.add_argument('dataset', help=f'one of {", ".join(NAMES)}, or a folder or zip')
-    flags.add_argument('--captions', default='', help='CSV with file or id, and caption or text')
-    flags.add_argument('--data', default='', help='where the data are, default data/DATASET')
-    flags.add_argument('--res', type=common.at_least(8, int), default=64,
-                       help='side of the preview pictures')
-    flags.add_argument('--split', default='', help='held-out fraction, or a file of the split')
-    flags.add_argument('--group', default='', help='regular expression: names that become equal '
-                       'when it is deleted stay on one side (--group=REGEX if it begins with -)')
-    flags.add_argument('--out', default='', help='preview, default out/check_DATASET.png')
+    add = flags.add_argument
+    add('dataset', help=f'one of {", ".join(NAMES)}, or a folder or zip')
+    add('--captions', default='', help='CSV with file or id, and caption or text')
+    add('--data', default='', help='where the data are, default data/DATASET')
+    add('--res', type=common.at_least(8, int), default=64, help='side of the preview pictures')
+    add('--split', default='', help='held-out fraction, or a file of the split')
+    add('--group', default='', help='regular expression: names that become equal when it is '
+        'deleted stay on one side (--group=REGEX if it begins with -)')
+    add('--out', default='', help='preview, default out/check_DATASET.png')
     for config in CONFIGS:
         flags.add_config(config)
     flags.set_defaults(run=check)
     what = 'sample meshes into the files that shapes are trained on'
     flags = commands.add_parser('mesh', help=what, description=what)
-    flags.add_argument('folder', help='folder of .obj, .ply, .off or .stl files; each folder in it '
-                       'is a class')
-    flags.add_argument('--classes', default='', help="CSV with the columns id (the file's name) "
-                       'and category, where folders do not tell')
-    flags.add_argument('--out', default='data/shape', help='folder to write')
-    flags.add_argument('--points', type=common.at_least(8, int), default=100_000,
-                       help='points on the surface and in the box, each; a multiple of 8')
-    flags.add_argument('--near', type=common.at_least(0, float), default=0.5,
-                       help='points close to the surface, for train_vae.py --near, as a share of '
-                       '--points, at most 1')
-    flags.add_argument('--split', default='0.1', help='fraction for val.lst and again for test.lst')
-    flags.add_argument('--group', default='', help='as for check')
-    flags.add_argument('--seed', type=int, default=0, help='of the points and the split')
-    flags.add_argument('--keep', action='store_true', help='list doubtful meshes for training, too')
+    add = flags.add_argument
+    add('folder', help='folder of .obj, .ply, .off or .stl files; each folder in it is a class')
+    add('--classes', default='', help="CSV with the columns id (the file's name) and category, "
+        'where folders do not tell')
+    add('--out', default='data/shape', help='folder to write')
+    add('--points', type=common.at_least(8, int), default=100_000, help='points on the surface '
+        'and in the box, each; a multiple of 8')
+    add('--near', type=common.at_least(0, float), default=0.5, help='points close to the surface, '
+        'for train_vae.py --near, as a share of --points, at most 1')
+    add('--split', default='0.1', help='fraction for val.lst and again for test.lst')
+    add('--group', default='', help='as for check')
+    add('--seed', type=int, default=0, help='of the points and the split')
+    add('--keep', action='store_true', help='list doubtful meshes for training, too')
     flags.set_defaults(run=mesh)
     args = parser.parse_args()
     args.run(args)

@@ -491,7 +491,7 @@ def test_captions_of_one_side_and_with_another_folder(folder):
                  captions=str(folder / 'c.csv'))
 
 
-@pytest.mark.mutation('data.py', 'if why and self.sound.get(i, True):', 'if why:')
+@pytest.mark.mutation('data.py', 'if why and self.sound.get(i, True)]', 'if why]')
 @pytest.mark.mutation('data.py', """        if self.labels is None and self.captions is None:
             return {}
 """, '')
@@ -516,8 +516,8 @@ NAMES = [f'face{k}-tone{t}.png' for k in range(400) for t in range(5)]
 
 
 @pytest.mark.mutation('data.py', 'u < fraction', 'u > fraction')
-@pytest.mark.mutation('data.py', "hash01(seed, k) for k in sorted(keys)",
-                      "hash01(seed, j) for j, k in enumerate(sorted(keys))")
+@pytest.mark.mutation('data.py', "(seed, k)).encode(), digest_size=6) for k in sorted(keys)}",
+                      "(seed, j)).encode(), digest_size=6) for j, k in enumerate(sorted(keys))}")
 def test_a_fraction_is_held_out_by_name():
     split = data.divide(NAMES, 0.2)
     assert sorted(split['train'] + split['test']) == sorted(NAMES)
@@ -585,7 +585,7 @@ def test_a_finished_run_gets_its_split_back(folder):
     assert len(data.open_run_data(dict(args=toy, splits=splits), 'test')) == 1000
 
 
-@pytest.mark.mutation('data.py', "{*sides['train']} & {*sides['test']}", 'set()')
+@pytest.mark.mutation('data.py', "{*holdout['train']} & {*holdout['test']}", 'set()')
 @pytest.mark.mutation('data.py', 'require(not group, f', 'require(True, f')
 def test_a_split_of_two_sides_is_checked():
     sides = dict(train=['a', 'b'], test=['c'])

@@ -118,7 +118,7 @@ def test_items_of_toy_shapes():
     assert (item['target'].numpy()[inside] == 1).all()
     assert (item['target'].numpy()[outside] == 0).all()
     assert np.abs(d[32:]).mean() < np.abs(d[:32]).mean() / 2  # the second half is near
-    between = test.occupancy(3, test.draw_near(3, 5000, np.random.default_rng(0))[0])
+    between = test.draw(3, 'near', 5000, np.random.default_rng(0))[1]
     assert ((between > 0.1) & (between < 0.9)).any()
     assert item['text'] == test.captions[3][0] and item['label'] == test.labels[3]
     assert torch.equal(test.item(3)['points'], item['points'])  # no chance without an rng
@@ -132,15 +132,18 @@ def test_flips_mirror_points_and_queries_alike():
     dataset = data.make_dataset('toy_shape', split='test', points=300, queries=300, noise=0.0,
                                 flip=True)
     i, turned = next(k for k, c in enumerate(dataset.captions) if 'leaning' in c[0]), 0
+
+    def occupancy(points):
+        return data.cover(data.toy_distance(dataset.solids[i], points))
     for seed in range(6):
         item = dataset.item(i, np.random.default_rng(seed))
         flipped = item['coords'].double().numpy() * (-1, 1, 1)
-        own = dataset.occupancy(i, item['coords'].double().numpy())
+        own = occupancy(item['coords'].double().numpy())
         mirrored = np.abs(own - item['target'].numpy()).max() > 1e-3
         points = item['points'].double().numpy() * ((-1, 1, 1) if mirrored else (1, 1, 1))
         assert np.abs(data.toy_distance(dataset.solids[i], points)).max() < 1e-5
         if mirrored:
-            np.testing.assert_allclose(dataset.occupancy(i, flipped), item['target'], atol=1e-4)
+            np.testing.assert_allclose(occupancy(flipped), item['target'], atol=1e-4)
         turned += mirrored
     assert 0 < turned < 6
 
@@ -364,8 +367,8 @@ def test_shapes_as_published(shapenet):
     assert {*half.splits()['train'], *half.splits()['test']} == {*radii}
 
 
-@pytest.mark.mutation('data.py', "return self.draw(i, 'near', 'near_bits', n, rng)",
-                      "return self.draw(i, 'near', 'bits', n, rng)")
+@pytest.mark.mutation('data.py', "for key in (part, f'{part} bits'))",
+                      "for key in (part, 'points bits'))")
 def test_the_near_set_is_drawn_with_its_own_occupancies(shapenet):
     root, radii = shapenet
     for name, radius in radii.items():
