@@ -25,7 +25,6 @@ import sys
 import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, make_dataclass
 from functools import partial
@@ -82,10 +81,8 @@ class FeatureStats:
 
     def keep(self, rows):
         """Hold on to the rows while the covariance is singular."""
-        if self.rows is not None and rows is not None and self.n < self.dim:
-            self.rows = torch.cat([self.rows.to(rows), rows])
-        else:
-            self.rows = None
+        few = self.rows is not None and rows is not None and self.n < self.dim
+        self.rows = torch.cat([self.rows.to(rows), rows]) if few else None
 
     def merge(self, other):
         """Take in all that `other` has seen; the same as one pass over both. Returns self."""
@@ -166,48 +163,35 @@ def stats_distance(a, b):
     return frechet_distance(a.mean, a.cov, b.mean, b.cov)
 
 
-class Centred:
-    """Feature rows (N, D), a slice at a time about a centre and in its precision."""
+def with_centre(*sets):
+    """The point (D,) about which to take distances, in their precision; then the sets (N, D).
 
-    def __init__(self, rows, centre):
-        self.rows, self.centre = rows, centre
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, part):
-        return self.rows[part].to(self.centre) - self.centre
-
-
-def prepare(*sets):
-    """Feature sets (N, D) ready for distances: one precision, one device, about one centre.
-
-    |a|^2 + |b|^2 - 2ab cancels, hence the centre, and float64 where that is cheap. No set is
-    copied as a whole.
+    |a|^2 + |b|^2 - 2ab cancels, hence a centre, and float64 where that is cheap.
     """
     sets = [torch.as_tensor(s) for s in sets]
     require(all(s.ndim == 2 and s.shape[1] == sets[0].shape[1] and len(s) for s in sets),
             f'feature sets {[tuple(s.shape) for s in sets]}: expected (N, D) with one D')
     centre = sum(part.double().sum(0) for part in sets[0].split(4096)) / len(sets[0])
-    small = max(map(len, sets)) <= 5000
-    return [Centred(s, centre if small else centre.float()) for s in sets]
+    return centre if max(map(len, sets)) <= 5000 else centre.float(), *sets
 
 
-def squared_distances(a, b):
+def squared_distances(a, b, centre):
     """(N, D), (M, D) -> (N, M)."""
+    a, b = a.to(centre) - centre, b.to(centre) - centre
     d2 = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
     return d2.clamp_(min=0)
 
 
-def k_nearest(queries, bank, k, chunk, same=False):
+def k_nearest(queries, bank, centre, k, chunk, same=False):
     """Squared distances and indices, both (N, k), ascending; `same`: a row is not its neighbour."""
     require(1 <= k <= len(bank) - same, f'k = {k}: the set has {len(bank)} members')
     found = []
     for i in bar(range(0, len(queries), chunk), 'neighbours', unit='chunk', delay=2):
         q = queries[i:i + chunk]
-        d2, index = q.new_full((len(q), k), torch.inf), q.new_zeros(len(q), k, dtype=torch.long)
+        d2 = centre.new_full((len(q), k), torch.inf)
+        index = torch.zeros_like(d2, dtype=torch.long)
         for j in range(0, len(bank), chunk):
-            block = squared_distances(q, bank[j:j + chunk])
+            block = squared_distances(q, bank[j:j + chunk], centre)
             if same and i == j:
                 block.fill_diagonal_(torch.inf)
             near, place = block.topk(min(k, block.shape[1]), largest=False)
@@ -222,7 +206,8 @@ def nearest_neighbours(queries, bank, k, chunk=2048):
 
     Euclidean, ascending. Memory beyond the features is that of a chunk x chunk block.
     """
-    d2, index = k_nearest(*prepare(queries, bank), k, chunk)
+    centre, queries, bank = with_centre(queries, bank)
+    d2, index = k_nearest(queries, bank, centre, k, chunk)
     return d2.sqrt(), index
 
 
@@ -232,15 +217,16 @@ def precision_recall(real, fake, k=3, chunk=2048):
     A ball reaches to the k-th neighbour within its own set, itself not counted; its surface belongs
     to it. Exact, in memory bounded by a chunk x chunk block.
     """
-    real, fake = prepare(real, fake)
-    real_radii, fake_radii = (k_nearest(s, s, k, chunk, same=True)[0][:, -1] for s in (real, fake))
-    fake_inside, real_inside = (torch.zeros(len(s), dtype=torch.bool, device=s.centre.device)
-                                for s in (fake, real))
+    centre, real, fake = with_centre(real, fake)
+    real_radii, fake_radii = (k_nearest(s, s, centre, k, chunk, same=True)[0][:, -1]
+                              for s in (real, fake))
+    real_inside, fake_inside = (r.new_zeros(len(r), dtype=torch.bool)
+                                for r in (real_radii, fake_radii))
     for i in bar(range(0, len(real), chunk), 'balls', unit='chunk', delay=2):
         rows = slice(i, i + chunk)
         for j in range(0, len(fake), chunk):
             columns = slice(j, j + chunk)
-            d2 = squared_distances(real[rows], fake[columns])
+            d2 = squared_distances(real[rows], fake[columns], centre)
             fake_inside[columns] |= (d2 <= real_radii[rows, None]).any(0)
             real_inside[rows] |= (d2 <= fake_radii[columns]).any(1)
     return fake_inside.double().mean().item(), real_inside.double().mean().item()
@@ -260,7 +246,6 @@ def psnr(x, y):
 
     Identical pairs stay out of the mean; inf if all are identical.
     """
-    x, y = (torch.as_tensor(v) for v in (x, y))
     return finite_mean(psnr_each(x, y) if x.ndim > 3 else psnr_each(x[None], y[None]))
 
 
@@ -351,7 +336,7 @@ def cuda_row(x, clouds, size=64):
 
 
 def mmd_cov(refs, samples, squared=True):
-    """Comparison of reference clouds (R,N,3) and samples (S,M,3) by their Chamfer distances.
+    """Comparison of reference clouds (R,N,3) and samples (S,N,3) by their Chamfer distances.
 
     A dict: mmd: mean over references of the distance to the nearest sample; mmd_smp: the reverse;
     cov: share of references that are nearest to some sample; one_nna: share of the union whose
@@ -363,18 +348,16 @@ def mmd_cov(refs, samples, squared=True):
 
 def compare_clouds(refs, samples):
     """`mmd_cov` with squared and with plain distances, which have their neighbours in common."""
-    pairs = (refs, samples), (refs, refs), (samples, samples)
-    return [mmd_cov_of(*three) for three in zip(*(chamfer_matrix(*pair) for pair in pairs))]
-
-
-def mmd_cov_of(between, refs, samples):
-    """`mmd_cov` from the distances (R,S), (R,R), (S,S)."""
-    R, S = between.shape
-    union = torch.cat([torch.cat([refs, between], 1), torch.cat([between.T, samples], 1)])
-    union.fill_diagonal_(math.inf)
-    own = (union.argmin(1) < R) == (torch.arange(R + S) < R)
-    return dict(mmd=between.amin(1).mean().item(), mmd_smp=between.amin(0).mean().item(),
-                cov=len(between.argmin(0).unique()) / R, one_nna=own.double().mean().item())
+    R, found = len(refs), []
+    union = torch.cat([refs, samples])
+    for distances in chamfer_matrix(union, union):
+        between = distances[:R, R:]
+        distances.fill_diagonal_(math.inf)
+        own = (distances.argmin(1) < R) == (torch.arange(len(union)) < R)
+        found.append(dict(
+            mmd=between.amin(1).mean().item(), mmd_smp=between.amin(0).mean().item(),
+            cov=len(between.argmin(0).unique()) / R, one_nna=own.double().mean().item()))
+    return found
 
 
 def unit_sphere(clouds, radius=1.0, centre='box'):
@@ -431,22 +414,16 @@ def resize_tf(x, size):
     return x
 
 
-def resize_pytorch(x, size):
-    """Bilinear at half-pixel centres, no antialiasing; pytorch-fid, LSGM, the authors' code."""
-    return F.interpolate(x, (size, size), mode='bilinear', align_corners=False)
-
-
 def bicubic(x, size):
     """Pictures (B,3,H,W) brought to size x size by Pillow's antialiased bicubic filter."""
     return F.interpolate(x, (size, size), mode='bicubic', antialias=True)
 
 
-def resize_clean(x, size):
-    """Antialiased bicubic of float channels, as Pillow's; clean-fid."""
-    return bicubic(x, size).clamp(0, 255)
-
-
-RESIZE = dict(tf=resize_tf, pytorch=resize_pytorch, clean=resize_clean, none=lambda x, size: x)
+RESIZE = dict(
+    tf=resize_tf,
+    pytorch=partial(F.interpolate, mode='bilinear'),  # half-pixel centres, no antialiasing: LSGM
+    clean=lambda x, size: bicubic(x, size).clamp(0, 255),  # as Pillow on float channels: clean-fid
+    none=lambda x, size: x)
 
 
 def network_input(x, size, mode):
@@ -457,16 +434,8 @@ def network_input(x, size, mode):
     return x if x.shape[2:] == (size, size) else RESIZE[mode](x, size)
 
 
-@contextmanager
-def full_precision():
-    """No TF32: features are float32 throughout."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+# Features are float32 throughout: no TF32 in convolutions, as by torch's default in products.
+full_precision = partial(torch.backends.cudnn.flags, enabled=True, allow_tf32=False)
 
 
 # ---- Inception, the 2015 TensorFlow graph ------------------------------------------------------

@@ -222,7 +222,7 @@ def test_ssim_is_that_of_the_paper():
 
 # ---- resizing ----------------------------------------------------------------------------------
 
-@pytest.mark.mutation('metrics.py', "RESIZE = dict(tf=resize_tf", "RESIZE = dict(tf=resize_pytorch")
+@pytest.mark.mutation('metrics.py', 'tf=resize_tf', "tf=partial(F.interpolate, mode='bilinear')")
 def test_resize_golden():
     x = torch.tensor([[0., 10], [20, 30]])[None, None]
     assert metrics.RESIZE['tf'](x, 4)[0, 0].tolist() == [
@@ -247,7 +247,7 @@ def test_resize_clean_is_pillows():
         x = (torch.rand(3, height, width) * 255).round()
         theirs = [np.array(Image.fromarray(c.numpy(), mode='F').resize((299, 299), Image.BICUBIC))
                   for c in x]
-        close(metrics.resize_clean(x[None], 299)[0], np.stack(theirs).clip(0, 255), 2e-2)
+        close(metrics.RESIZE['clean'](x[None], 299)[0], np.stack(theirs).clip(0, 255), 2e-2)
 
 
 # ---- Inception ---------------------------------------------------------------------------------

@@ -500,9 +500,9 @@ def test_chamfer_equals_loops():
     assert metrics.chamfer_matrix(r[:1], r[1:]).flatten().tolist() == pytest.approx([50, 10])
 
 
-@pytest.mark.mutation('metrics.py', 'union.fill_diagonal_(math.inf)', 'pass')
-@pytest.mark.mutation('metrics.py', '== (torch.arange(R + S) < R)',
-                      '!= (torch.arange(R + S) < R)')
+@pytest.mark.mutation('metrics.py', 'distances.fill_diagonal_(math.inf)', 'pass')
+@pytest.mark.mutation('metrics.py', '== (torch.arange(len(union)) < R)',
+                      '!= (torch.arange(len(union)) < R)')
 def test_one_nna():
     """Sets far apart are told apart; of pairs of twins every nearest neighbour is a stranger."""
     a = clouds(0, 5, 0.0)
