@@ -172,7 +172,9 @@ def with_centre(*sets):
     require(all(s.ndim == 2 and s.shape[1] == sets[0].shape[1] and len(s) for s in sets),
             f'feature sets {[tuple(s.shape) for s in sets]}: expected (N, D) with one D')
     centre = sum(part.double().sum(0) for part in sets[0].split(4096)) / len(sets[0])
-    return centre if max(map(len, sets)) <= 5000 else centre.float(), *sets
+    if max(map(len, sets)) > 5000:
+        centre = centre.float()
+    return centre, *sets
 
 
 def squared_distances(a, b, centre):
@@ -443,12 +445,10 @@ full_precision = partial(torch.backends.cudnn.flags, enabled=True, allow_tf32=Fa
 class ConvNormReLU(nn.Module):
     """Convolution without bias, batch norm folded into its weights, ReLU; inference only."""
 
-    def __init__(self, c_in, c_out, kernel, stride=1, padding=None):
+    def __init__(self, c_in, c_out, kernel, stride=1, padding='same'):
         super().__init__()
-        height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-        if padding is None:  # keep the size; none where the stride reduces it
-            padding = (height // 2, width // 2) if stride == 1 else 0
-        self.conv = nn.Conv2d(c_in, c_out, (height, width), stride, padding, bias=False)
+        padding = padding if stride == 1 else 0
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
 
     def forward(self, x):
@@ -462,13 +462,9 @@ class ConvNormReLU(nn.Module):
 # A block is a graph of convolutions, name -> (source, channels out, kernel[, stride]); a source is
 # another convolution, the block's input 'x' or its 'pool'. What nothing reads is concatenated.
 
-def block_a(c_pool):
-    """35 x 35."""
-    return {'1x1': ('x', 64, 1), '5x5_1': ('x', 48, 1), '5x5_2': ('5x5_1', 64, 5),
-            '3x3dbl_1': ('x', 64, 1), '3x3dbl_2': ('3x3dbl_1', 96, 3),
-            '3x3dbl_3': ('3x3dbl_2', 96, 3), '_pool': ('pool', c_pool, 1)}
-
-
+BLOCK_A = {'1x1': ('x', 64, 1), '5x5_1': ('x', 48, 1), '5x5_2': ('5x5_1', 64, 5),
+           '3x3dbl_1': ('x', 64, 1), '3x3dbl_2': ('3x3dbl_1', 96, 3),
+           '3x3dbl_3': ('3x3dbl_2', 96, 3), '_pool': ('pool', 64, 1)}  # 35 x 35
 BLOCK_B = {'3x3': ('x', 384, 3, 2), '3x3dbl_1': ('x', 64, 1), '3x3dbl_2': ('3x3dbl_1', 96, 3),
            '3x3dbl_3': ('3x3dbl_2', 96, 3, 2)}  # 35 -> 17
 
@@ -491,28 +487,26 @@ BLOCK_E = {'1x1': ('x', 320, 1), '3x3_1': ('x', 384, 1), '3x3_2a': ('3x3_1', 384
            '3x3dbl_2': ('3x3dbl_1', 384, 3), '3x3dbl_3a': ('3x3dbl_2', 384, (1, 3)),
            '3x3dbl_3b': ('3x3dbl_2', 384, (3, 1)), '_pool': ('pool', 192, 1)}  # 8 x 8
 
-POOLS = dict(average=partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1,
-                             count_include_pad=False),
-             largest=partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
-             halve=partial(F.max_pool2d, kernel_size=3, stride=2))
+POOLS = dict(average=nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+             largest=nn.MaxPool2d(3, 1, 1), halve=nn.MaxPool2d(3, 2))
 
-MIXED = {'5b': (block_a(32), 'average'), '5c': (block_a(64), 'average'),
-         '5d': (block_a(64), 'average'), '6a': (BLOCK_B, 'halve'),
-         '6b': (block_c(128), 'average'), '6c': (block_c(160), 'average'),
-         '6d': (block_c(160), 'average'), '6e': (block_c(192), 'average'),
-         '7a': (BLOCK_D, 'halve'), '7b': (BLOCK_E, 'average'),
+MIXED = {'5b': (BLOCK_A | {'_pool': ('pool', 32, 1)}, 'average'), '5c': (BLOCK_A, 'average'),
+         '5d': (BLOCK_A, 'average'), '6a': (BLOCK_B, 'halve'), '6b': (block_c(128), 'average'),
+         '6c': (block_c(160), 'average'), '6d': (block_c(160), 'average'),
+         '6e': (block_c(192), 'average'), '7a': (BLOCK_D, 'halve'), '7b': (BLOCK_E, 'average'),
          '7c': (BLOCK_E, 'largest')}  # the last pool is a maximum in the 2015 graph alone
 
 
 class Mixed(nn.Module):
     """One block of parallel branches; `c_out` channels."""
+    unit, prefix = ConvNormReLU, 'branch'
 
     def __init__(self, c_in, graph, pool):
         super().__init__()
-        self.graph, self.pool = graph, POOLS[pool]
+        self.graph, self.pool = graph, pool
         widths = {'x': c_in, 'pool': c_in}
         for name, (source, c_out, *shape) in graph.items():
-            self.add_module('branch' + name, ConvNormReLU(widths[source], c_out, *shape))
+            self.add_module(self.prefix + name, self.unit(widths[source], c_out, *shape))
             widths[name] = c_out
         read = {source for source, *_ in graph.values()} | {'x'}
         self.ends = [name for name in [*graph, 'pool'] if name not in read]
@@ -521,7 +515,7 @@ class Mixed(nn.Module):
     def forward(self, x):
         values = {'x': x, 'pool': self.pool(x)}
         for name, (source, *_) in self.graph.items():
-            values[name] = getattr(self, 'branch' + name)(values[source])
+            values[name] = getattr(self, self.prefix + name)(values[source])
         return torch.cat([values[name] for name in self.ends], 1)
 
 
@@ -544,7 +538,7 @@ class InceptionV3(nn.Module):
         self.Conv2d_4a_3x3 = ConvNormReLU(80, 192, 3, padding=0)
         channels = 192
         for name, (graph, pool) in MIXED.items():
-            block = Mixed(channels, graph, pool)
+            block = Mixed(channels, graph, POOLS[pool])
             self.add_module('Mixed_' + name, block)
             channels = block.c_out
         if head:
@@ -565,53 +559,35 @@ class InceptionV3(nn.Module):
         return x.mean((2, 3))
 
 
-# NVIDIA's names, in the order of MIXED and of the blocks' graphs.
-NVIDIA_STEM = dict(conv='1a_3x3', conv_1='2a_3x3', conv_2='2b_3x3', conv_3='3b_1x1',
-                   conv_4='4a_3x3')
-NVIDIA_A = ('conv', 'tower.conv', 'tower.conv_1', 'tower_1.conv', 'tower_1.conv_1',
-            'tower_1.conv_2', 'tower_2.conv')
-NVIDIA_B = 'conv', 'tower.conv', 'tower.conv_1', 'tower.conv_2'
-NVIDIA_C = ('conv', 'tower.conv', 'tower.conv_1', 'tower.conv_2', 'tower_1.conv', 'tower_1.conv_1',
-            'tower_1.conv_2', 'tower_1.conv_3', 'tower_1.conv_4', 'tower_2.conv')
-NVIDIA_D = ('tower.conv', 'tower.conv_1', 'tower_1.conv', 'tower_1.conv_1', 'tower_1.conv_2',
-            'tower_1.conv_3')
-NVIDIA_E = ('conv', 'tower_conv', 'tower_mixed_conv', 'tower_mixed_conv_1', 'tower_1_conv',
-            'tower_1_conv_1', 'tower_1_mixed_conv', 'tower_1_mixed_conv_1', 'tower_2_conv')
-NVIDIA_LEAVES = dict(weight='conv.weight', beta='bn.bias', mean='bn.running_mean',
-                     var='bn.running_var')
-
-
-def inception_names():
-    """NVIDIA's layer -> ours, without the leaves."""
-    names = {theirs: f'Conv2d_{ours}' for theirs, ours in NVIDIA_STEM.items()}
-    blocks = 3 * [NVIDIA_A] + [NVIDIA_B] + 4 * [NVIDIA_C] + [NVIDIA_D] + 2 * [NVIDIA_E]
-    for i, (layers, (ours, (graph, _))) in enumerate(zip(blocks, MIXED.items())):
-        block = f'mixed_{i}' if i else 'mixed'
-        for theirs, branch in zip(layers, graph):
-            names[f'{block}.{theirs}'] = f'Mixed_{ours}.branch{branch}'
-    return names
+NVIDIA_BLOCKS = dict(  # NVIDIA's names, in the order of the blocks' graphs
+    A='conv tower.conv tower.conv_1 tower_1.conv tower_1.conv_1 tower_1.conv_2 tower_2.conv',
+    B='conv tower.conv tower.conv_1 tower.conv_2',
+    C='conv tower.conv tower.conv_1 tower.conv_2 tower_1.conv tower_1.conv_1 tower_1.conv_2 '
+      'tower_1.conv_3 tower_1.conv_4 tower_2.conv',
+    D='tower.conv tower.conv_1 tower_1.conv tower_1.conv_1 tower_1.conv_2 tower_1.conv_3',
+    E='conv tower_conv tower_mixed_conv tower_mixed_conv_1 tower_1_conv tower_1_conv_1 '
+      'tower_1_mixed_conv tower_1_mixed_conv_1 tower_2_conv')
 
 
 def inception_state(state):
-    """Weights of an NVIDIA-style archive under our names; other dicts come back as they are."""
-    if 'layers.conv.beta' not in state:
-        return state
-    names, out = inception_names(), {}
-    for key, value in state.items():
-        layer, _, leaf = key.removeprefix('layers.').rpartition('.')
-        if layer in names and leaf in NVIDIA_LEAVES:
-            out[f'{names[layer]}.{NVIDIA_LEAVES[leaf]}'] = value
-            if leaf == 'beta':
-                out[f'{names[layer]}.bn.weight'] = torch.ones_like(value)
-        else:
-            out['fc.' + leaf if layer == 'output' else key] = value
-    return out
+    """Weights of an NVIDIA-style archive under our names; what has other names keeps them."""
+    layers = dict(conv='Conv2d_1a_3x3', conv_1='Conv2d_2a_3x3', conv_2='Conv2d_2b_3x3',
+                  conv_3='Conv2d_3b_1x1', conv_4='Conv2d_4a_3x3')
+    for i, (kind, (ours, (graph, _))) in enumerate(zip('AAABCCCCDEE', MIXED.items())):
+        block = f'mixed_{i}' if i else 'mixed'
+        for theirs, branch in zip(NVIDIA_BLOCKS[kind].split(), graph):
+            layers[f'{block}.{theirs}'] = f'Mixed_{ours}.branch{branch}'
+    leaves = dict(weight='conv.weight', beta='bn.bias', mean='bn.running_mean',
+                  var='bn.running_var', gamma='bn.weight')
+    names = {f'layers.{theirs}.{leaf}': f'{ours}.{leaves[leaf]}'
+             for theirs, ours in layers.items() for leaf in leaves}
+    names |= {'output.weight': 'fc.weight', 'output.bias': 'fc.bias'}
+    gammas = {key.replace('.beta', '.gamma'): torch.ones_like(value)  # not stored
+              for key, value in state.items() if key.endswith('.beta')}
+    return {names.get(key, key): value for key, value in (gammas | state).items()}
 
 
 # ---- VGG16 -------------------------------------------------------------------------------------
-
-VGG_WIDTHS = (1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8)  # a pool after each group
-
 
 class VGG16(nn.Module):
     """VGG16 up to its second hidden layer after ReLU: pictures (B,3,H,W) -> (B, 4096).
@@ -625,7 +601,7 @@ class VGG16(nn.Module):
         super().__init__()
         self.resize, self.dim = resize, dim
         layers, c = [], 3
-        for group in VGG_WIDTHS:
+        for group in (1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8):
             for multiple in group:
                 layers += [nn.Conv2d(c, multiple * width, 3, padding=1), nn.ReLU()]
                 c = multiple * width
@@ -648,18 +624,13 @@ class VGG16(nn.Module):
 
 def vgg_state(state):
     """Weights of NVIDIA's archive under torchvision's names, without its LPIPS parts."""
-    if 'layers.conv1.weight' not in state:
-        return state
-    convolutions = [i for i, m in enumerate(VGG16(False, width=1, dim=1).features)
-                    if isinstance(m, nn.Conv2d)]
-    names = {f'conv{n}': f'features.{i}' for n, i in enumerate(convolutions, 1)}
-    names |= dict(fc1='classifier.0', fc2='classifier.3', fc3='classifier.6')
-    out = {}
-    for key, value in state.items():
-        layer, _, leaf = key.removeprefix('layers.').rpartition('.')
-        if not key.startswith('lpips'):
-            out[f'{names[layer]}.{leaf}' if layer in names else key] = value
-    return out
+    places = 0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28
+    layers = {f'conv{n}': f'features.{i}' for n, i in enumerate(places, 1)}
+    layers |= dict(fc1='classifier.0', fc2='classifier.3', fc3='classifier.6')
+    names = {f'layers.{theirs}.{leaf}': f'{ours}.{leaf}'
+             for theirs, ours in layers.items() for leaf in ('weight', 'bias')}
+    return {names.get(key, key): value for key, value in state.items()
+            if not key.startswith('lpips')}
 
 
 # ---- I3D ---------------------------------------------------------------------------------------
@@ -678,21 +649,16 @@ class Unit3D(nn.Module):
 
     def __init__(self, c_in, c_out, kernel, stride=1):
         super().__init__()
-        self.kernel, self.stride = (kernel,) * 3, (stride,) * 3
-        self.conv3d = nn.Conv3d(c_in, c_out, kernel, bias=False)
+        self.conv3d = nn.Conv3d(c_in, c_out, kernel, stride, bias=False)
         self.bn = nn.BatchNorm3d(c_out, eps=1e-3)
+        self.c_out = c_out
 
     def forward(self, x):
-        bn = self.bn
+        conv, bn = self.conv3d, self.bn
         gain = bn.weight * (bn.running_var + bn.eps).rsqrt()
-        weight = self.conv3d.weight * gain[:, None, None, None, None]
+        weight = conv.weight * gain[:, None, None, None, None]
         bias = bn.bias - bn.running_mean * gain
-        return F.relu_(F.conv3d(same(x, self.kernel, self.stride), weight, bias, self.stride))
-
-
-def max_pool_same(x, kernel, stride):
-    """Largest value, SAME padding; its zeros change nothing, for x comes out of a ReLU."""
-    return F.max_pool3d(same(x, kernel, stride), kernel, stride)
+        return F.relu_(F.conv3d(same(x, conv.kernel_size, conv.stride), weight, bias, conv.stride))
 
 
 # Channels of b0; b1a, b1b; b2a, b2b; b3b of each block, and (kernel, stride) of the pools between.
@@ -707,21 +673,14 @@ I3D_LAYERS = {
     'Mixed_5b': (256, 160, 320, 32, 128, 128), 'Mixed_5c': (384, 192, 384, 48, 128, 128)}
 
 
-class Mixed3D(nn.Module):
+class Mixed3D(Mixed):
     """Four parallel branches: 1, 1 then 3, 1 then 3, pool then 1."""
+    unit, prefix = Unit3D, ''
 
     def __init__(self, c_in, b0, b1a, b1b, b2a, b2b, b3b):
-        super().__init__()
-        self.b0 = Unit3D(c_in, b0, 1)
-        self.b1a, self.b1b = Unit3D(c_in, b1a, 1), Unit3D(b1a, b1b, 3)
-        self.b2a, self.b2b = Unit3D(c_in, b2a, 1), Unit3D(b2a, b2b, 3)
-        self.b3b = Unit3D(c_in, b3b, 1)
-        self.c_out = b0 + b1b + b2b + b3b
-
-    def forward(self, x):
-        pooled = max_pool_same(x, (3, 3, 3), (1, 1, 1))
-        return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)),
-                          self.b3b(pooled)], 1)
+        graph = {'b0': ('x', b0, 1), 'b1a': ('x', b1a, 1), 'b1b': ('b1a', b1b, 3),
+                 'b2a': ('x', b2a, 1), 'b2b': ('b2a', b2b, 3), 'b3b': ('pool', b3b, 1)}
+        super().__init__(c_in, graph, nn.MaxPool3d(3, 1, 1))
 
 
 class I3D(nn.Module):
@@ -739,11 +698,8 @@ class I3D(nn.Module):
         super().__init__()
         self.resize, channels = resize, 3
         for name, layer in I3D_LAYERS.items():
-            if name.startswith('Conv3d'):
-                self.add_module(name, Unit3D(channels, *layer))
-                channels = layer[0]
-            elif name.startswith('Mixed'):
-                block = Mixed3D(channels, *layer)
+            if 'pool' not in name:
+                block = (Unit3D if 'Conv3d' in name else Mixed3D)(channels, *layer)
                 self.add_module(name, block)
                 channels = block.c_out
         self.logits = nn.ModuleDict(dict(conv3d=nn.Conv3d(channels, self.dim, 1)))
@@ -760,8 +716,8 @@ class I3D(nn.Module):
         if self.resize == 'crop':
             to = tuple(-(-n * self.size // min(height, width)) for n in (height, width))
         if (height, width) != to:
-            x = F.interpolate(x.transpose(1, 2).flatten(0, 1), to, mode='bilinear',
-                              align_corners=False).unflatten(0, (len(x), -1)).transpose(1, 2)
+            pictures = F.interpolate(x.transpose(1, 2).flatten(0, 1), to, mode='bilinear')
+            x = pictures.unflatten(0, (len(x), -1)).transpose(1, 2)
         top, left = ((n - self.size) // 2 for n in to)
         return x[..., top:top + self.size, left:left + self.size]
 
@@ -771,23 +727,25 @@ class I3D(nn.Module):
                 f'clips {tuple(x.shape)}: expected (B, 3, T, H, W) with at least 9 frames')
         x = self.frames(x.float()) / 127.5 - 1
         for name, layer in I3D_LAYERS.items():
-            x = max_pool_same(x, *layer) if 'pool' in name else getattr(self, name)(x)
+            if 'pool' in name:  # its zeros change nothing, for x comes out of a ReLU
+                x = F.max_pool3d(same(x, *layer), *layer)
+            else:
+                x = getattr(self, name)(x)
         x = F.avg_pool3d(x, (2, 7, 7), 1)
         return self.logits['conv3d'](x)[..., 0, 0].mean(2)
 
 
 def i3d_state(state):
     """Weights of StyleGAN-V's archive, or of its kin, under the names of I3D."""
-    if 'conv3d_1a_7x7.conv3d.weight' not in state:
-        return state
-    inside = {'branch_0': 'b0', 'branch_1.0': 'b1a', 'branch_1.1': 'b1b', 'branch_2.0': 'b2a',
-              'branch_2.1': 'b2b', 'branch_3.1': 'b3b', 'batch3d': 'bn'}
+    names = {'conv3d_0c_1x1': 'logits', 'conv3d_': 'Conv3d_', 'mixed_': 'Mixed_',
+             'branch_0.': 'b0.', 'branch_1.0.': 'b1a.', 'branch_1.1.': 'b1b.',
+             'branch_2.0.': 'b2a.', 'branch_2.1.': 'b2b.', 'branch_3.1.': 'b3b.',
+             'batch3d.': 'bn.'}
     out = {}
     for key, value in state.items():
-        key = key.replace('conv3d_0c_1x1', 'logits')
-        for theirs, ours in inside.items():
-            key = key.replace(f'.{theirs}.', f'.{ours}.')
-        out[key[0].upper() + key[1:] if key.startswith(('conv3d_', 'mixed_')) else key] = value
+        for theirs, ours in names.items():
+            key = key.replace(theirs, ours)
+        out[key] = value
     return out
 
 
@@ -909,21 +867,10 @@ def clip_score(net, pictures, text):
 
 # ---- weight files ------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Published:
-    """A weight file as others publish it."""
-    file: str
-    publisher: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Network:
-    """How a kind of network is made from the files that hold its weights."""
-    module: Callable  # state dict -> the module for it, without its weights
-    translate: Callable  # state dict as published -> the module's names
-    files: tuple  # of Published, the preferred first
-
+# A weight file as others publish it. How a kind of network is made of such files, the preferred
+# first: module(state dict) is without weights, translate(state dict) has the module's names.
+Published = namedtuple('Published', 'file publisher sha256')
+Network = namedtuple('Network', 'module translate files')
 
 NETWORKS = dict(
     inception=Network(lambda state: InceptionV3(head='fc.weight' in state), inception_state, (

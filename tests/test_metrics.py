@@ -3,7 +3,6 @@
 No published weights are needed: networks are filled with random ones, in every published layout.
 """
 import copy
-import dataclasses
 import functools
 import json
 import os
@@ -552,9 +551,8 @@ def slim_vgg():
 @pytest.fixture
 def slim(monkeypatch):
     """VGG16 with 1/32 of the channels, in the table of networks too."""
-    monkeypatch.setitem(metrics.NETWORKS, 'vgg16', dataclasses.replace(
-        metrics.NETWORKS['vgg16'],
-        module=lambda state: slim_vgg()(head='classifier.6.weight' in state)))
+    monkeypatch.setitem(metrics.NETWORKS, 'vgg16', metrics.NETWORKS[
+        'vgg16']._replace(module=lambda state: slim_vgg()(head='classifier.6.weight' in state)))
     net = slim_vgg()()
     for p in net.parameters():
         nn.init.normal_(p, std=(2 / max(p[0].numel(), 8)) ** .5)
@@ -762,7 +760,7 @@ STYLEGANV = {'b0': 'branch_0', 'b1a': 'branch_1.0', 'b1b': 'branch_1.1', 'b2a': 
              'b2b': 'branch_2.1', 'b3b': 'branch_3.1'}
 
 
-@pytest.mark.mutation('metrics.py', "'branch_1.0': 'b1a'", "'branch_1.0': 'b2a'")
+@pytest.mark.mutation('metrics.py', "'branch_1.0.': 'b1a.'", "'branch_1.0.': 'b2a.'")
 @pytest.mark.mutation('metrics.py', 'require(path.stem not in', 'require(path.stem in')
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*:DeprecationWarning')
 @pytest.mark.filterwarnings('ignore:.*sha256.*')
