@@ -52,13 +52,11 @@ from inr import render_mesh
 
 # ---- distances between feature sets ------------------------------------------------------------
 
-
 class FeatureStats:
     """Mean and covariance of feature rows that come in batches, in float64 sums.
 
-    The sums are taken about the mean of the first batch, so that a large common offset costs no
-    digits. `ddof` 1 divides by n - 1 (np.cov), 0 by n (NVIDIA). While there are fewer rows than
-    dimensions they are kept as well, in `rows`; afterwards `rows` is None.
+    Sums are about the mean of the first batch, so that a large offset costs no digits. `ddof` 1
+    divides by n - 1 (np.cov), 0 by n (NVIDIA). `rows` are kept while fewer than dim, then None.
     """
 
     def __init__(self, dim, ddof=1):
@@ -127,8 +125,7 @@ class FeatureStats:
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet (2-Wasserstein) distance of Gaussians; mu (D,), sigma (D, D) -> float.
 
-    tr (S1 S2)^(1/2) = sum of square roots of the eigenvalues of A^T S2 A, for any S1 = A A^T: real,
-    symmetric, and no worse for singular covariances.
+    tr (S1 S2)^(1/2) = sum of square roots of the eigenvalues of A^T S2 A, for any S1 = A A^T.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(v).double() for v in (mu1, sigma1, mu2, sigma2))
     require(mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == 2 * mu1.shape,
@@ -148,8 +145,8 @@ def frechet_distance_features(x, y, ddof=1):
     """
     x, y = (torch.as_tensor(v).double().cpu() for v in (x, y))
     require(min(len(x), len(y)) > ddof, f'a covariance needs more than {ddof} pictures')
-    require(x.isfinite().all() and y.isfinite().all(), 'features are not finite: the pictures or '
-            'the weights hold NaN')
+    require(x.isfinite().all() and y.isfinite().all(),
+            'features are not finite: the pictures or the weights hold NaN')
     mean_term = (x.mean(0) - y.mean(0)).square().sum()
     x, y = ((v - v.mean(0)) / (len(v) - ddof) ** 0.5 for v in (x, y))
     trace = torch.linalg.svdvals(x @ y.T).sum()
@@ -244,10 +241,7 @@ def psnr_each(x, y):
 
 
 def psnr(x, y):
-    """Mean of psnr_each over pictures (B,C,H,W), or of one picture (C,H,W), in dB.
-
-    Identical pairs stay out of the mean; inf if all are identical.
-    """
+    """Mean of psnr_each, but for identical pairs, of pictures (B,C,H,W) or of one (C,H,W), in dB."""
     return finite_mean(psnr_each(x, y) if x.ndim > 3 else psnr_each(x[None], y[None]))
 
 
@@ -302,9 +296,8 @@ def chamfer(a, b):
 def chamfer_matrix(a, b):
     """Chamfer distances of every cloud of a (R,N,3) to every one of b (S,M,3): (2,R,S) float64.
 
-    First as `chamfer`, then the same of distances that are not squared. By k-d trees in threads, on
-    CUDA by brute force. Where b is a itself, half of the pairs is computed. Rows are shared out
-    over processes, all of which must call this.
+    First as `chamfer`, then of distances that are not squared. By k-d trees in threads, on CUDA by
+    brute force; half of the pairs where b is a. All processes must call this: they share the rows.
     """
     if a.is_cuda:
         row, clouds, every = cuda_row, a, b
@@ -340,10 +333,9 @@ def cuda_row(x, clouds, size=64):
 def mmd_cov(refs, samples, squared=True):
     """Comparison of reference clouds (R,N,3) and samples (S,N,3) by their Chamfer distances.
 
-    A dict: mmd: mean over references of the distance to the nearest sample; mmd_smp: the reverse;
-    cov: share of references that are nearest to some sample; one_nna: share of the union whose
-    nearest other member comes from its own set (1/2: the sets cannot be told apart). Yang et al.
-    (2019).
+    mmd: mean over references of the distance to the nearest sample; mmd_smp: the reverse; cov:
+    share of references that are nearest to some sample; one_nna: share of the union whose nearest
+    other member is of its own set, 1/2 if the sets cannot be told apart (Yang et al. 2019).
     """
     return compare_clouds(refs, samples)[0 if squared else 1]
 
@@ -363,15 +355,13 @@ def compare_clouds(refs, samples):
 
 
 def unit_sphere(clouds, radius=1.0, centre='box'):
-    """Clouds (B,N,3), each centred ('box': of its bounding box, or 'mean') and of this radius.
-
-    All points at one place, an empty shape, come to the origin.
-    """
+    """Clouds (B,N,3) about the centre of their bounding 'box', or their 'mean', and of this radius."""
     middle = clouds.mean(1, keepdim=True)
     if centre == 'box':
         middle = (clouds.amin(1, keepdim=True) + clouds.amax(1, keepdim=True)) / 2
     clouds = clouds - middle
-    return radius * clouds / clouds.norm(dim=2).amax(1).clamp(min=1e-12)[:, None, None]
+    size = clouds.norm(dim=2).amax(1).clamp(min=1e-12)  # 0 where all is one point: an empty shape
+    return radius * clouds / size[:, None, None]
 
 
 def topology(vertices, faces):
@@ -394,8 +384,7 @@ def tmd(voxels):
     for grids in voxels.flatten(2):
         grids = grids.double()  # one caption's at a time
         common = grids @ grids.T
-        size = grids.sum(1)
-        union = size[:, None] + size - common
+        union = common.diag()[:, None] + common.diag() - common
         overlap = torch.where(union > 0, common / union.clamp(min=1), 1.0)
         n = len(grids)
         values.append((overlap.sum() - overlap.trace()) / (n * (n - 1)))
@@ -522,9 +511,8 @@ class Mixed(nn.Module):
 class InceptionV3(nn.Module):
     """Inception as FID knows it: pictures (B,3,H,W), uint8 or float in 0..255 -> (B, 2048).
 
-    The features are the spatial mean after the last block. State-dict names are torchvision's, with
-    the class head `fc` if `head`; it is held for strict loading, no feature reads it.
-    `resize` 'tf', 'pytorch', 'clean' or 'none' is how pictures come to 299 x 299.
+    The spatial mean after the last block, of pictures brought to 299 x 299 as RESIZE[resize] does.
+    State-dict names are torchvision's, with `head` those of the class head too, which is not read.
     """
     size, dim = 299, 2048
 
@@ -592,8 +580,8 @@ def inception_state(state):
 class VGG16(nn.Module):
     """VGG16 up to its second hidden layer after ReLU: pictures (B,3,H,W) -> (B, 4096).
 
-    Pictures are uint8 or float in 0..255, brought to 224 x 224 and normalised as ImageNet's.
-    State-dict names are torchvision's. `width`, `dim` are 64 and 4096 in every published file.
+    Pictures are as for InceptionV3, 224 x 224, and normalised as ImageNet's. State-dict names are
+    torchvision's. `width`, `dim` are 64 and 4096 in every published file.
     """
     size = 224
 
@@ -636,7 +624,10 @@ def vgg_state(state):
 # ---- I3D ---------------------------------------------------------------------------------------
 
 def same(x, kernel, stride):
-    """Zeros around (B,C,T,H,W) as TensorFlow's SAME: as even as can be, the odd one at the end."""
+    """Zeros around (B,C,T,H,W) as TensorFlow's SAME: as even as can be, the odd one at the end.
+
+    A largest value does not see them: what is pooled comes out of a ReLU.
+    """
     edges = []
     for n, k, s in zip(x.shape[:1:-1], kernel[::-1], stride[::-1]):  # F.pad begins with the width
         missing = max((-(-n // s) - 1) * s + k - n, 0)
@@ -688,9 +679,8 @@ class I3D(nn.Module):
 
     Clips (B,3,T,H,W), uint8 or float in 0..255, T >= 9 -> 400 logits before the softmax, (B,400).
     `resize`: 'square' stretches a frame to 224 x 224, 'crop' brings its short side there, rounds
-    the long one up and takes the centre; bilinear at half-pixel centres, no antialiasing. `set_eps`
-    sets that of the batch norms: 1e-3 as TensorFlow's, 1e-5 in the copy that DDMI's authors used.
-    State-dict names are those of that copy.
+    the long one up and takes the centre; bilinear without antialiasing. The batch norms' eps is
+    TensorFlow's 1e-3; the copy whose state-dict names these are, that of DDMI's authors, had 1e-5.
     """
     size, dim = 224, 400
 
@@ -727,10 +717,7 @@ class I3D(nn.Module):
                 f'clips {tuple(x.shape)}: expected (B, 3, T, H, W) with at least 9 frames')
         x = self.frames(x.float()) / 127.5 - 1
         for name, layer in I3D_LAYERS.items():
-            if 'pool' in name:  # its zeros change nothing, for x comes out of a ReLU
-                x = F.max_pool3d(same(x, *layer), *layer)
-            else:
-                x = getattr(self, name)(x)
+            x = F.max_pool3d(same(x, *layer), *layer) if 'pool' in name else getattr(self, name)(x)
         x = F.avg_pool3d(x, (2, 7, 7), 1)
         return self.logits['conv3d'](x)[..., 0, 0].mean(2)
 
@@ -751,45 +738,32 @@ def i3d_state(state):
 
 # ---- the voxel classifier and CLIP -------------------------------------------------------------
 
-class VoxelEncoder(nn.Module):
-    """Occupancy (B,1,32,32,32) -> (B,512); Clip-Forge's names."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv_in = nn.Conv3d(1, 32, 3, padding=1)
-        for k, width in enumerate((32, 64, 128, 256)):
-            self.add_module(f'conv{k}_bn', nn.BatchNorm3d(width))
-            self.add_module(f'conv_{k}', nn.Conv3d(width, 2 * width, 3, 2, padding=1))
-        self.fc = nn.Linear(512 * 8, 512)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for k in range(4):
-            x = getattr(self, f'conv_{k}')(F.relu(getattr(self, f'conv{k}_bn')(x)))
-        return self.fc(F.relu(x.flatten(1)))
-
-
 class VoxelClassifier(nn.Module):
-    """Occupancy (B,32,32,32), axes x, y, z, -> class logits (B,classes); Clip-Forge's classifier.
-
-    Its 13 classes are ShapeNet's in the order of their numbers.
-    """
+    """Occupancy (B,32,32,32), axes x, y, z, -> class logits (B,classes); Clip-Forge's classifier."""
 
     def __init__(self, classes=13):
         super().__init__()
-        self.encoder_head = VoxelEncoder()
+        self.encoder_head = head = nn.ModuleDict(dict(conv_in=nn.Conv3d(1, 32, 3, padding=1)))
+        for k, width in enumerate((32, 64, 128, 256)):
+            head[f'conv{k}_bn'] = nn.BatchNorm3d(width)
+            head[f'conv_{k}'] = nn.Conv3d(width, 2 * width, 3, 2, padding=1)
+        head['fc'] = nn.Linear(512 * 8, 512)
         self.projection = nn.Sequential(
             nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 512),
             nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, classes))
 
     def forward(self, voxels):
-        return self.projection(self.encoder_head(voxels.float()[:, None]))
+        head = self.encoder_head
+        x = head['conv_in'](voxels.float()[:, None])
+        for k in range(4):
+            x = head[f'conv_{k}'](F.relu(head[f'conv{k}_bn'](x)))
+        return self.projection(head['fc'](F.relu(x.flatten(1))))
 
 
 class VisionTower(nn.Module):
     """CLIP's picture transformer, with OpenAI's names: (B,3,R,R), normalised, -> (B,embed)."""
 
-    def __init__(self, width=768, layers=12, patch=32, resolution=224, embed=512):
+    def __init__(self, width, layers, patch, resolution, embed):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) / width ** 0.5)
@@ -816,8 +790,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class CLIP(CLIPText):
     """CLIP with OpenAI's names: pictures and texts in one space, where the cosine compares them.
 
-    Sizes are read off the tensors of `state`; heads have 64 channels. `tokenise` must be set to
-    read texts.
+    Sizes are those of the tensors of `state`; heads have 64 channels. Texts need `tokenise` set.
     """
 
     def __init__(self, state):
@@ -913,24 +886,23 @@ def find_weights(kind, path):
     """The weight file: `path` itself, or in the folder `path` the first published name there."""
     path = Path(path)
     files = [path / f.file for f in NETWORKS[kind].files] if path.is_dir() else [path]
-    found = [p for p in files if p.is_file() and p.suffix != '.pkl']
-    pickles = [p.with_suffix('.pkl') for p in files if p.with_suffix('.pkl').is_file()]
-    if pickles and not found:
-        raise ValueError(f'{pickles[0]}: a pickle of Python code is not read; take the .pt of the '
-                         f'same publisher; {wanted(kind)}')
-    if not found:
-        raise FileNotFoundError(f'{path}: no weights of {kind}; {wanted(kind)}; put it there or '
-                                'name the file with --weights')
-    return found[0]
+    for file in files:
+        if file.is_file() and file.suffix != '.pkl':
+            return file
+    for pickle in [file.with_suffix('.pkl') for file in files]:
+        require(not pickle.is_file(), f'{pickle}: a pickle of Python code is not read; take the '
+                f'.pt of the same publisher; {wanted(kind)}')
+    raise FileNotFoundError(f'{path}: no weights of {kind}; {wanted(kind)}; put it there or name '
+                            'the file with --weights')
 
 
 def check_state(net, state, path, kind):
     """ValueError unless names and shapes agree exactly, but for num_batches_tracked."""
     own = net.state_dict()
-    missing = [k for k in own if k not in state and not k.endswith('num_batches_tracked')]
-    foreign = [k for k in state if k not in own]
-    shapes = [k for k in state if k in own and state[k].shape != own[k].shape]
-    for what, keys in (('lacks', missing), ('has unknown', foreign), ('has misshapen', shapes)):
+    faults = {'lacks': [k for k in own if k not in state and 'num_batches_tracked' not in k],
+              'has unknown': [k for k in state if k not in own],
+              'has misshapen': [k for k in state if k in own and state[k].shape != own[k].shape]}
+    for what, keys in faults.items():
         if keys:
             raise ValueError(f'{path}: not the weights of {kind}, {what} {keys[0]} and '
                              f'{len(keys) - 1} more; {wanted(kind)}')
@@ -958,7 +930,11 @@ def load_network(kind, path='weights'):
     check_state(net, state, path, kind)
     counters = {k: torch.tensor(0) for k in net.state_dict() if k.endswith('num_batches_tracked')}
     net.load_state_dict(counters | state, assign=True)
-    net.source = dict(kind=kind, **identify(path, spec.files))
+    digest = file_digest(path)
+    publisher = next((f.publisher for f in spec.files if f.sha256 == digest), 'unknown')
+    if publisher == 'unknown' and path.name in [f.file for f in spec.files if f.sha256]:
+        warnings.warn(f'{path}: sha256 {digest} is not that of the published file')
+    net.source = dict(kind=kind, weights=path.name, sha256=digest, publisher=publisher)
     if kind == 'clip':
         merges = [p for p in (path.parent / 'bpe_simple_vocab_16e6.txt.gz',
                               path.parent / 'merges.txt') if p.exists()]
@@ -968,15 +944,6 @@ def load_network(kind, path='weights'):
     if kind in ('inception', 'vgg16'):  # convolutions on pictures
         net.to(memory_format=torch.channels_last)
     return net.eval().requires_grad_(False)
-
-
-def identify(path, files):
-    """File, sha256 and publisher by digest; warns if a published name has other content."""
-    digest = file_digest(path)
-    publisher = next((f.publisher for f in files if f.sha256 == digest), 'unknown')
-    if publisher == 'unknown' and path.name in [f.file for f in files if f.sha256]:
-        warnings.warn(f'{path}: sha256 {digest} is not that of the published file')
-    return dict(weights=path.name, sha256=digest, publisher=publisher)
 
 
 # ---- sharing out over processes ----------------------------------------------------------------

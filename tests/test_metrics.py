@@ -822,7 +822,7 @@ def test_published_inception_gives_the_published_fid():
     close(metrics.stats_distance(*sides), 10.3233274, 1e-4)
 
 
-@pytest.mark.mutation('metrics.py', "('has unknown', foreign)", "('has unknown', [])")
+@pytest.mark.mutation('metrics.py', "[k for k in state if k not in own]", "[]")
 def test_files_that_hold_no_such_weights(tmp_path):
     def refused(kind, path, match, error=ValueError):
         with pytest.raises(Exception) as caught:

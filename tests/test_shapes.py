@@ -567,9 +567,9 @@ def test_topology():
     assert metrics.topology(vertices, tetrahedron[:3]) == (1, 1, False)
 
 
-@pytest.mark.mutation('metrics.py', "F.relu(getattr(self, f'conv{k}_bn')(x))",
-                      "getattr(self, f'conv{k}_bn')(F.relu(x))")
-@pytest.mark.mutation('metrics.py', 'self.fc(F.relu(x.flatten(1)))', 'self.fc(x.flatten(1))')
+@pytest.mark.mutation('metrics.py', "F.relu(head[f'conv{k}_bn'](x))",
+                      "head[f'conv{k}_bn'](F.relu(x))")
+@pytest.mark.mutation('metrics.py', "head['fc'](F.relu(x.flatten(1)))", "head['fc'](x.flatten(1))")
 def test_voxel_classifier_equals_its_description():
     net = metrics.VoxelClassifier().eval()
     for name, buffer in net.named_buffers():
