@@ -12,9 +12,8 @@
     NFE        network calls of one sampling
 
 The networks are written from their descriptions and filled from files that others publish; without
-the file there is no number. Statistics are float64, features float32. What is measured is a Source,
-of a folder or of a run; what can be measured of a run is said by its domain's row of DOMAINS. Under
-torchrun the work is shared out over the processes, and the numbers stay the same.
+the file there is no number. What is measured is a Source, of a folder or of a run, of which DOMAINS
+says what can be measured. Torchrun shares out the work over processes; the numbers stay the same.
 Departures from the authors' evaluation: fakes are rounded to uint8 (`--float` leaves them),
 pictures are resized as TensorFlow 1 did (`--resize pytorch` is theirs), reals are neither flipped
 nor shuffled, and every result prints its whole protocol as one line of JSON.
@@ -241,7 +240,7 @@ def psnr_each(x, y):
 
 
 def psnr(x, y):
-    """Mean of psnr_each, but for identical pairs, of pictures (B,C,H,W) or of one (C,H,W), in dB."""
+    """finite_mean of psnr_each of pictures (B,C,H,W), or of one picture (C,H,W), in dB."""
     return finite_mean(psnr_each(x, y) if x.ndim > 3 else psnr_each(x[None], y[None]))
 
 
@@ -355,7 +354,7 @@ def compare_clouds(refs, samples):
 
 
 def unit_sphere(clouds, radius=1.0, centre='box'):
-    """Clouds (B,N,3) about the centre of their bounding 'box', or their 'mean', and of this radius."""
+    """Clouds (B,N,3) of this radius about the centre of their bounding 'box', or their 'mean'."""
     middle = clouds.mean(1, keepdim=True)
     if centre == 'box':
         middle = (clouds.amin(1, keepdim=True) + clouds.amax(1, keepdim=True)) / 2
@@ -601,8 +600,8 @@ class VGG16(nn.Module):
             self.classifier.add_module('6', nn.Linear(dim, 1000))
 
     @torch.no_grad()
-    def forward(self, x, resize=None):
-        x = network_input(x, self.size, resize or self.resize)
+    def forward(self, x):
+        x = network_input(x, self.size, self.resize)
         require(x.shape[2:] == (224, 224), f'pictures {tuple(x.shape)}: 224 x 224 if not resized')
         mean, std = x.new_tensor([[.485, .456, .406], [.229, .224, .225]])[..., None, None]
         x = (x / 255 - mean) / std
@@ -624,10 +623,7 @@ def vgg_state(state):
 # ---- I3D ---------------------------------------------------------------------------------------
 
 def same(x, kernel, stride):
-    """Zeros around (B,C,T,H,W) as TensorFlow's SAME: as even as can be, the odd one at the end.
-
-    A largest value does not see them: what is pooled comes out of a ReLU.
-    """
+    """Zeros around (B,C,T,H,W) as TensorFlow's SAME: as even as can be, the odd one at the end."""
     edges = []
     for n, k, s in zip(x.shape[:1:-1], kernel[::-1], stride[::-1]):  # F.pad begins with the width
         missing = max((-(-n // s) - 1) * s + k - n, 0)
@@ -716,7 +712,7 @@ class I3D(nn.Module):
         require(x.ndim == 5 and x.shape[1] == 3 and x.shape[2] >= 9,
                 f'clips {tuple(x.shape)}: expected (B, 3, T, H, W) with at least 9 frames')
         x = self.frames(x.float()) / 127.5 - 1
-        for name, layer in I3D_LAYERS.items():
+        for name, layer in I3D_LAYERS.items():  # zeros change no pool: it comes after a ReLU
             x = F.max_pool3d(same(x, *layer), *layer) if 'pool' in name else getattr(self, name)(x)
         x = F.avg_pool3d(x, (2, 7, 7), 1)
         return self.logits['conv3d'](x)[..., 0, 0].mean(2)
@@ -739,7 +735,7 @@ def i3d_state(state):
 # ---- the voxel classifier and CLIP -------------------------------------------------------------
 
 class VoxelClassifier(nn.Module):
-    """Occupancy (B,32,32,32), axes x, y, z, -> class logits (B,classes); Clip-Forge's classifier."""
+    """Clip-Forge's classifier: occupancy (B,32,32,32), axes x, y, z, -> logits (B,classes)."""
 
     def __init__(self, classes=13):
         super().__init__()
