@@ -12,9 +12,8 @@
     NFE        network calls of one sampling
 
 The networks are written from their descriptions and filled from files that others publish; without
-the file there is no number. Statistics are float64, features float32. What is measured is a Source,
-of a folder or of a run; what can be measured of a run is said by its domain's row of DOMAINS. Under
-torchrun the work is shared out over the processes, and the numbers stay the same.
+the file there is no number. What is measured is a Source, of a folder or of a run, of which DOMAINS
+says what can be measured. Torchrun shares out the work over processes; the numbers stay the same.
 Departures from the authors' evaluation: fakes are rounded to uint8 (`--float` leaves them),
 pictures are resized as TensorFlow 1 did (`--resize pytorch` is theirs), reals are neither flipped
 nor shuffled, and every result prints its whole protocol as one line of JSON.
@@ -25,7 +24,6 @@ import sys
 import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, make_dataclass
 from functools import partial
@@ -53,13 +51,11 @@ from inr import render_mesh
 
 # ---- distances between feature sets ------------------------------------------------------------
 
-
 class FeatureStats:
     """Mean and covariance of feature rows that come in batches, in float64 sums.
 
-    The sums are taken about the mean of the first batch, so that a large common offset costs no
-    digits. `ddof` 1 divides by n - 1 (np.cov), 0 by n (NVIDIA). While there are fewer rows than
-    dimensions they are kept as well, in `rows`; afterwards `rows` is None.
+    Sums are about the mean of the first batch, so that a large offset costs no digits. `ddof` 1
+    divides by n - 1 (np.cov), 0 by n (NVIDIA). `rows` are kept while fewer than dim, then None.
     """
 
     def __init__(self, dim, ddof=1):
@@ -82,10 +78,8 @@ class FeatureStats:
 
     def keep(self, rows):
         """Hold on to the rows while the covariance is singular."""
-        if self.rows is not None and rows is not None and self.n < self.dim:
-            self.rows = torch.cat([self.rows.to(rows), rows])
-        else:
-            self.rows = None
+        few = self.rows is not None and rows is not None and self.n < self.dim
+        self.rows = torch.cat([self.rows.to(rows), rows]) if few else None
 
     def merge(self, other):
         """Take in all that `other` has seen; the same as one pass over both. Returns self."""
@@ -130,8 +124,7 @@ class FeatureStats:
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet (2-Wasserstein) distance of Gaussians; mu (D,), sigma (D, D) -> float.
 
-    tr (S1 S2)^(1/2) = sum of square roots of the eigenvalues of A^T S2 A, for any S1 = A A^T: real,
-    symmetric, and no worse for singular covariances.
+    tr (S1 S2)^(1/2) = sum of square roots of the eigenvalues of A^T S2 A, for any S1 = A A^T.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(v).double() for v in (mu1, sigma1, mu2, sigma2))
     require(mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == 2 * mu1.shape,
@@ -151,8 +144,8 @@ def frechet_distance_features(x, y, ddof=1):
     """
     x, y = (torch.as_tensor(v).double().cpu() for v in (x, y))
     require(min(len(x), len(y)) > ddof, f'a covariance needs more than {ddof} pictures')
-    require(x.isfinite().all() and y.isfinite().all(), 'features are not finite: the pictures or '
-            'the weights hold NaN')
+    require(x.isfinite().all() and y.isfinite().all(),
+            'features are not finite: the pictures or the weights hold NaN')
     mean_term = (x.mean(0) - y.mean(0)).square().sum()
     x, y = ((v - v.mean(0)) / (len(v) - ddof) ** 0.5 for v in (x, y))
     trace = torch.linalg.svdvals(x @ y.T).sum()
@@ -166,48 +159,37 @@ def stats_distance(a, b):
     return frechet_distance(a.mean, a.cov, b.mean, b.cov)
 
 
-class Centred:
-    """Feature rows (N, D), a slice at a time about a centre and in its precision."""
+def with_centre(*sets):
+    """The point (D,) about which to take distances, in their precision; then the sets (N, D).
 
-    def __init__(self, rows, centre):
-        self.rows, self.centre = rows, centre
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, part):
-        return self.rows[part].to(self.centre) - self.centre
-
-
-def prepare(*sets):
-    """Feature sets (N, D) ready for distances: one precision, one device, about one centre.
-
-    |a|^2 + |b|^2 - 2ab cancels, hence the centre, and float64 where that is cheap. No set is
-    copied as a whole.
+    |a|^2 + |b|^2 - 2ab cancels, hence a centre, and float64 where that is cheap.
     """
     sets = [torch.as_tensor(s) for s in sets]
     require(all(s.ndim == 2 and s.shape[1] == sets[0].shape[1] and len(s) for s in sets),
             f'feature sets {[tuple(s.shape) for s in sets]}: expected (N, D) with one D')
     centre = sum(part.double().sum(0) for part in sets[0].split(4096)) / len(sets[0])
-    small = max(map(len, sets)) <= 5000
-    return [Centred(s, centre if small else centre.float()) for s in sets]
+    if max(map(len, sets)) > 5000:
+        centre = centre.float()
+    return centre, *sets
 
 
-def squared_distances(a, b):
+def squared_distances(a, b, centre):
     """(N, D), (M, D) -> (N, M)."""
+    a, b = a.to(centre) - centre, b.to(centre) - centre
     d2 = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
     return d2.clamp_(min=0)
 
 
-def k_nearest(queries, bank, k, chunk, same=False):
+def k_nearest(queries, bank, centre, k, chunk, same=False):
     """Squared distances and indices, both (N, k), ascending; `same`: a row is not its neighbour."""
     require(1 <= k <= len(bank) - same, f'k = {k}: the set has {len(bank)} members')
     found = []
     for i in bar(range(0, len(queries), chunk), 'neighbours', unit='chunk', delay=2):
         q = queries[i:i + chunk]
-        d2, index = q.new_full((len(q), k), torch.inf), q.new_zeros(len(q), k, dtype=torch.long)
+        d2 = centre.new_full((len(q), k), torch.inf)
+        index = torch.zeros_like(d2, dtype=torch.long)
         for j in range(0, len(bank), chunk):
-            block = squared_distances(q, bank[j:j + chunk])
+            block = squared_distances(q, bank[j:j + chunk], centre)
             if same and i == j:
                 block.fill_diagonal_(torch.inf)
             near, place = block.topk(min(k, block.shape[1]), largest=False)
@@ -222,7 +204,8 @@ def nearest_neighbours(queries, bank, k, chunk=2048):
 
     Euclidean, ascending. Memory beyond the features is that of a chunk x chunk block.
     """
-    d2, index = k_nearest(*prepare(queries, bank), k, chunk)
+    centre, queries, bank = with_centre(queries, bank)
+    d2, index = k_nearest(queries, bank, centre, k, chunk)
     return d2.sqrt(), index
 
 
@@ -232,15 +215,16 @@ def precision_recall(real, fake, k=3, chunk=2048):
     A ball reaches to the k-th neighbour within its own set, itself not counted; its surface belongs
     to it. Exact, in memory bounded by a chunk x chunk block.
     """
-    real, fake = prepare(real, fake)
-    real_radii, fake_radii = (k_nearest(s, s, k, chunk, same=True)[0][:, -1] for s in (real, fake))
-    fake_inside, real_inside = (torch.zeros(len(s), dtype=torch.bool, device=s.centre.device)
-                                for s in (fake, real))
+    centre, real, fake = with_centre(real, fake)
+    real_radii, fake_radii = (k_nearest(s, s, centre, k, chunk, same=True)[0][:, -1]
+                              for s in (real, fake))
+    real_inside, fake_inside = (r.new_zeros(len(r), dtype=torch.bool)
+                                for r in (real_radii, fake_radii))
     for i in bar(range(0, len(real), chunk), 'balls', unit='chunk', delay=2):
         rows = slice(i, i + chunk)
         for j in range(0, len(fake), chunk):
             columns = slice(j, j + chunk)
-            d2 = squared_distances(real[rows], fake[columns])
+            d2 = squared_distances(real[rows], fake[columns], centre)
             fake_inside[columns] |= (d2 <= real_radii[rows, None]).any(0)
             real_inside[rows] |= (d2 <= fake_radii[columns]).any(1)
     return fake_inside.double().mean().item(), real_inside.double().mean().item()
@@ -256,11 +240,7 @@ def psnr_each(x, y):
 
 
 def psnr(x, y):
-    """Mean of psnr_each over pictures (B,C,H,W), or of one picture (C,H,W), in dB.
-
-    Identical pairs stay out of the mean; inf if all are identical.
-    """
-    x, y = (torch.as_tensor(v) for v in (x, y))
+    """finite_mean of psnr_each of pictures (B,C,H,W), or of one picture (C,H,W), in dB."""
     return finite_mean(psnr_each(x, y) if x.ndim > 3 else psnr_each(x[None], y[None]))
 
 
@@ -315,9 +295,8 @@ def chamfer(a, b):
 def chamfer_matrix(a, b):
     """Chamfer distances of every cloud of a (R,N,3) to every one of b (S,M,3): (2,R,S) float64.
 
-    First as `chamfer`, then the same of distances that are not squared. By k-d trees in threads, on
-    CUDA by brute force. Where b is a itself, half of the pairs is computed. Rows are shared out
-    over processes, all of which must call this.
+    First as `chamfer`, then of distances that are not squared. By k-d trees in threads, on CUDA by
+    brute force; half of the pairs where b is a. All processes must call this: they share the rows.
     """
     if a.is_cuda:
         row, clouds, every = cuda_row, a, b
@@ -351,42 +330,37 @@ def cuda_row(x, clouds, size=64):
 
 
 def mmd_cov(refs, samples, squared=True):
-    """Comparison of reference clouds (R,N,3) and samples (S,M,3) by their Chamfer distances.
+    """Comparison of reference clouds (R,N,3) and samples (S,N,3) by their Chamfer distances.
 
-    A dict: mmd: mean over references of the distance to the nearest sample; mmd_smp: the reverse;
-    cov: share of references that are nearest to some sample; one_nna: share of the union whose
-    nearest other member comes from its own set (1/2: the sets cannot be told apart). Yang et al.
-    (2019).
+    mmd: mean over references of the distance to the nearest sample; mmd_smp: the reverse; cov:
+    share of references that are nearest to some sample; one_nna: share of the union whose nearest
+    other member is of its own set, 1/2 if the sets cannot be told apart (Yang et al. 2019).
     """
     return compare_clouds(refs, samples)[0 if squared else 1]
 
 
 def compare_clouds(refs, samples):
     """`mmd_cov` with squared and with plain distances, which have their neighbours in common."""
-    pairs = (refs, samples), (refs, refs), (samples, samples)
-    return [mmd_cov_of(*three) for three in zip(*(chamfer_matrix(*pair) for pair in pairs))]
-
-
-def mmd_cov_of(between, refs, samples):
-    """`mmd_cov` from the distances (R,S), (R,R), (S,S)."""
-    R, S = between.shape
-    union = torch.cat([torch.cat([refs, between], 1), torch.cat([between.T, samples], 1)])
-    union.fill_diagonal_(math.inf)
-    own = (union.argmin(1) < R) == (torch.arange(R + S) < R)
-    return dict(mmd=between.amin(1).mean().item(), mmd_smp=between.amin(0).mean().item(),
-                cov=len(between.argmin(0).unique()) / R, one_nna=own.double().mean().item())
+    R, found = len(refs), []
+    union = torch.cat([refs, samples])
+    for distances in chamfer_matrix(union, union):
+        between = distances[:R, R:]
+        distances.fill_diagonal_(math.inf)
+        own = (distances.argmin(1) < R) == (torch.arange(len(union)) < R)
+        found.append(dict(
+            mmd=between.amin(1).mean().item(), mmd_smp=between.amin(0).mean().item(),
+            cov=len(between.argmin(0).unique()) / R, one_nna=own.double().mean().item()))
+    return found
 
 
 def unit_sphere(clouds, radius=1.0, centre='box'):
-    """Clouds (B,N,3), each centred ('box': of its bounding box, or 'mean') and of this radius.
-
-    All points at one place, an empty shape, come to the origin.
-    """
+    """Clouds (B,N,3) of this radius about the centre of their bounding 'box', or their 'mean'."""
     middle = clouds.mean(1, keepdim=True)
     if centre == 'box':
         middle = (clouds.amin(1, keepdim=True) + clouds.amax(1, keepdim=True)) / 2
     clouds = clouds - middle
-    return radius * clouds / clouds.norm(dim=2).amax(1).clamp(min=1e-12)[:, None, None]
+    size = clouds.norm(dim=2).amax(1).clamp(min=1e-12)  # 0 where all is one point: an empty shape
+    return radius * clouds / size[:, None, None]
 
 
 def topology(vertices, faces):
@@ -409,8 +383,7 @@ def tmd(voxels):
     for grids in voxels.flatten(2):
         grids = grids.double()  # one caption's at a time
         common = grids @ grids.T
-        size = grids.sum(1)
-        union = size[:, None] + size - common
+        union = common.diag()[:, None] + common.diag() - common
         overlap = torch.where(union > 0, common / union.clamp(min=1), 1.0)
         n = len(grids)
         values.append((overlap.sum() - overlap.trace()) / (n * (n - 1)))
@@ -431,22 +404,16 @@ def resize_tf(x, size):
     return x
 
 
-def resize_pytorch(x, size):
-    """Bilinear at half-pixel centres, no antialiasing; pytorch-fid, LSGM, the authors' code."""
-    return F.interpolate(x, (size, size), mode='bilinear', align_corners=False)
-
-
 def bicubic(x, size):
     """Pictures (B,3,H,W) brought to size x size by Pillow's antialiased bicubic filter."""
     return F.interpolate(x, (size, size), mode='bicubic', antialias=True)
 
 
-def resize_clean(x, size):
-    """Antialiased bicubic of float channels, as Pillow's; clean-fid."""
-    return bicubic(x, size).clamp(0, 255)
-
-
-RESIZE = dict(tf=resize_tf, pytorch=resize_pytorch, clean=resize_clean, none=lambda x, size: x)
+RESIZE = dict(
+    tf=resize_tf,
+    pytorch=partial(F.interpolate, mode='bilinear'),  # half-pixel centres, no antialiasing: LSGM
+    clean=lambda x, size: bicubic(x, size).clamp(0, 255),  # as Pillow on float channels: clean-fid
+    none=lambda x, size: x)
 
 
 def network_input(x, size, mode):
@@ -457,16 +424,8 @@ def network_input(x, size, mode):
     return x if x.shape[2:] == (size, size) else RESIZE[mode](x, size)
 
 
-@contextmanager
-def full_precision():
-    """No TF32: features are float32 throughout."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+# Features are float32 throughout: no TF32 in convolutions, as by torch's default in products.
+full_precision = partial(torch.backends.cudnn.flags, enabled=True, allow_tf32=False)
 
 
 # ---- Inception, the 2015 TensorFlow graph ------------------------------------------------------
@@ -474,12 +433,10 @@ def full_precision():
 class ConvNormReLU(nn.Module):
     """Convolution without bias, batch norm folded into its weights, ReLU; inference only."""
 
-    def __init__(self, c_in, c_out, kernel, stride=1, padding=None):
+    def __init__(self, c_in, c_out, kernel, stride=1, padding='same'):
         super().__init__()
-        height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-        if padding is None:  # keep the size; none where the stride reduces it
-            padding = (height // 2, width // 2) if stride == 1 else 0
-        self.conv = nn.Conv2d(c_in, c_out, (height, width), stride, padding, bias=False)
+        padding = padding if stride == 1 else 0
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
 
     def forward(self, x):
@@ -493,13 +450,9 @@ class ConvNormReLU(nn.Module):
 # A block is a graph of convolutions, name -> (source, channels out, kernel[, stride]); a source is
 # another convolution, the block's input 'x' or its 'pool'. What nothing reads is concatenated.
 
-def block_a(c_pool):
-    """35 x 35."""
-    return {'1x1': ('x', 64, 1), '5x5_1': ('x', 48, 1), '5x5_2': ('5x5_1', 64, 5),
-            '3x3dbl_1': ('x', 64, 1), '3x3dbl_2': ('3x3dbl_1', 96, 3),
-            '3x3dbl_3': ('3x3dbl_2', 96, 3), '_pool': ('pool', c_pool, 1)}
-
-
+BLOCK_A = {'1x1': ('x', 64, 1), '5x5_1': ('x', 48, 1), '5x5_2': ('5x5_1', 64, 5),
+           '3x3dbl_1': ('x', 64, 1), '3x3dbl_2': ('3x3dbl_1', 96, 3),
+           '3x3dbl_3': ('3x3dbl_2', 96, 3), '_pool': ('pool', 64, 1)}  # 35 x 35
 BLOCK_B = {'3x3': ('x', 384, 3, 2), '3x3dbl_1': ('x', 64, 1), '3x3dbl_2': ('3x3dbl_1', 96, 3),
            '3x3dbl_3': ('3x3dbl_2', 96, 3, 2)}  # 35 -> 17
 
@@ -522,28 +475,26 @@ BLOCK_E = {'1x1': ('x', 320, 1), '3x3_1': ('x', 384, 1), '3x3_2a': ('3x3_1', 384
            '3x3dbl_2': ('3x3dbl_1', 384, 3), '3x3dbl_3a': ('3x3dbl_2', 384, (1, 3)),
            '3x3dbl_3b': ('3x3dbl_2', 384, (3, 1)), '_pool': ('pool', 192, 1)}  # 8 x 8
 
-POOLS = dict(average=partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1,
-                             count_include_pad=False),
-             largest=partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
-             halve=partial(F.max_pool2d, kernel_size=3, stride=2))
+POOLS = dict(average=nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+             largest=nn.MaxPool2d(3, 1, 1), halve=nn.MaxPool2d(3, 2))
 
-MIXED = {'5b': (block_a(32), 'average'), '5c': (block_a(64), 'average'),
-         '5d': (block_a(64), 'average'), '6a': (BLOCK_B, 'halve'),
-         '6b': (block_c(128), 'average'), '6c': (block_c(160), 'average'),
-         '6d': (block_c(160), 'average'), '6e': (block_c(192), 'average'),
-         '7a': (BLOCK_D, 'halve'), '7b': (BLOCK_E, 'average'),
+MIXED = {'5b': (BLOCK_A | {'_pool': ('pool', 32, 1)}, 'average'), '5c': (BLOCK_A, 'average'),
+         '5d': (BLOCK_A, 'average'), '6a': (BLOCK_B, 'halve'), '6b': (block_c(128), 'average'),
+         '6c': (block_c(160), 'average'), '6d': (block_c(160), 'average'),
+         '6e': (block_c(192), 'average'), '7a': (BLOCK_D, 'halve'), '7b': (BLOCK_E, 'average'),
          '7c': (BLOCK_E, 'largest')}  # the last pool is a maximum in the 2015 graph alone
 
 
 class Mixed(nn.Module):
     """One block of parallel branches; `c_out` channels."""
+    unit, prefix = ConvNormReLU, 'branch'
 
     def __init__(self, c_in, graph, pool):
         super().__init__()
-        self.graph, self.pool = graph, POOLS[pool]
+        self.graph, self.pool = graph, pool
         widths = {'x': c_in, 'pool': c_in}
         for name, (source, c_out, *shape) in graph.items():
-            self.add_module('branch' + name, ConvNormReLU(widths[source], c_out, *shape))
+            self.add_module(self.prefix + name, self.unit(widths[source], c_out, *shape))
             widths[name] = c_out
         read = {source for source, *_ in graph.values()} | {'x'}
         self.ends = [name for name in [*graph, 'pool'] if name not in read]
@@ -552,16 +503,15 @@ class Mixed(nn.Module):
     def forward(self, x):
         values = {'x': x, 'pool': self.pool(x)}
         for name, (source, *_) in self.graph.items():
-            values[name] = getattr(self, 'branch' + name)(values[source])
+            values[name] = getattr(self, self.prefix + name)(values[source])
         return torch.cat([values[name] for name in self.ends], 1)
 
 
 class InceptionV3(nn.Module):
     """Inception as FID knows it: pictures (B,3,H,W), uint8 or float in 0..255 -> (B, 2048).
 
-    The features are the spatial mean after the last block. State-dict names are torchvision's, with
-    the class head `fc` if `head`; it is held for strict loading, no feature reads it.
-    `resize` 'tf', 'pytorch', 'clean' or 'none' is how pictures come to 299 x 299.
+    The spatial mean after the last block, of pictures brought to 299 x 299 as RESIZE[resize] does.
+    State-dict names are torchvision's, with `head` those of the class head too, which is not read.
     """
     size, dim = 299, 2048
 
@@ -575,7 +525,7 @@ class InceptionV3(nn.Module):
         self.Conv2d_4a_3x3 = ConvNormReLU(80, 192, 3, padding=0)
         channels = 192
         for name, (graph, pool) in MIXED.items():
-            block = Mixed(channels, graph, pool)
+            block = Mixed(channels, graph, POOLS[pool])
             self.add_module('Mixed_' + name, block)
             channels = block.c_out
         if head:
@@ -596,59 +546,41 @@ class InceptionV3(nn.Module):
         return x.mean((2, 3))
 
 
-# NVIDIA's names, in the order of MIXED and of the blocks' graphs.
-NVIDIA_STEM = dict(conv='1a_3x3', conv_1='2a_3x3', conv_2='2b_3x3', conv_3='3b_1x1',
-                   conv_4='4a_3x3')
-NVIDIA_A = ('conv', 'tower.conv', 'tower.conv_1', 'tower_1.conv', 'tower_1.conv_1',
-            'tower_1.conv_2', 'tower_2.conv')
-NVIDIA_B = 'conv', 'tower.conv', 'tower.conv_1', 'tower.conv_2'
-NVIDIA_C = ('conv', 'tower.conv', 'tower.conv_1', 'tower.conv_2', 'tower_1.conv', 'tower_1.conv_1',
-            'tower_1.conv_2', 'tower_1.conv_3', 'tower_1.conv_4', 'tower_2.conv')
-NVIDIA_D = ('tower.conv', 'tower.conv_1', 'tower_1.conv', 'tower_1.conv_1', 'tower_1.conv_2',
-            'tower_1.conv_3')
-NVIDIA_E = ('conv', 'tower_conv', 'tower_mixed_conv', 'tower_mixed_conv_1', 'tower_1_conv',
-            'tower_1_conv_1', 'tower_1_mixed_conv', 'tower_1_mixed_conv_1', 'tower_2_conv')
-NVIDIA_LEAVES = dict(weight='conv.weight', beta='bn.bias', mean='bn.running_mean',
-                     var='bn.running_var')
-
-
-def inception_names():
-    """NVIDIA's layer -> ours, without the leaves."""
-    names = {theirs: f'Conv2d_{ours}' for theirs, ours in NVIDIA_STEM.items()}
-    blocks = 3 * [NVIDIA_A] + [NVIDIA_B] + 4 * [NVIDIA_C] + [NVIDIA_D] + 2 * [NVIDIA_E]
-    for i, (layers, (ours, (graph, _))) in enumerate(zip(blocks, MIXED.items())):
-        block = f'mixed_{i}' if i else 'mixed'
-        for theirs, branch in zip(layers, graph):
-            names[f'{block}.{theirs}'] = f'Mixed_{ours}.branch{branch}'
-    return names
+NVIDIA_BLOCKS = dict(  # NVIDIA's names, in the order of the blocks' graphs
+    A='conv tower.conv tower.conv_1 tower_1.conv tower_1.conv_1 tower_1.conv_2 tower_2.conv',
+    B='conv tower.conv tower.conv_1 tower.conv_2',
+    C='conv tower.conv tower.conv_1 tower.conv_2 tower_1.conv tower_1.conv_1 tower_1.conv_2 '
+      'tower_1.conv_3 tower_1.conv_4 tower_2.conv',
+    D='tower.conv tower.conv_1 tower_1.conv tower_1.conv_1 tower_1.conv_2 tower_1.conv_3',
+    E='conv tower_conv tower_mixed_conv tower_mixed_conv_1 tower_1_conv tower_1_conv_1 '
+      'tower_1_mixed_conv tower_1_mixed_conv_1 tower_2_conv')
 
 
 def inception_state(state):
-    """Weights of an NVIDIA-style archive under our names; other dicts come back as they are."""
-    if 'layers.conv.beta' not in state:
-        return state
-    names, out = inception_names(), {}
-    for key, value in state.items():
-        layer, _, leaf = key.removeprefix('layers.').rpartition('.')
-        if layer in names and leaf in NVIDIA_LEAVES:
-            out[f'{names[layer]}.{NVIDIA_LEAVES[leaf]}'] = value
-            if leaf == 'beta':
-                out[f'{names[layer]}.bn.weight'] = torch.ones_like(value)
-        else:
-            out['fc.' + leaf if layer == 'output' else key] = value
-    return out
+    """Weights of an NVIDIA-style archive under our names; what has other names keeps them."""
+    layers = dict(conv='Conv2d_1a_3x3', conv_1='Conv2d_2a_3x3', conv_2='Conv2d_2b_3x3',
+                  conv_3='Conv2d_3b_1x1', conv_4='Conv2d_4a_3x3')
+    for i, (kind, (ours, (graph, _))) in enumerate(zip('AAABCCCCDEE', MIXED.items())):
+        block = f'mixed_{i}' if i else 'mixed'
+        for theirs, branch in zip(NVIDIA_BLOCKS[kind].split(), graph):
+            layers[f'{block}.{theirs}'] = f'Mixed_{ours}.branch{branch}'
+    leaves = dict(weight='conv.weight', beta='bn.bias', mean='bn.running_mean',
+                  var='bn.running_var', gamma='bn.weight')
+    names = {f'layers.{theirs}.{leaf}': f'{ours}.{leaves[leaf]}'
+             for theirs, ours in layers.items() for leaf in leaves}
+    names |= {'output.weight': 'fc.weight', 'output.bias': 'fc.bias'}
+    gammas = {key.replace('.beta', '.gamma'): torch.ones_like(value)  # not stored
+              for key, value in state.items() if key.endswith('.beta')}
+    return {names.get(key, key): value for key, value in (gammas | state).items()}
 
 
 # ---- VGG16 -------------------------------------------------------------------------------------
 
-VGG_WIDTHS = (1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8)  # a pool after each group
-
-
 class VGG16(nn.Module):
     """VGG16 up to its second hidden layer after ReLU: pictures (B,3,H,W) -> (B, 4096).
 
-    Pictures are uint8 or float in 0..255, brought to 224 x 224 and normalised as ImageNet's.
-    State-dict names are torchvision's. `width`, `dim` are 64 and 4096 in every published file.
+    Pictures are as for InceptionV3, 224 x 224, and normalised as ImageNet's. State-dict names are
+    torchvision's. `width`, `dim` are 64 and 4096 in every published file.
     """
     size = 224
 
@@ -656,7 +588,7 @@ class VGG16(nn.Module):
         super().__init__()
         self.resize, self.dim = resize, dim
         layers, c = [], 3
-        for group in VGG_WIDTHS:
+        for group in (1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8):
             for multiple in group:
                 layers += [nn.Conv2d(c, multiple * width, 3, padding=1), nn.ReLU()]
                 c = multiple * width
@@ -668,8 +600,8 @@ class VGG16(nn.Module):
             self.classifier.add_module('6', nn.Linear(dim, 1000))
 
     @torch.no_grad()
-    def forward(self, x, resize=None):
-        x = network_input(x, self.size, resize or self.resize)
+    def forward(self, x):
+        x = network_input(x, self.size, self.resize)
         require(x.shape[2:] == (224, 224), f'pictures {tuple(x.shape)}: 224 x 224 if not resized')
         mean, std = x.new_tensor([[.485, .456, .406], [.229, .224, .225]])[..., None, None]
         x = (x / 255 - mean) / std
@@ -679,18 +611,13 @@ class VGG16(nn.Module):
 
 def vgg_state(state):
     """Weights of NVIDIA's archive under torchvision's names, without its LPIPS parts."""
-    if 'layers.conv1.weight' not in state:
-        return state
-    convolutions = [i for i, m in enumerate(VGG16(False, width=1, dim=1).features)
-                    if isinstance(m, nn.Conv2d)]
-    names = {f'conv{n}': f'features.{i}' for n, i in enumerate(convolutions, 1)}
-    names |= dict(fc1='classifier.0', fc2='classifier.3', fc3='classifier.6')
-    out = {}
-    for key, value in state.items():
-        layer, _, leaf = key.removeprefix('layers.').rpartition('.')
-        if not key.startswith('lpips'):
-            out[f'{names[layer]}.{leaf}' if layer in names else key] = value
-    return out
+    places = 0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28
+    layers = {f'conv{n}': f'features.{i}' for n, i in enumerate(places, 1)}
+    layers |= dict(fc1='classifier.0', fc2='classifier.3', fc3='classifier.6')
+    names = {f'layers.{theirs}.{leaf}': f'{ours}.{leaf}'
+             for theirs, ours in layers.items() for leaf in ('weight', 'bias')}
+    return {names.get(key, key): value for key, value in state.items()
+            if not key.startswith('lpips')}
 
 
 # ---- I3D ---------------------------------------------------------------------------------------
@@ -709,21 +636,16 @@ class Unit3D(nn.Module):
 
     def __init__(self, c_in, c_out, kernel, stride=1):
         super().__init__()
-        self.kernel, self.stride = (kernel,) * 3, (stride,) * 3
-        self.conv3d = nn.Conv3d(c_in, c_out, kernel, bias=False)
+        self.conv3d = nn.Conv3d(c_in, c_out, kernel, stride, bias=False)
         self.bn = nn.BatchNorm3d(c_out, eps=1e-3)
+        self.c_out = c_out
 
     def forward(self, x):
-        bn = self.bn
+        conv, bn = self.conv3d, self.bn
         gain = bn.weight * (bn.running_var + bn.eps).rsqrt()
-        weight = self.conv3d.weight * gain[:, None, None, None, None]
+        weight = conv.weight * gain[:, None, None, None, None]
         bias = bn.bias - bn.running_mean * gain
-        return F.relu_(F.conv3d(same(x, self.kernel, self.stride), weight, bias, self.stride))
-
-
-def max_pool_same(x, kernel, stride):
-    """Largest value, SAME padding; its zeros change nothing, for x comes out of a ReLU."""
-    return F.max_pool3d(same(x, kernel, stride), kernel, stride)
+        return F.relu_(F.conv3d(same(x, conv.kernel_size, conv.stride), weight, bias, conv.stride))
 
 
 # Channels of b0; b1a, b1b; b2a, b2b; b3b of each block, and (kernel, stride) of the pools between.
@@ -738,21 +660,14 @@ I3D_LAYERS = {
     'Mixed_5b': (256, 160, 320, 32, 128, 128), 'Mixed_5c': (384, 192, 384, 48, 128, 128)}
 
 
-class Mixed3D(nn.Module):
+class Mixed3D(Mixed):
     """Four parallel branches: 1, 1 then 3, 1 then 3, pool then 1."""
+    unit, prefix = Unit3D, ''
 
     def __init__(self, c_in, b0, b1a, b1b, b2a, b2b, b3b):
-        super().__init__()
-        self.b0 = Unit3D(c_in, b0, 1)
-        self.b1a, self.b1b = Unit3D(c_in, b1a, 1), Unit3D(b1a, b1b, 3)
-        self.b2a, self.b2b = Unit3D(c_in, b2a, 1), Unit3D(b2a, b2b, 3)
-        self.b3b = Unit3D(c_in, b3b, 1)
-        self.c_out = b0 + b1b + b2b + b3b
-
-    def forward(self, x):
-        pooled = max_pool_same(x, (3, 3, 3), (1, 1, 1))
-        return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)),
-                          self.b3b(pooled)], 1)
+        graph = {'b0': ('x', b0, 1), 'b1a': ('x', b1a, 1), 'b1b': ('b1a', b1b, 3),
+                 'b2a': ('x', b2a, 1), 'b2b': ('b2a', b2b, 3), 'b3b': ('pool', b3b, 1)}
+        super().__init__(c_in, graph, nn.MaxPool3d(3, 1, 1))
 
 
 class I3D(nn.Module):
@@ -760,9 +675,8 @@ class I3D(nn.Module):
 
     Clips (B,3,T,H,W), uint8 or float in 0..255, T >= 9 -> 400 logits before the softmax, (B,400).
     `resize`: 'square' stretches a frame to 224 x 224, 'crop' brings its short side there, rounds
-    the long one up and takes the centre; bilinear at half-pixel centres, no antialiasing. `set_eps`
-    sets that of the batch norms: 1e-3 as TensorFlow's, 1e-5 in the copy that DDMI's authors used.
-    State-dict names are those of that copy.
+    the long one up and takes the centre; bilinear without antialiasing. The batch norms' eps is
+    TensorFlow's 1e-3; the copy whose state-dict names these are, that of DDMI's authors, had 1e-5.
     """
     size, dim = 224, 400
 
@@ -770,11 +684,8 @@ class I3D(nn.Module):
         super().__init__()
         self.resize, channels = resize, 3
         for name, layer in I3D_LAYERS.items():
-            if name.startswith('Conv3d'):
-                self.add_module(name, Unit3D(channels, *layer))
-                channels = layer[0]
-            elif name.startswith('Mixed'):
-                block = Mixed3D(channels, *layer)
+            if 'pool' not in name:
+                block = (Unit3D if 'Conv3d' in name else Mixed3D)(channels, *layer)
                 self.add_module(name, block)
                 channels = block.c_out
         self.logits = nn.ModuleDict(dict(conv3d=nn.Conv3d(channels, self.dim, 1)))
@@ -791,8 +702,8 @@ class I3D(nn.Module):
         if self.resize == 'crop':
             to = tuple(-(-n * self.size // min(height, width)) for n in (height, width))
         if (height, width) != to:
-            x = F.interpolate(x.transpose(1, 2).flatten(0, 1), to, mode='bilinear',
-                              align_corners=False).unflatten(0, (len(x), -1)).transpose(1, 2)
+            pictures = F.interpolate(x.transpose(1, 2).flatten(0, 1), to, mode='bilinear')
+            x = pictures.unflatten(0, (len(x), -1)).transpose(1, 2)
         top, left = ((n - self.size) // 2 for n in to)
         return x[..., top:top + self.size, left:left + self.size]
 
@@ -801,68 +712,54 @@ class I3D(nn.Module):
         require(x.ndim == 5 and x.shape[1] == 3 and x.shape[2] >= 9,
                 f'clips {tuple(x.shape)}: expected (B, 3, T, H, W) with at least 9 frames')
         x = self.frames(x.float()) / 127.5 - 1
-        for name, layer in I3D_LAYERS.items():
-            x = max_pool_same(x, *layer) if 'pool' in name else getattr(self, name)(x)
+        for name, layer in I3D_LAYERS.items():  # zeros change no pool: it comes after a ReLU
+            x = F.max_pool3d(same(x, *layer), *layer) if 'pool' in name else getattr(self, name)(x)
         x = F.avg_pool3d(x, (2, 7, 7), 1)
         return self.logits['conv3d'](x)[..., 0, 0].mean(2)
 
 
 def i3d_state(state):
     """Weights of StyleGAN-V's archive, or of its kin, under the names of I3D."""
-    if 'conv3d_1a_7x7.conv3d.weight' not in state:
-        return state
-    inside = {'branch_0': 'b0', 'branch_1.0': 'b1a', 'branch_1.1': 'b1b', 'branch_2.0': 'b2a',
-              'branch_2.1': 'b2b', 'branch_3.1': 'b3b', 'batch3d': 'bn'}
+    names = {'conv3d_0c_1x1': 'logits', 'conv3d_': 'Conv3d_', 'mixed_': 'Mixed_',
+             'branch_0.': 'b0.', 'branch_1.0.': 'b1a.', 'branch_1.1.': 'b1b.',
+             'branch_2.0.': 'b2a.', 'branch_2.1.': 'b2b.', 'branch_3.1.': 'b3b.',
+             'batch3d.': 'bn.'}
     out = {}
     for key, value in state.items():
-        key = key.replace('conv3d_0c_1x1', 'logits')
-        for theirs, ours in inside.items():
-            key = key.replace(f'.{theirs}.', f'.{ours}.')
-        out[key[0].upper() + key[1:] if key.startswith(('conv3d_', 'mixed_')) else key] = value
+        for theirs, ours in names.items():
+            key = key.replace(theirs, ours)
+        out[key] = value
     return out
 
 
 # ---- the voxel classifier and CLIP -------------------------------------------------------------
 
-class VoxelEncoder(nn.Module):
-    """Occupancy (B,1,32,32,32) -> (B,512); Clip-Forge's names."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv_in = nn.Conv3d(1, 32, 3, padding=1)
-        for k, width in enumerate((32, 64, 128, 256)):
-            self.add_module(f'conv{k}_bn', nn.BatchNorm3d(width))
-            self.add_module(f'conv_{k}', nn.Conv3d(width, 2 * width, 3, 2, padding=1))
-        self.fc = nn.Linear(512 * 8, 512)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for k in range(4):
-            x = getattr(self, f'conv_{k}')(F.relu(getattr(self, f'conv{k}_bn')(x)))
-        return self.fc(F.relu(x.flatten(1)))
-
-
 class VoxelClassifier(nn.Module):
-    """Occupancy (B,32,32,32), axes x, y, z, -> class logits (B,classes); Clip-Forge's classifier.
-
-    Its 13 classes are ShapeNet's in the order of their numbers.
-    """
+    """Clip-Forge's classifier: occupancy (B,32,32,32), axes x, y, z, -> logits (B,classes)."""
 
     def __init__(self, classes=13):
         super().__init__()
-        self.encoder_head = VoxelEncoder()
+        self.encoder_head = head = nn.ModuleDict(dict(conv_in=nn.Conv3d(1, 32, 3, padding=1)))
+        for k, width in enumerate((32, 64, 128, 256)):
+            head[f'conv{k}_bn'] = nn.BatchNorm3d(width)
+            head[f'conv_{k}'] = nn.Conv3d(width, 2 * width, 3, 2, padding=1)
+        head['fc'] = nn.Linear(512 * 8, 512)
         self.projection = nn.Sequential(
             nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 512),
             nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, classes))
 
     def forward(self, voxels):
-        return self.projection(self.encoder_head(voxels.float()[:, None]))
+        head = self.encoder_head
+        x = head['conv_in'](voxels.float()[:, None])
+        for k in range(4):
+            x = head[f'conv_{k}'](F.relu(head[f'conv{k}_bn'](x)))
+        return self.projection(head['fc'](F.relu(x.flatten(1))))
 
 
 class VisionTower(nn.Module):
     """CLIP's picture transformer, with OpenAI's names: (B,3,R,R), normalised, -> (B,embed)."""
 
-    def __init__(self, width=768, layers=12, patch=32, resolution=224, embed=512):
+    def __init__(self, width, layers, patch, resolution, embed):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) / width ** 0.5)
@@ -889,8 +786,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class CLIP(CLIPText):
     """CLIP with OpenAI's names: pictures and texts in one space, where the cosine compares them.
 
-    Sizes are read off the tensors of `state`; heads have 64 channels. `tokenise` must be set to
-    read texts.
+    Sizes are those of the tensors of `state`; heads have 64 channels. Texts need `tokenise` set.
     """
 
     def __init__(self, state):
@@ -940,21 +836,10 @@ def clip_score(net, pictures, text):
 
 # ---- weight files ------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Published:
-    """A weight file as others publish it."""
-    file: str
-    publisher: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Network:
-    """How a kind of network is made from the files that hold its weights."""
-    module: Callable  # state dict -> the module for it, without its weights
-    translate: Callable  # state dict as published -> the module's names
-    files: tuple  # of Published, the preferred first
-
+# A weight file as others publish it. How a kind of network is made of such files, the preferred
+# first: module(state dict) is without weights, translate(state dict) has the module's names.
+Published = namedtuple('Published', 'file publisher sha256')
+Network = namedtuple('Network', 'module translate files')
 
 NETWORKS = dict(
     inception=Network(lambda state: InceptionV3(head='fc.weight' in state), inception_state, (
@@ -997,24 +882,23 @@ def find_weights(kind, path):
     """The weight file: `path` itself, or in the folder `path` the first published name there."""
     path = Path(path)
     files = [path / f.file for f in NETWORKS[kind].files] if path.is_dir() else [path]
-    found = [p for p in files if p.is_file() and p.suffix != '.pkl']
-    pickles = [p.with_suffix('.pkl') for p in files if p.with_suffix('.pkl').is_file()]
-    if pickles and not found:
-        raise ValueError(f'{pickles[0]}: a pickle of Python code is not read; take the .pt of the '
-                         f'same publisher; {wanted(kind)}')
-    if not found:
-        raise FileNotFoundError(f'{path}: no weights of {kind}; {wanted(kind)}; put it there or '
-                                'name the file with --weights')
-    return found[0]
+    for file in files:
+        if file.is_file() and file.suffix != '.pkl':
+            return file
+    for pickle in [file.with_suffix('.pkl') for file in files]:
+        require(not pickle.is_file(), f'{pickle}: a pickle of Python code is not read; take the '
+                f'.pt of the same publisher; {wanted(kind)}')
+    raise FileNotFoundError(f'{path}: no weights of {kind}; {wanted(kind)}; put it there or name '
+                            'the file with --weights')
 
 
 def check_state(net, state, path, kind):
     """ValueError unless names and shapes agree exactly, but for num_batches_tracked."""
     own = net.state_dict()
-    missing = [k for k in own if k not in state and not k.endswith('num_batches_tracked')]
-    foreign = [k for k in state if k not in own]
-    shapes = [k for k in state if k in own and state[k].shape != own[k].shape]
-    for what, keys in (('lacks', missing), ('has unknown', foreign), ('has misshapen', shapes)):
+    faults = {'lacks': [k for k in own if k not in state and 'num_batches_tracked' not in k],
+              'has unknown': [k for k in state if k not in own],
+              'has misshapen': [k for k in state if k in own and state[k].shape != own[k].shape]}
+    for what, keys in faults.items():
         if keys:
             raise ValueError(f'{path}: not the weights of {kind}, {what} {keys[0]} and '
                              f'{len(keys) - 1} more; {wanted(kind)}')
@@ -1042,7 +926,11 @@ def load_network(kind, path='weights'):
     check_state(net, state, path, kind)
     counters = {k: torch.tensor(0) for k in net.state_dict() if k.endswith('num_batches_tracked')}
     net.load_state_dict(counters | state, assign=True)
-    net.source = dict(kind=kind, **identify(path, spec.files))
+    digest = file_digest(path)
+    publisher = next((f.publisher for f in spec.files if f.sha256 == digest), 'unknown')
+    if publisher == 'unknown' and path.name in [f.file for f in spec.files if f.sha256]:
+        warnings.warn(f'{path}: sha256 {digest} is not that of the published file')
+    net.source = dict(kind=kind, weights=path.name, sha256=digest, publisher=publisher)
     if kind == 'clip':
         merges = [p for p in (path.parent / 'bpe_simple_vocab_16e6.txt.gz',
                               path.parent / 'merges.txt') if p.exists()]
@@ -1052,15 +940,6 @@ def load_network(kind, path='weights'):
     if kind in ('inception', 'vgg16'):  # convolutions on pictures
         net.to(memory_format=torch.channels_last)
     return net.eval().requires_grad_(False)
-
-
-def identify(path, files):
-    """File, sha256 and publisher by digest; warns if a published name has other content."""
-    digest = file_digest(path)
-    publisher = next((f.publisher for f in files if f.sha256 == digest), 'unknown')
-    if publisher == 'unknown' and path.name in [f.file for f in files if f.sha256]:
-        warnings.warn(f'{path}: sha256 {digest} is not that of the published file')
-    return dict(weights=path.name, sha256=digest, publisher=publisher)
 
 
 # ---- sharing out over processes ----------------------------------------------------------------

@@ -503,9 +503,9 @@ def test_chamfer_equals_loops():
     assert metrics.chamfer_matrix(r[:1], r[1:]).flatten().tolist() == pytest.approx([50, 10])
 
 
-@pytest.mark.mutation('metrics.py', 'union.fill_diagonal_(math.inf)', 'pass')
-@pytest.mark.mutation('metrics.py', '== (torch.arange(R + S) < R)',
-                      '!= (torch.arange(R + S) < R)')
+@pytest.mark.mutation('metrics.py', 'distances.fill_diagonal_(math.inf)', 'pass')
+@pytest.mark.mutation('metrics.py', '== (torch.arange(len(union)) < R)',
+                      '!= (torch.arange(len(union)) < R)')
 def test_one_nna():
     """Sets far apart are told apart; of pairs of twins every nearest neighbour is a stranger."""
     a = clouds(0, 5, 0.0)
@@ -570,9 +570,9 @@ def test_topology():
     assert metrics.topology(vertices, tetrahedron[:3]) == (1, 1, False)
 
 
-@pytest.mark.mutation('metrics.py', "F.relu(getattr(self, f'conv{k}_bn')(x))",
-                      "getattr(self, f'conv{k}_bn')(F.relu(x))")
-@pytest.mark.mutation('metrics.py', 'self.fc(F.relu(x.flatten(1)))', 'self.fc(x.flatten(1))')
+@pytest.mark.mutation('metrics.py', "F.relu(head[f'conv{k}_bn'](x))",
+                      "head[f'conv{k}_bn'](F.relu(x))")
+@pytest.mark.mutation('metrics.py', "head['fc'](F.relu(x.flatten(1)))", "head['fc'](x.flatten(1))")
 def test_voxel_classifier_equals_its_description():
     net = metrics.VoxelClassifier().eval()
     for name, buffer in net.named_buffers():
