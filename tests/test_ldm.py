@@ -301,7 +301,8 @@ def test_attention_over_one_plane_is_self_attention_and_over_three_joint():
             torch.testing.assert_close(joint[3 * b + p].flatten(1), expected[b, :, 6 * p:6 * p + 6])
 
 
-@pytest.mark.mutation('ldm.py', 'layer(x, skip.shape[2:])', 'layer(x)')
+@pytest.mark.mutation('ldm.py', 'layer(x, skip.shape[2:])',
+                      'layer(x, [2 * n for n in x.shape[2:]])')
 @pytest.mark.parametrize('h, w', [(5, 7), (1, 1), (3, 10), (1, 6)])
 def test_any_plane_size(h, w):
     model = tiny(planes={'xy': [h, w]}, ch_mult=(1, 2, 2))
