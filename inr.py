@@ -187,12 +187,11 @@ class ScaledLinear(nn.Linear):
 class ScaleEmbedding(nn.Module):
     """s (B,) -> style (B,features): two layers on 32 sines and cosines of s * 10000^(-k/31)."""
 
-    def __init__(self, features, frequencies=32):
+    def __init__(self, features):
         super().__init__()
-        k = torch.arange(frequencies) / (frequencies - 1)
+        k = torch.arange(32) / 31
         self.register_buffer('frequencies', 10000.0 ** -k, persistent=False)
-        self.net = nn.Sequential(nn.Linear(2 * frequencies, features), nn.GELU(),
-                                 nn.Linear(features, features))
+        self.net = nn.Sequential(nn.Linear(64, features), nn.GELU(), nn.Linear(features, features))
 
     def forward(self, s):
         with torch.autocast(s.device.type, enabled=False):
@@ -395,8 +394,8 @@ class Nodes:
         parts = [self.logit_fn(self.position(part).float()).float().reshape(-1)
                  for part in nodes.split(self.chunk)]
         values = torch.cat(parts) - self.level if parts else nodes.new_empty(0, dtype=torch.float)
-        require(values.isfinite().all(), 'the field is not finite everywhere: no surface can be '
-                'drawn')
+        require(values.isfinite().all(),
+                'the field is not finite everywhere: no surface can be drawn')
         return values
 
     def corners(self, cells, step):
@@ -440,13 +439,13 @@ def first_cells(grid, step):
     return (cells - 1) * step, reach[keep]  # - 1: the first cells lie outside the box
 
 
-def finer_cells(grid, cells, reach, step, block=2 ** 15):
+def finer_cells(grid, cells, reach, step):
     """Cells that may hold surface, `step` wide: lowest nodes (M,3) and reach (M,).
 
     They are eighths of the given `cells`, which are twice as wide and have twice the reach.
     """
     kept = []
-    for part, near in zip(cells.split(block), reach.split(block)):
+    for part, near in zip(cells.split(2 ** 15), reach.split(2 ** 15)):  # to save memory
         eighths = (part[:, None] + CORNERS.to(part.device) * step).flatten(0, 1)
         near = near.repeat_interleave(8) / 2
         touching = ((eighths + step >= 0) & (eighths <= grid.n)).all(1)  # the box
@@ -515,24 +514,7 @@ def camera_axes(elevation, azimuth):
     return torch.stack([right, torch.linalg.cross(back, right), back])
 
 
-def covered_pixels(corners, size):
-    """The pixels with centres in the bounding boxes of faces (F,3,2): face and pixel, (K,) each.
-
-    Corners are (column, row) in pixels of a square of `size`. The pixel in column x and row y has
-    the number y * size + x and its centre at (x + 0.5, y + 0.5).
-    """
-    lo = (corners.amin(1) - 0.5).ceil().clamp(0, size).long()
-    hi = (corners.amax(1) - 0.5).floor().clamp(-1, size - 1).long()
-    width, height = (hi - lo + 1).clamp(min=0).unbind(1)
-    count = width * height
-    face = torch.arange(len(corners), device=corners.device).repeat_interleave(count)
-    start = count.cumsum(0) - count  # where the pixels of each face begin in the result
-    k = torch.arange(len(face), device=face.device) - start[face]  # 0, 1, .. within each box
-    x, y = lo[face, 0] + k % width[face], lo[face, 1] + k // width[face]
-    return face, y * size + x
-
-
-def rasterise(points, faces, size, block=2 ** 14):
+def rasterise(points, faces, size):
     """The nearest face at each pixel, (size^2,), -1 for none, and barycentric weights (size^2,3).
 
     points (V,3) hold column and row in pixels and 1 / distance, which is linear on the screen and
@@ -542,10 +524,19 @@ def rasterise(points, faces, size, block=2 ** 14):
     in_front = (points[faces, 2] > 0).all(1).nonzero()[:, 0]
     nearest = points.new_zeros(size * size)
     winner, weights = faces.new_full((size * size,), -1), points.new_zeros(size * size, 3)
-    for part in in_front.split(block):
+    for part in in_front.split(2 ** 14):
         corners = points[faces[part]]  # (F, 3, 3)
-        face, pixel = covered_pixels(corners[..., :2], size)
-        centre = torch.stack([pixel % size, pixel // size], dim=1) + 0.5
+        # All K pairs of a face and a pixel x, y with its centre in the face's bounding box.
+        lo = (corners[..., :2].amin(1) - 0.5).ceil().clamp(0, size).long()
+        hi = (corners[..., :2].amax(1) - 0.5).floor().clamp(-1, size - 1).long()
+        width, height = (hi - lo + 1).clamp(min=0).unbind(1)
+        count = width * height
+        face = torch.arange(len(part), device=part.device).repeat_interleave(count)  # (K,)
+        start = count.cumsum(0) - count  # where the pairs of each face begin
+        k = torch.arange(len(face), device=face.device) - start[face]  # 0, 1, .. within each box
+        x, y = lo[face, 0] + k % width[face], lo[face, 1] + k // width[face]
+        pixel, centre = y * size + x, torch.stack([x, y], dim=1) + 0.5
+        # Keep the pairs where the pixel's centre is inside the face, then the nearest of a pixel.
         a, b, c = corners[face, :, :2].unbind(1)
         sides = (b, c), (c, a), (a, b)
         w = torch.stack([(q - p) * (centre - p).flip(1) for p, q in sides], dim=1)
@@ -596,11 +587,10 @@ def render_mesh(vertices, faces, size=256, elevation=20.0, azimuth=30.0, distanc
     normals = torch.zeros_like(vertices).index_add_(0, faces.flatten(), normals)
     normals = F.normalize(normals, dim=1)  # (V, 3)
     screen = project(vertices, axes, distance, fov, size)
-    inverse = screen[:, 2:]
     winner, w = rasterise(screen, faces, size)
     seen = winner >= 0
     corner, w = faces[winner[seen]], w[seen]
-    w = w * inverse[corner, 0]  # in space instead of on the screen, but for their sum
+    w = w * screen[corner, 2]  # in space instead of on the screen, but for their sum
     depth = vertices.new_full((size * size,), math.inf)
     depth[seen] = 1 / w.sum(1)
     n = F.normalize(((w / w.sum(1, keepdim=True))[..., None] * normals[corner]).sum(1), dim=1)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import find_checkpoint, flag, load_checkpoint, load_weights, torch_seeded
+from common import find_checkpoint, flag, load_checkpoint, load_weights, require, torch_seeded
 from encoders import Attention, ByteText, Downsample, ResBlock, Upsample, conv3x3, norm, zeroed
 from inr import PLANES, pack, unpack
 
@@ -88,13 +88,13 @@ class LDMConfig:
 
     def __post_init__(self):
         self.planes = {name: list(size) for name, size in self.planes.items()}
-        if list(self.planes) != list(PLANES[self.domain]):
-            raise ValueError(f'planes {", ".join(self.planes)} are not those of domain '
-                             f'{self.domain}: {", ".join(PLANES[self.domain])}')
-        if self.num_classes and self.context_channels:
-            raise ValueError('condition on class labels (--num_classes) or text (--text), not both')
-        if self.triplane == 'concat' and len({*map(tuple, self.planes.values())}) > 1:
-            raise ValueError('--triplane concat: planes of different shapes cannot be concatenated')
+        require(list(self.planes) == list(PLANES[self.domain]),
+                f'planes {", ".join(self.planes)} are not those of domain {self.domain}: '
+                f'{", ".join(PLANES[self.domain])}')
+        require(not (self.num_classes and self.context_channels),
+                'condition on class labels (--num_classes) or text (--text), not both')
+        require(self.triplane != 'concat' or len({*map(tuple, self.planes.values())}) == 1,
+                '--triplane concat: planes of different shapes cannot be concatenated')
 
 
 def time_embedding(t, channels):
@@ -103,12 +103,6 @@ def time_embedding(t, channels):
     frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :channels]
-
-
-def heads_for(channels, head_channels):
-    """How many heads: the most that divide `channels` into `head_channels` or more each; or 1."""
-    most = max(channels // head_channels, 1)
-    return next(h for h in range(most, 0, -1) if channels % h == 0)
 
 
 class TextAttention(nn.Module):
@@ -146,7 +140,8 @@ class Block(nn.Module):
         super().__init__()
         self.res = ResBlock(in_channels, out_channels, 4 * config.ch)
         self.attention = None
-        heads = heads_for(out_channels, config.head_channels)
+        most = max(out_channels // config.head_channels, 1)
+        heads = next(h for h in range(most, 0, -1) if out_channels % h == 0)
         if attend and config.context_channels:
             self.attention = TextAttention(out_channels, heads, config.context_channels)
         elif attend:
@@ -240,7 +235,10 @@ class UNet(nn.Module):
                 xs = [torch.cat([x, skip], dim=1) for x, skip in zip(xs, skips.pop())]
                 xs = layer(xs, embs, batch, cond)
         xs = [self.out(F.silu(self.out_norm(x), inplace=True)) for x in xs]
-        return self.join_planes(xs, batch).reshape(batch, channels, -1)
+        planes = {}
+        for group, x in zip(self.groups.values(), xs):
+            planes.update(zip(group, x.unflatten(0, (batch, -1)).unbind(1)))
+        return pack({i: planes[i] for i in sorted(planes)}).reshape(batch, channels, -1)
 
     def split_planes(self, z, emb):
         """Latents (B,C,L) and emb (B,E) -> the lists xs (after the stem) and embs of `Block`."""
@@ -256,13 +254,6 @@ class UNet(nn.Module):
             xs.append(x)
             embs.append(e.flatten(0, 1))
         return xs, embs
-
-    def join_planes(self, xs, batch):
-        """A list xs like that of `Block` -> (B,C,L), with the planes in their own order."""
-        planes = {}
-        for group, x in zip(self.groups.values(), xs):
-            planes.update(zip(group, x.unflatten(0, (batch, -1)).unbind(1)))
-        return pack({i: planes[i] for i in sorted(planes)})
 
 
 class LDM(nn.Module):
@@ -371,17 +362,17 @@ class LDM(nn.Module):
         classes, width = self.config.num_classes, self.config.context_channels
         if cond is None:
             return
-        if not classes and not width:
-            raise ValueError('this model is unconditional: give it no label and no text')
-        if classes and (cond.ndim != 1 or cond.min() < 0 or cond.max() >= classes):
-            raise ValueError(f'class labels must be integers in 0..{classes - 1}')
-        if self.text is not None:
-            if cond.ndim != 2 or cond.is_floating_point():
-                raise ValueError('this model reads the tokens of its own text encoder, (batch, '
-                                 'length): make them with encoders.text_reader')
-        elif width and (cond.ndim != 3 or cond.shape[2] != width):
-            raise ValueError(f'text features {tuple(cond.shape)} where (batch, tokens, {width}) is '
-                             'needed: use the text encoder the model was trained with')
+        require(classes or width, 'this model is unconditional: give it no label and no text')
+        if classes:
+            require(cond.ndim == 1 and cond.min() >= 0 and cond.max() < classes,
+                    f'class labels must be integers in 0..{classes - 1}')
+        elif self.text is not None:
+            require(cond.ndim == 2 and not cond.is_floating_point(), 'this model reads the tokens '
+                    'of its own text encoder, (batch, length): make them with encoders.text_reader')
+        else:
+            require(cond.ndim == 3 and cond.shape[2] == width, f'text features {tuple(cond.shape)} '
+                    f'where (batch, tokens, {width}) is needed: use the text encoder the model was '
+                    'trained with')
 
     def guided(self, cond, w=1.0):
         """A function eps(z, t) with classifier-free guidance: e_null + w (e_cond - e_null).
@@ -413,12 +404,10 @@ def sample(eps_fn, z_T, sampler='dpmpp', steps=20, rtol=1e-3, atol=1e-3, generat
     which sample k does not depend on its batch. z_0 is float64 if z_T is, float32 otherwise.
     ValueError for settings out of range.
     """
-    if sampler not in ('ddpm', 'ddim', 'dpmpp', 'rk45'):
-        raise ValueError(f'sampler {sampler!r}: unknown; one of ddpm, ddim, dpmpp, rk45')
-    if not 1 <= steps <= T:
-        raise ValueError(f'{steps} sampling steps: must be from 1 to {T}')
-    if not (rtol > 0 and atol > 0):
-        raise ValueError(f'tolerances rtol {rtol}, atol {atol}: must be positive')
+    require(sampler in ('ddpm', 'ddim', 'dpmpp', 'rk45'),
+            f'sampler {sampler!r}: unknown; one of ddpm, ddim, dpmpp, rk45')
+    require(1 <= steps <= T, f'{steps} sampling steps: must be from 1 to {T}')
+    require(rtol > 0 and atol > 0, f'tolerances rtol {rtol}, atol {atol}: must be positive')
     z, nfe = z_T if z_T.dtype == torch.float64 else z_T.float(), 0
 
     def eps(z, t):
@@ -538,9 +527,8 @@ def rk45(f, y, t0, t1, rtol, atol):
     t, k, nfe = t0, f(t0, y), 2
     h, grow = initial_step(f, y, k, t0, t1, rtol, atol), 10.0
     while t != t1:
-        if not abs(h) > 10 * np.spacing(abs(t)):
-            raise ValueError(f'rk45: step below rounding at t = {t:g}: the derivative is not '
-                             'finite, or rtol and atol are too small')
+        require(abs(h) > 10 * np.spacing(abs(t)), f'rk45: step below rounding at t = {t:g}: the '
+                'derivative is not finite, or rtol and atol are too small')
         h = h if abs(h) < abs(t1 - t) else t1 - t
         stages = [k]
         for c, a in zip(RK_C, RK_A):
@@ -639,8 +627,8 @@ def restore(make, weights, device, path):
 def first_stage(state, device, path):
     """(vae, info) of a checkpoint of either kind."""
     from vae import D2CVAE, VAEConfig  # here: the diffusion itself needs no VAE
-    if state['kind'] not in ('vae', 'ldm'):
-        raise ValueError(f'{path} holds a {state["kind"]} checkpoint; give a run folder or ldm.pt')
+    require(state['kind'] in ('vae', 'ldm'),
+            f'{path} holds a {state["kind"]} checkpoint; give a run folder or ldm.pt')
     vae = restore(lambda: D2CVAE(VAEConfig(**state['vae_config'])), state.get('vae', {}), device,
                   path)
     return vae, dict(args=state.get('vae_args', state['args']), step=state['step'],
@@ -666,9 +654,8 @@ def load(path, device='cpu'):
     """
     path = Path(find_checkpoint(path, 'ldm.pt', 'vae.pt') or path)
     state = load_checkpoint(path)
-    if state['kind'] == 'vae':
-        raise ValueError(f'{path} holds stage 1 only; train stage 2 with: '
-                         f'python train_ldm.py --vae {path.parent}')
+    require(state['kind'] != 'vae', f'{path} holds stage 1 only; train stage 2 with: '
+            f'python train_ldm.py --vae {path.parent}')
     vae, info = first_stage(state, device, path)
     ldm = restore(lambda: LDM(LDMConfig(**state['ldm_config'])), state.get('ema', {}), device,
                   path)
