@@ -111,17 +111,14 @@ class PlaneAttention(Attention):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2: (B,C,H,W) -> (B,C,ceil(H/2),ceil(W/2)).
-
-    Pads on the right and at the bottom, as latent diffusion does; along an odd size also on the
-    left or at the top, so that the last row or column is not lost.
-    """
+    """3x3 convolution of stride 2: (B,C,H,W) -> (B,C,ceil(H/2),ceil(W/2))."""
 
     def __init__(self, channels):
         super().__init__()
         self.conv = conv3x3(channels, channels, stride=2)
 
     def forward(self, x):
+        # As in latent diffusion; odd sizes are padded on both sides, or a row would be lost.
         return self.conv(F.pad(x, (x.shape[3] % 2, 1, x.shape[2] % 2, 1)))
 
 

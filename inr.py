@@ -440,14 +440,11 @@ def first_cells(grid, step):
 
 
 def finer_cells(grid, cells, reach, step):
-    """Cells that may hold surface, `step` wide: lowest nodes (M,3) and reach (M,).
-
-    They are eighths of the given `cells`, which are twice as wide and have twice the reach.
-    """
+    """Those eighths of `cells`, `step` wide, that may hold surface: nodes (M,3) and reach (M,)."""
     kept = []
     for part, near in zip(cells.split(2 ** 15), reach.split(2 ** 15)):  # to save memory
         eighths = (part[:, None] + CORNERS.to(part.device) * step).flatten(0, 1)
-        near = near.repeat_interleave(8) / 2
+        near = near.repeat_interleave(8) / 2  # as the step
         touching = ((eighths + step >= 0) & (eighths <= grid.n)).all(1)  # the box
         eighths, near = eighths[touching], near[touching]
         v = grid.corners(eighths, step)

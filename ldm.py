@@ -60,10 +60,9 @@ def matched_time(log_ab):
 
 @dataclass
 class LDMConfig:
-    """What a latent diffusion model is built from.
+    """What a latent diffusion model is built from; ValueError for values that exclude one another.
 
-    Fields without help are no flags: they follow from the VAE and from what reads texts. ValueError
-    for values that exclude one another.
+    Fields without help are no flags: they follow from the VAE and from what reads texts.
     """
     domain: str = 'image'
     z_channels: int = 64
@@ -319,9 +318,7 @@ class LDM(nn.Module):
         if self.text is not None:
             length = len(self.text.position)  # the empty text has no bytes
             return torch.zeros(batch, length, dtype=torch.long, device=self.z_mean.device)
-        if self.config.context_channels:
-            return self.null_context.expand(batch, -1, -1)
-        return None
+        return self.null_context.expand(batch, -1, -1) if self.config.context_channels else None
 
     def eps(self, z_t, t, cond=None):
         """eps_theta: the noise predicted in z_t (B,C,L) at times t (B,), (B,C,L) float32."""
@@ -334,10 +331,7 @@ class LDM(nn.Module):
         return torch.lerp(sigma * z_t, out, self.mixing_logit.sigmoid())
 
     def draw(self, batch, generator=None):
-        """The random numbers of a step, on the CPU: a dict for `forward`.
-
-        Keys: noise (B,C,L); t (B,), integers; drop (B,) bool, whose condition is left out.
-        """
+        """The random numbers of a step for `forward`, on the CPU; `drop` leaves conditions out."""
         return dict(noise=torch.randn(batch, *self.shape, generator=generator),
                     t=torch.randint(T, (batch,), generator=generator),
                     drop=torch.rand(batch, generator=generator) < self.config.cond_dropout)
@@ -345,7 +339,8 @@ class LDM(nn.Module):
     def forward(self, z0, cond=None, noise=None, t=None, drop=None):
         """The loss: mean of |eps - eps_theta|^2 for latents z0 (B,C,L) of the VAE, a scalar.
 
-        noise, t and drop are rows of what `draw` returns; any that is None is drawn here.
+        noise (B,C,L), t (B,), integers, and drop (B,), bool, are rows of what `draw` returns; any
+        that is None is drawn here.
         """
         if noise is None or t is None or drop is None:
             drawn = (x.to(z0.device) for x in self.draw(len(z0)).values())
@@ -382,11 +377,10 @@ class LDM(nn.Module):
         self.check_condition(cond)
         if cond is None or w == 1:
             return lambda z, t: self.eps(z, t, cond)
-        null = self.null(len(cond)).expand_as(cond)
+        both = torch.cat([self.null(len(cond)).expand_as(cond), cond])
 
         def eps_fn(z, t):
-            both = self.eps(torch.cat([z, z]), torch.cat([t, t]), torch.cat([null, cond]))
-            e_null, e_cond = both.chunk(2)
+            e_null, e_cond = self.eps(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
             return torch.lerp(e_null, e_cond, w)
         return eps_fn
 
@@ -511,11 +505,6 @@ def largest_rms(x):
     return x.flatten(1).square().mean(1).max().sqrt().item()
 
 
-def weighted(weights, stages):
-    """Sum of weight * stage, without the stages of weight 0."""
-    return sum(w * k for w, k in zip(weights, stages) if w)
-
-
 def rk45(f, y, t0, t1, rtol, atol):
     """y(t1) of dy/dt = f(t, y) with y(t0) = y (B, ...), and the number of calls of f: (y, nfe).
 
@@ -532,11 +521,11 @@ def rk45(f, y, t0, t1, rtol, atol):
         h = h if abs(h) < abs(t1 - t) else t1 - t
         stages = [k]
         for c, a in zip(RK_C, RK_A):
-            proposal = y + h * weighted(a, stages)
+            proposal = y + h * sum(w * s for w, s in zip(a, stages) if w)
             stages.append(f(t + c * h, proposal))
         nfe += 6
         scale = atol + rtol * torch.maximum(y.abs(), proposal.abs())
-        error = largest_rms(h * weighted(RK_E, stages) / scale)
+        error = largest_rms(h * sum(w * s for w, s in zip(RK_E, stages) if w) / scale)
         factor = min(grow, max(0.2, 0.9 * error ** -0.2)) if error else grow
         grow = 10.0 if error < 1 else 1.0  # no growth right after a rejection
         if error < 1:
@@ -566,10 +555,7 @@ def initial_noise(seeds, shape):
 
 
 def slerp(a, b, w):
-    """Spherical interpolation of noises a, b (..., C, L): a at w = 0, b at w = 1.
-
-    Keeps the norm that Gaussian noise has, where a straight line would shrink it.
-    """
+    """Noises (..., C, L) between a (w = 0) and b (w = 1), on the sphere: of the same norm."""
     cosine = F.cosine_similarity(a.flatten(-2), b.flatten(-2), dim=-1)[..., None, None]
     angle = cosine.clamp(-1, 1).arccos().clamp(min=1e-4)
     return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
@@ -611,10 +597,7 @@ def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler='dpmpp', steps=20
 
 
 def restore(make, weights, device, path):
-    """The network `make()` with these weights, frozen, in evaluation mode.
-
-    ValueError if it cannot be made or the weights do not fit.
-    """
+    """The network `make()` with these weights, frozen, in evaluation mode; ValueError if not."""
     try:
         network = make()
     except (TypeError, KeyError) as error:
@@ -625,7 +608,7 @@ def restore(make, weights, device, path):
 
 
 def first_stage(state, device, path):
-    """(vae, info) of a checkpoint of either kind."""
+    """(vae, info) of a checkpoint of either kind, see `load_vae`."""
     from vae import D2CVAE, VAEConfig  # here: the diffusion itself needs no VAE
     require(state['kind'] in ('vae', 'ldm'),
             f'{path} holds a {state["kind"]} checkpoint; give a run folder or ldm.pt')
@@ -636,21 +619,20 @@ def first_stage(state, device, path):
 
 
 def load_vae(path, device='cpu'):
-    """The first stage of a run or checkpoint (see `common.find_checkpoint`): (vae, info).
+    """The first stage of a run or checkpoint (see `common.find_checkpoint`): (vae, info), frozen.
 
-    vae is in evaluation mode. info: `args`, the flags of stage 1, its `step` and the data set's
-    `splits`. ValueError or FileNotFoundError, one line, for anything else.
+    info: `args`, the flags of stage 1, its `step` and the data set's `splits`. ValueError or
+    FileNotFoundError, one line, for anything else.
     """
     path = Path(find_checkpoint(path, 'vae.pt', 'ldm.pt') or path)
     return first_stage(load_checkpoint(path), device, path)
 
 
 def load(path, device='cpu'):
-    """A trained model from a run or checkpoint: (vae, ldm, info), in evaluation mode.
+    """A trained model from a run or checkpoint: (vae, ldm, info), frozen, with the EMA weights.
 
-    `ldm` has the EMA weights. info: `args`, the flags of stage 1, and `ldm_args`, those of stage
-    2, its `step`, and the data set's `splits`. ValueError or FileNotFoundError, one line, for
-    anything that is not a finished or running second stage.
+    info: that of `load_vae`, but `step` is that of stage 2, and `ldm_args`, its flags. ValueError
+    or FileNotFoundError, one line, for anything that is not a finished or running second stage.
     """
     path = Path(find_checkpoint(path, 'ldm.pt', 'vae.pt') or path)
     state = load_checkpoint(path)
