@@ -426,7 +426,7 @@ def cast_rays(vertices, faces, size, elevation, azimuth, distance, fov):
 @pytest.mark.mutation('inr.py', "inverse, 'amax')", "inverse, 'amin')")
 @pytest.mark.mutation('inr.py', '[focal, -focal]', '[focal, focal]')
 @pytest.mark.mutation('inr.py', 'w = w * screen[corner, 2]',
-                      'w = w / (w / screen[corner, 2:]).sum(1, keepdim=True)')
+                      'w = w / (w / screen[corner, 2]).sum(1, keepdim=True)')
 @pytest.mark.mutation('inr.py', 'torch.stack([x, y], dim=1) + 0.5', 'torch.stack([x, y], dim=1)')
 @pytest.mark.mutation(
     'inr.py',

@@ -483,10 +483,11 @@ def test_conditions_that_were_kept_get_gradients():
 @pytest.mark.mutation('ldm.py', 'cond.shape[2] == width', 'True')
 @pytest.mark.mutation('ldm.py', 'require(classes or width', 'require(True')
 def test_wrong_conditions_are_refused():
-    for model, cond in ((tiny(), torch.zeros(1).long()), (tiny(num_classes=3), torch.tensor([4])),
-                        (tiny(num_classes=3), torch.tensor([-1])),
-                        (tiny(context_channels=6), torch.randn(1, 7, 5))):
-        with pytest.raises(ValueError):
+    for model, cond, word in ((tiny(), torch.zeros(1).long(), 'unconditional'),
+                              (tiny(num_classes=3), torch.tensor([4]), 'labels'),
+                              (tiny(num_classes=3), torch.tensor([-1]), 'labels'),
+                              (tiny(context_channels=6), torch.randn(1, 7, 5), 'features')):
+        with pytest.raises(ValueError, match=word):
             model.check_condition(cond)
     with pytest.raises(ValueError, match='not both'):
         tiny(num_classes=3, context_channels=6)
