@@ -169,7 +169,8 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.sizes, ch, channels = config.planes, config.ch, config.z_channels
+        ch = self.ch = config.ch
+        self.sizes, channels = config.planes, config.z_channels
         self.joined = len(self.sizes) if config.triplane == 'concat' else 1
         if self.joined > 1:  # all planes as the channels of one
             channels *= self.joined
@@ -177,7 +178,6 @@ class UNet(nn.Module):
         self.groups = {}  # plane shape -> positions of the planes that have it
         for i, size in enumerate(self.sizes.values()):
             self.groups.setdefault(tuple(size), []).append(i)
-        self.ch = ch
         self.time = nn.Sequential(nn.Linear(ch, 4 * ch), nn.SiLU(), nn.Linear(4 * ch, 4 * ch))
         self.label = nn.Embedding(config.num_classes + 1, 4 * ch) if config.num_classes else None
         self.plane_time = self.plane_stem = None
@@ -185,31 +185,25 @@ class UNet(nn.Module):
             self.plane_time = nn.Parameter(0.1 * torch.randn(len(self.sizes), 4 * ch))
             self.plane_stem = nn.Parameter(0.1 * torch.randn(len(self.sizes), ch))
         self.stem = conv3x3(channels, ch)
-        self.build_levels(config)
-        width = ch * config.ch_mult[0]
-        self.out_norm, self.out = norm(width), zeroed(conv3x3(width, channels))
-
-    def build_levels(self, config):
-        """Make the layers on the way down, in the middle and up; `skips` has the widths to join."""
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        width, skips, last = self.ch, [self.ch], len(config.ch_mult) - 1
+        width, skips = ch, [ch]  # skips: the widths to be joined on the way up
         for level, mult in enumerate(config.ch_mult):
-            attend = 2 ** level in config.attn_factors
-            for _ in range(config.num_res_blocks):
-                self.down.append(Block(width, self.ch * mult, config, attend))
-                width = self.ch * mult
-                skips.append(width)
-            if level < last:
+            if level:
                 self.down.append(Downsample(width))
+                skips.append(width)
+            for _ in range(config.num_res_blocks):
+                self.down.append(Block(width, ch * mult, config, 2 ** level in config.attn_factors))
+                width = ch * mult
                 skips.append(width)
         self.middle = nn.ModuleList([Block(width, width, config, a) for a in (True, False)])
         for level, mult in reversed(list(enumerate(config.ch_mult))):
             attend = 2 ** level in config.attn_factors
             for _ in range(config.num_res_blocks + 1):
-                self.up.append(Block(width + skips.pop(), self.ch * mult, config, attend))
-                width = self.ch * mult
+                self.up.append(Block(width + skips.pop(), ch * mult, config, attend))
+                width = ch * mult
             if level:
                 self.up.append(Upsample(width))
+        self.out_norm, self.out = norm(width), zeroed(conv3x3(width, channels))
 
     def forward(self, z, t, cond=None):
         batch, channels = z.shape[:2]
