@@ -139,7 +139,7 @@ class Block(nn.Module):
         super().__init__()
         self.res = ResBlock(in_channels, out_channels, 4 * config.ch)
         self.attention = None
-        most = max(out_channels // config.head_channels, 1)
+        most = max(out_channels // config.head_channels, 1)  # heads that divide the channels:
         heads = next(h for h in range(most, 0, -1) if out_channels % h == 0)
         if attend and config.context_channels:
             self.attention = TextAttention(out_channels, heads, config.context_channels)
