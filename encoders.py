@@ -1,9 +1,8 @@
 """Data -> features, and the convolutional blocks of which the networks are made.
 
-The blocks follow DDPM (Ho et al., 2020) and latent diffusion (Rombach et al., 2022): group norm,
-SiLU and 3x3 convolution, twice. `ConvEncoder` makes of a picture, or of any plane of features, the
-features from which mean and variance of q(z|x) come (Section 3.2, Appendix A); nothing skips from
-it into the decoder. `LocalPoolPointNet` (Convolutional Occupancy Networks, Peng et al., 2020)
+The blocks follow DDPM (Ho et al., 2020) and latent diffusion (Rombach et al., 2022). `ConvEncoder`
+makes of a picture, or of any plane of features, those from which mean and variance of q(z|x) come
+(Section 3.2, Appendix A). `LocalPoolPointNet` (Convolutional Occupancy Networks, Peng et al., 2020)
 makes planes of features of a point cloud. Texts become features for cross-attention: those of CLIP
 (Radford et al., 2021) from its published files, those stored in an .npz, or those of a small
 transformer over bytes that is trained with the diffusion model.
@@ -27,20 +26,14 @@ from common import require
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in the precision of its weights: in float32 also under autocast.
-
-    On CPU the backward pass in bfloat16, over groups of few channels, is many times slower.
-    """
+    """Group norm in the precision of its weights, also under autocast: bfloat16 is slow on CPU."""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
 
 
 def norm(channels):
-    """GroupNorm in 32 groups; in 16, 8, .. where that is needed for groups of at least 4 channels.
-
-    On CPU the backward pass over groups of a single channel takes three times as long.
-    """
+    """GroupNorm in 32, 16, 8, .. groups of at least 4 channels: smaller ones are slow on CPU."""
     groups = math.gcd(32, channels)
     while groups > 1 and channels < 4 * groups:
         groups //= 2
@@ -118,29 +111,25 @@ class PlaneAttention(Attention):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2: (B,C,H,W) -> (B,C,ceil(H/2),ceil(W/2)).
-
-    Pads by one on the right and at the bottom, as latent diffusion's autoencoder does; along an odd
-    size also on the left or at the top, so that the last row or column is not lost.
-    """
+    """3x3 convolution of stride 2: (B,C,H,W) -> (B,C,ceil(H/2),ceil(W/2))."""
 
     def __init__(self, channels):
         super().__init__()
         self.conv = conv3x3(channels, channels, stride=2)
 
     def forward(self, x):
+        # As in latent diffusion; odd sizes are padded on both sides, or a row would be lost.
         return self.conv(F.pad(x, (x.shape[3] % 2, 1, x.shape[2] % 2, 1)))
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour copy (B,C,*size), by default of twice the size, then a 3x3 convolution."""
+    """Nearest-neighbour copy (B,C,*size) of planes (B,C,H,W), then a 3x3 convolution."""
 
     def __init__(self, channels):
         super().__init__()
         self.conv = conv3x3(channels, channels)
 
-    def forward(self, x, size=None):
-        size = size or (2 * x.shape[2], 2 * x.shape[3])
+    def forward(self, x, size):
         return self.conv(F.interpolate(x, size=size, mode='nearest'))
 
 
@@ -171,23 +160,6 @@ class ConvEncoder(nn.Module):
 
 # ---- point clouds ------------------------------------------------------------------------------
 
-def cells_of_points(points, axes, resolution):
-    """In which of the R x R cells of a plane each point (B,N,D) in [-1,1]^D lies, R = resolution.
-
-    Returns (B*N,) numbers from 0 to B*R*R - 1: cells are counted row by row, item after item. axes
-    = (coordinate along the width, along the height). Points outside count to the nearest cell.
-    """
-    cell = ((points[..., list(axes)] + 1) * (resolution / 2)).long().clamp(0, resolution - 1)
-    item = torch.arange(len(points), device=points.device)[:, None]
-    return ((item * resolution + cell[..., 1]) * resolution + cell[..., 0]).flatten()
-
-
-def place_in_cell(points, resolution):
-    """Places of points (...,D) in their cells, (...,D): 0 at the centre, -1 and 1 at the sides."""
-    place = (points + 1) * (resolution / 2)
-    return 2 * (place - place.floor().clamp(0, resolution - 1)) - 1
-
-
 def pool_cells(features, cell, count, reduce):
     """Maximum ('amax') or 'mean' of features (M,C) by cell (M,): (count,C), 0 for empty cells."""
     return features.new_zeros(count, features.shape[1]).scatter_reduce(
@@ -215,14 +187,11 @@ class LocalPoolPointNet(nn.Module):
     maps names to (coordinate along the width, along the height) of planes of R = `resolution`
     cells a side. Each of the `blocks` blocks but the first reads a point's `hidden` features and,
     for its neighbourhood, their maximum over the points in its cell of each plane, summed over the
-    planes. The result is the mean over the points of each cell, 0 in empty cells.
-
-    N may be any number, and the order of the points does not matter. With `local`, points are also
-    given their place in their cell, which convolutions after this network cannot know otherwise.
+    planes. The result is the mean over the points of each cell, 0 in empty cells. With `local`,
+    points are also given their place in their cell, which later convolutions cannot know otherwise.
     """
 
-    def __init__(self, planes, in_features, resolution, hidden=32, blocks=5, out_channels=32,
-                 local=False):
+    def __init__(self, planes, in_features, resolution, hidden, blocks, out_channels, local):
         super().__init__()
         self.planes, self.resolution, self.local = planes, resolution, local
         self.proj_in = nn.Linear(in_features + 3 * local, 2 * hidden)
@@ -231,9 +200,13 @@ class LocalPoolPointNet(nn.Module):
 
     def forward(self, points):
         batch, R = len(points), self.resolution
-        cells = {name: cells_of_points(points, axes, R) for name, axes in self.planes.items()}
-        if self.local:
-            points = torch.cat([points, place_in_cell(points[..., :3], R)], dim=2)
+        place = (points[..., :3] + 1) * (R / 2)  # in units of cells
+        cell = place.floor().clamp(0, R - 1).long()  # points outside count to the nearest one
+        if self.local:  # from -1 to 1 within the cell
+            points = torch.cat([points, 2 * (place - cell) - 1], dim=2)
+        item = torch.arange(batch, device=points.device)[:, None]
+        cells = {name: ((item * R + cell[..., v]) * R + cell[..., u]).flatten()  # (B*N,) numbers
+                 for name, (u, v) in self.planes.items()}
         with torch.autocast(points.device.type, enabled=False):  # bfloat16 blurs places
             h = self.proj_in(points.flatten(0, 1))  # (B*N, 2*hidden)
         for i, block in enumerate(self.blocks):
@@ -250,13 +223,12 @@ class LocalPoolPointNet(nn.Module):
 # ---- weight files that others publish ------------------------------------------------------------
 
 def is_torchscript(path):
-    """A zip with <root>/constants.pkl and <root>/code/."""
+    """Whether it is a zip with <root>/constants.pkl and <root>/code/."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    return (any(n.count('/') == 1 and n.endswith('/constants.pkl') for n in names)
-            and any(n.split('/')[1:2] == ['code'] for n in names))
+        inside = [name.split('/')[1:] for name in archive.namelist()]
+    return ['constants.pkl'] in inside and any(parts[:1] == ['code'] for parts in inside)
 
 
 def read_safetensors(path):
@@ -321,10 +293,7 @@ class TextBlock(nn.Module):
 
 
 class ByteText(nn.Module):
-    """A small transformer over the bytes of texts, trained with the diffusion model.
-
-    forward(tokens (B,length) from `tokenise`) -> features (B,length,width).
-    """
+    """A small transformer over the bytes of texts: tokens (B,length) -> (B,length,width)."""
 
     def __init__(self, width=128, layers=3, heads=4, length=96):
         super().__init__()
@@ -351,8 +320,7 @@ class ByteText(nn.Module):
 class CLIPText(nn.Module):
     """CLIP's text encoder, with OpenAI's names: tokens (B,77) -> last hidden states (B,77,width).
 
-    These states, after the final layer norm, are what latent diffusion conditions on. `pooled` maps
-    a text to the space that CLIP shares with pictures, (B,embed).
+    These states, after the final layer norm, are what latent diffusion conditions on.
     """
 
     def __init__(self, width=512, layers=12, heads=8, length=77, vocabulary=49408, embed=512):
@@ -365,17 +333,16 @@ class CLIPText(nn.Module):
         self.text_projection = nn.Parameter(torch.randn(width, embed) / width ** 0.5)
 
     def forward(self, tokens):
-        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         n = tokens.shape[1]
+        x = self.token_embedding(tokens) + self.positional_embedding[:n]
         mask = torch.full((n, n), -math.inf, device=x.device).triu(1)
         for block in self.transformer['resblocks']:
             x = block(x, mask)
         return self.ln_final(x)
 
     def pooled(self, tokens):
-        """The projected state (B,embed) at the end token, the token with the largest number."""
-        ends = tokens.argmax(1)
-        return self(tokens)[torch.arange(len(tokens)), ends] @ self.text_projection
+        """Texts in the space CLIP shares with pictures, (B,embed): the state at the end token."""
+        return self(tokens)[torch.arange(len(tokens)), tokens.argmax(1)] @ self.text_projection
 
 
 HF_NAMES = [('text_model.', ''), ('vision_model.', 'visual.'),
@@ -434,14 +401,6 @@ def clip_text(state, path):
     return tower.eval().requires_grad_(False)
 
 
-def byte_symbols():
-    """The printable character that stands for each byte, as a dict, and their order in CLIP."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    symbols = {b: chr(b) for b in printable} | {b: chr(256 + k) for k, b in enumerate(others)}
-    return symbols, [symbols[b] for b in printable + others]
-
-
 class BPETokenizer:
     """CLIP's byte-pair encoding: list of B texts -> tokens (B,length).
 
@@ -460,7 +419,10 @@ class BPETokenizer:
             raise ValueError(f'{path}: not the merges of a BPE vocabulary ({error})') from None
         require(len(merges) == 48894 and all(len(m) == 2 for m in merges),
                 f"{path}: {len(merges)} merges where CLIP's vocabulary has 48894")
-        self.symbols, order = byte_symbols()
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        order = [chr(b) for b in printable] + [chr(256 + k) for k in range(len(others))]
+        self.symbols = dict(zip(printable + others, order))  # what is printed for each byte
         words = order + [s + '</w>' for s in order] + [''.join(m) for m in merges]
         self.number = {w: k for k, w in enumerate(words)}
         self.rank, self.length, self.cache = {m: k for k, m in enumerate(merges)}, length, {}

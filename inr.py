@@ -9,13 +9,14 @@ its values at the cells' centres; beyond the last centre it is constant (`align_
 border padding). Other modules take from `PLANES` which coordinates a plane has.
 """
 import copy
-import functools
 import math
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from common import require
 
 # plane name -> (coordinate along the width, coordinate along the height), in packing order
 PLANES = {
@@ -42,8 +43,8 @@ def pack(planes):
 def unpack(z, sizes):
     """Inverse of `pack`: (B,C,L) -> dict of planes (B,C,H,W). ValueError if `sizes` do not fit."""
     lengths = [h * w for h, w in sizes.values()]
-    if z.shape[2] != sum(lengths):
-        raise ValueError(f'latent of length {z.shape[2]} does not fill planes {sizes}')
+    require(z.shape[2] == sum(lengths),
+            f'latent of length {z.shape[2]} does not fill planes {sizes}')
     return {name: part.unflatten(2, size)
             for (name, size), part in zip(sizes.items(), z.split(lengths, dim=2))}
 
@@ -56,9 +57,9 @@ def make_grid(*size, box=None, device=None):
     ValueError for a size below 1 or a box with another number of coordinates.
     """
     box = [(-1.0, 1.0)] * len(size) if box is None else box
-    if min(size, default=0) < 1 or len(box) != len(size):
-        raise ValueError(f'no grid of size {size} over {len(box)} intervals: sizes must be at '
-                         'least 1, with one (lo, hi) for each coordinate')
+    require(min(size, default=0) >= 1 and len(box) == len(size),
+            f'no grid of size {size} over {len(box)} intervals: sizes must be at least 1, with one '
+            '(lo, hi) for each coordinate')
     axes = [cell_centres(n, torch.as_tensor(b, device=device, dtype=torch.float32))
             for n, b in zip(size, reversed(list(box)))]
     return torch.stack(torch.meshgrid(*axes, indexing='ij')[::-1], dim=-1)
@@ -186,12 +187,11 @@ class ScaledLinear(nn.Linear):
 class ScaleEmbedding(nn.Module):
     """s (B,) -> style (B,features): two layers on 32 sines and cosines of s * 10000^(-k/31)."""
 
-    def __init__(self, features, frequencies=32):
+    def __init__(self, features):
         super().__init__()
-        k = torch.arange(frequencies) / (frequencies - 1)
+        k = torch.arange(32) / 31
         self.register_buffer('frequencies', 10000.0 ** -k, persistent=False)
-        self.net = nn.Sequential(nn.Linear(2 * frequencies, features), nn.GELU(),
-                                 nn.Linear(features, features))
+        self.net = nn.Sequential(nn.Linear(64, features), nn.GELU(), nn.Linear(features, features))
 
     def forward(self, s):
         with torch.autocast(s.device.type, enabled=False):
@@ -243,9 +243,8 @@ class CFCMLP(nn.Module):
         super().__init__()
         pe_channels = dict(cfc=pe_channels, concat=[sum(pe_channels)],
                            single=pe_channels[-1:])[conditioning]
-        if blocks < len(pe_channels):
-            raise ValueError(f'{blocks} MLP blocks cannot take {len(pe_channels)} basis fields; '
-                             'raise --mlp_blocks')
+        require(blocks >= len(pe_channels), f'{blocks} MLP blocks cannot take {len(pe_channels)} '
+                'basis fields; raise --mlp_blocks')
         self.conditioning, self.merge, self.resolution = conditioning, merge, resolution
         self.style = ScaleEmbedding(width) if scale_injection else None
         linear = ModulatedLinear if scale_injection else ScaledLinear
@@ -275,11 +274,9 @@ class CFCMLP(nn.Module):
         return plain.requires_grad_(False)
 
     def forward(self, pe, coords=None, scale=None):
-        style = None
-        if self.style is not None:
-            if scale is None:
-                scale = scale_of_points(self.resolution, coords)[None]
-            style = self.style(scale)
+        if self.style is not None and scale is None:
+            scale = scale_of_points(self.resolution, coords)[None]
+        style = None if self.style is None else self.style(scale)
         if self.conditioning == 'concat':
             pe = [torch.cat(pe, dim=-1)]
         elif self.conditioning == 'single':
@@ -332,11 +329,6 @@ def surface_loops(inside):
     return loops
 
 
-def in_one_face(a, b):
-    """Whether two edges, given by number, belong to one face of the cell."""
-    return any({*EDGES[a], *EDGES[b]} <= {*face} for face in FACES)
-
-
 def triangulations(loop):
     """All ways to cut a polygon of `surface_loops` into triangles, without cuts inside a face.
 
@@ -346,14 +338,14 @@ def triangulations(loop):
         yield []
     for k in range(1, len(loop) - 1):  # the triangle at the side from the last vertex to the first
         cuts = [(0, k)] * (k > 1) + [(k, -1)] * (k < len(loop) - 2)
-        if any(in_one_face(loop[i], loop[j]) for i, j in cuts):
+        if any({*EDGES[loop[i]], *EDGES[loop[j]]} <= {*face} for i, j in cuts for face in FACES):
             continue
         for left in triangulations(loop[:k + 1]):
             for right in triangulations(loop[k:]):
                 yield [(loop[0], loop[k], loop[-1]), *left, *right]
 
 
-@functools.cache
+@cache
 def triangle_table():
     """Triangles (256,5,3), as edge numbers or -1, by pattern: bit k tells if corner k is inside."""
     table = torch.full((256, 5, 3), -1)
@@ -402,8 +394,8 @@ class Nodes:
         parts = [self.logit_fn(self.position(part).float()).float().reshape(-1)
                  for part in nodes.split(self.chunk)]
         values = torch.cat(parts) - self.level if parts else nodes.new_empty(0, dtype=torch.float)
-        if not values.isfinite().all():
-            raise ValueError('the field is not finite everywhere: no surface can be drawn')
+        require(values.isfinite().all(),
+                'the field is not finite everywhere: no surface can be drawn')
         return values
 
     def corners(self, cells, step):
@@ -447,15 +439,12 @@ def first_cells(grid, step):
     return (cells - 1) * step, reach[keep]  # - 1: the first cells lie outside the box
 
 
-def finer_cells(grid, cells, reach, step, block=2 ** 15):
-    """Cells that may hold surface, `step` wide: lowest nodes (M,3) and reach (M,).
-
-    They are eighths of the given `cells`, which are twice as wide and have twice the reach.
-    """
+def finer_cells(grid, cells, reach, step):
+    """Those eighths of `cells`, `step` wide, that may hold surface: nodes (M,3) and reach (M,)."""
     kept = []
-    for part, near in zip(cells.split(block), reach.split(block)):
+    for part, near in zip(cells.split(2 ** 15), reach.split(2 ** 15)):  # to save memory
         eighths = (part[:, None] + CORNERS.to(part.device) * step).flatten(0, 1)
-        near = near.repeat_interleave(8) / 2
+        near = near.repeat_interleave(8) / 2  # as the step
         touching = ((eighths + step >= 0) & (eighths <= grid.n)).all(1)  # the box
         eighths, near = eighths[touching], near[touching]
         v = grid.corners(eighths, step)
@@ -498,8 +487,8 @@ def extract_mesh(logit_fn, resolution, level=0.0, box=None, coarse=64, chunk=655
     field that is not finite, an empty box or less than one cell.
     """
     box = [(-1.0, 1.0)] * 3 if box is None else box
-    if resolution < 1 or coarse < 1 or len(box) != 3 or any(lo >= hi for lo, hi in box):
-        raise ValueError(f'no surface at resolution {resolution}, coarse {coarse} over {box}')
+    require(resolution >= 1 and coarse >= 1 and len(box) == 3 and all(lo < hi for lo, hi in box),
+            f'no surface at resolution {resolution}, coarse {coarse} over {box}')
     grid = Nodes(logit_fn, resolution, level, box, chunk, device)
     step = 2 ** max(0, int(math.log2(resolution / coarse)))
     cells, reach = first_cells(grid, step)
@@ -510,13 +499,6 @@ def extract_mesh(logit_fn, resolution, level=0.0, box=None, coarse=64, chunk=655
 
 
 # ---- drawing meshes ----------------------------------------------------------------------------
-
-def vertex_normals(vertices, faces):
-    """Unit normals (V,3) of vertices (V,3): the mean over the faces (F,3) round each, by area."""
-    a, b, c = vertices[faces].unbind(1)
-    normals = torch.linalg.cross(b - a, c - a).repeat_interleave(3, 0)
-    return F.normalize(torch.zeros_like(vertices).index_add_(0, faces.flatten(), normals), dim=1)
-
 
 def camera_axes(elevation, azimuth):
     """The axes of a camera that looks at the origin, the rows of (3,3): right, up and backwards.
@@ -529,24 +511,7 @@ def camera_axes(elevation, azimuth):
     return torch.stack([right, torch.linalg.cross(back, right), back])
 
 
-def covered_pixels(corners, size):
-    """The pixels with centres in the bounding boxes of faces (F,3,2): face and pixel, (K,) each.
-
-    Corners are (column, row) in pixels of a square of `size`. The pixel in column x and row y has
-    the number y * size + x and its centre at (x + 0.5, y + 0.5).
-    """
-    lo = (corners.amin(1) - 0.5).ceil().clamp(0, size).long()
-    hi = (corners.amax(1) - 0.5).floor().clamp(-1, size - 1).long()
-    width, height = (hi - lo + 1).clamp(min=0).unbind(1)
-    count = width * height
-    face = torch.arange(len(corners), device=corners.device).repeat_interleave(count)
-    start = count.cumsum(0) - count  # where the pixels of each face begin in the result
-    k = torch.arange(len(face), device=face.device) - start[face]  # 0, 1, .. within each box
-    x, y = lo[face, 0] + k % width[face], lo[face, 1] + k // width[face]
-    return face, y * size + x
-
-
-def rasterise(points, faces, size, block=2 ** 14):
+def rasterise(points, faces, size):
     """The nearest face at each pixel, (size^2,), -1 for none, and barycentric weights (size^2,3).
 
     points (V,3) hold column and row in pixels and 1 / distance, which is linear on the screen and
@@ -556,13 +521,23 @@ def rasterise(points, faces, size, block=2 ** 14):
     in_front = (points[faces, 2] > 0).all(1).nonzero()[:, 0]
     nearest = points.new_zeros(size * size)
     winner, weights = faces.new_full((size * size,), -1), points.new_zeros(size * size, 3)
-    for part in in_front.split(block):
+    for part in in_front.split(2 ** 14):
         corners = points[faces[part]]  # (F, 3, 3)
-        face, pixel = covered_pixels(corners[..., :2], size)
-        centre = torch.stack([pixel % size, pixel // size], dim=1) + 0.5
+        # All K pairs of a face and a pixel x, y with its centre in the face's bounding box.
+        lo = (corners[..., :2].amin(1) - 0.5).ceil().clamp(0, size).long()
+        hi = (corners[..., :2].amax(1) - 0.5).floor().clamp(-1, size - 1).long()
+        width, height = (hi - lo + 1).clamp(min=0).unbind(1)
+        count = width * height
+        face = torch.arange(len(part), device=part.device).repeat_interleave(count)  # (K,)
+        start = count.cumsum(0) - count  # where the pairs of each face begin
+        k = torch.arange(len(face), device=face.device) - start[face]  # 0, 1, .. within each box
+        x, y = lo[face, 0] + k % width[face], lo[face, 1] + k // width[face]
+        pixel, centre = y * size + x, torch.stack([x, y], dim=1) + 0.5
+        # Keep the pairs where the pixel's centre is inside the face, then the nearest of a pixel.
         a, b, c = corners[face, :, :2].unbind(1)
         sides = (b, c), (c, a), (a, b)
-        w = torch.stack([cross2(q - p, centre - p) for p, q in sides], dim=1)
+        w = torch.stack([(q - p) * (centre - p).flip(1) for p, q in sides], dim=1)
+        w = w[..., 0] - w[..., 1]  # cross products, (K, 3)
         w = w / w.sum(1, keepdim=True)  # a face seen edge-on gives nan, which is outside
         inside = (w >= 0).all(1)
         face, pixel, w = face[inside], pixel[inside], w[inside]
@@ -571,11 +546,6 @@ def rasterise(points, faces, size, block=2 ** 14):
         front = inverse == nearest[pixel]
         winner[pixel[front]], weights[pixel[front]] = part[face[front]], w[front]
     return winner, weights
-
-
-def cross2(a, b):
-    """Cross product of plane vectors (..., 2)."""
-    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
 
 
 def project(points, axes, distance, fov, size):
@@ -591,10 +561,10 @@ def project(points, axes, distance, fov, size):
     return torch.cat([screen, inverse], dim=1)
 
 
-def render_points(points, size=256, elevation=20.0, azimuth=30.0, distance=4.0, fov=40.0):
-    """A picture (S,S), in [0,1], of points (N,3), near ones dark; the camera is `render_mesh`'s."""
-    column, row, inverse = project(points, camera_axes(elevation, azimuth).to(points), distance,
-                                   fov, size).unbind(1)
+def render_points(points, size):
+    """A picture (S,S), in [0,1], of points (N,3) within [-1,1]^3, near ones dark; S = size."""
+    axes, distance = camera_axes(20.0, 30.0).to(points), 4.0
+    column, row, inverse = project(points, axes, distance, 40.0, size).unbind(1)
     seen = (inverse > 0) & (column >= 0) & (column < size) & (row >= 0) & (row < size)
     pixel = (row.long() * size + column.long())[seen]
     shade = ((1 / inverse[seen] - distance) / 2 + 0.5).clamp(0, 0.9)
@@ -609,13 +579,15 @@ def render_mesh(vertices, faces, size=256, elevation=20.0, azimuth=30.0, distanc
     nothing; depth is the distance along the view, infinite where there is nothing.
     """
     axes = camera_axes(elevation, azimuth).to(vertices)
-    normals = vertex_normals(vertices, faces)
+    a, b, c = vertices[faces].unbind(1)
+    normals = torch.linalg.cross(b - a, c - a).repeat_interleave(3, 0)  # as long as the area
+    normals = torch.zeros_like(vertices).index_add_(0, faces.flatten(), normals)
+    normals = F.normalize(normals, dim=1)  # (V, 3)
     screen = project(vertices, axes, distance, fov, size)
-    inverse = screen[:, 2:]
     winner, w = rasterise(screen, faces, size)
     seen = winner >= 0
     corner, w = faces[winner[seen]], w[seen]
-    w = w * inverse[corner, 0]  # in space instead of on the screen, but for their sum
+    w = w * screen[corner, 2]  # in space instead of on the screen, but for their sum
     depth = vertices.new_full((size * size,), math.inf)
     depth[seen] = 1 / w.sum(1)
     n = F.normalize(((w / w.sum(1, keepdim=True))[..., None] * normals[corner]).sum(1), dim=1)

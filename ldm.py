@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import find_checkpoint, flag, load_checkpoint, load_weights, torch_seeded
+from common import find_checkpoint, flag, load_checkpoint, load_weights, require, torch_seeded
 from encoders import Attention, ByteText, Downsample, ResBlock, Upsample, conv3x3, norm, zeroed
 from inr import PLANES, pack, unpack
 
@@ -60,10 +60,9 @@ def matched_time(log_ab):
 
 @dataclass
 class LDMConfig:
-    """What a latent diffusion model is built from.
+    """What a latent diffusion model is built from; ValueError for values that exclude one another.
 
-    Fields without help are no flags: they follow from the VAE and from what reads texts. ValueError
-    for values that exclude one another.
+    Fields without help are no flags: they follow from the VAE and from what reads texts.
     """
     domain: str = 'image'
     z_channels: int = 64
@@ -88,13 +87,13 @@ class LDMConfig:
 
     def __post_init__(self):
         self.planes = {name: list(size) for name, size in self.planes.items()}
-        if list(self.planes) != list(PLANES[self.domain]):
-            raise ValueError(f'planes {", ".join(self.planes)} are not those of domain '
-                             f'{self.domain}: {", ".join(PLANES[self.domain])}')
-        if self.num_classes and self.context_channels:
-            raise ValueError('condition on class labels (--num_classes) or text (--text), not both')
-        if self.triplane == 'concat' and len({*map(tuple, self.planes.values())}) > 1:
-            raise ValueError('--triplane concat: planes of different shapes cannot be concatenated')
+        require(list(self.planes) == list(PLANES[self.domain]),
+                f'planes {", ".join(self.planes)} are not those of domain {self.domain}: '
+                f'{", ".join(PLANES[self.domain])}')
+        require(not (self.num_classes and self.context_channels),
+                'condition on class labels (--num_classes) or text (--text), not both')
+        require(self.triplane != 'concat' or len({*map(tuple, self.planes.values())}) == 1,
+                '--triplane concat: planes of different shapes cannot be concatenated')
 
 
 def time_embedding(t, channels):
@@ -103,12 +102,6 @@ def time_embedding(t, channels):
     frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :channels]
-
-
-def heads_for(channels, head_channels):
-    """How many heads: the most that divide `channels` into `head_channels` or more each; or 1."""
-    most = max(channels // head_channels, 1)
-    return next(h for h in range(most, 0, -1) if channels % h == 0)
 
 
 class TextAttention(nn.Module):
@@ -146,7 +139,8 @@ class Block(nn.Module):
         super().__init__()
         self.res = ResBlock(in_channels, out_channels, 4 * config.ch)
         self.attention = None
-        heads = heads_for(out_channels, config.head_channels)
+        most = max(out_channels // config.head_channels, 1)  # heads that divide the channels:
+        heads = next(h for h in range(most, 0, -1) if out_channels % h == 0)
         if attend and config.context_channels:
             self.attention = TextAttention(out_channels, heads, config.context_channels)
         elif attend:
@@ -175,7 +169,8 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.sizes, ch, channels = config.planes, config.ch, config.z_channels
+        ch = self.ch = config.ch
+        self.sizes, channels = config.planes, config.z_channels
         self.joined = len(self.sizes) if config.triplane == 'concat' else 1
         if self.joined > 1:  # all planes as the channels of one
             channels *= self.joined
@@ -183,7 +178,6 @@ class UNet(nn.Module):
         self.groups = {}  # plane shape -> positions of the planes that have it
         for i, size in enumerate(self.sizes.values()):
             self.groups.setdefault(tuple(size), []).append(i)
-        self.ch = ch
         self.time = nn.Sequential(nn.Linear(ch, 4 * ch), nn.SiLU(), nn.Linear(4 * ch, 4 * ch))
         self.label = nn.Embedding(config.num_classes + 1, 4 * ch) if config.num_classes else None
         self.plane_time = self.plane_stem = None
@@ -191,31 +185,25 @@ class UNet(nn.Module):
             self.plane_time = nn.Parameter(0.1 * torch.randn(len(self.sizes), 4 * ch))
             self.plane_stem = nn.Parameter(0.1 * torch.randn(len(self.sizes), ch))
         self.stem = conv3x3(channels, ch)
-        self.build_levels(config)
-        width = ch * config.ch_mult[0]
-        self.out_norm, self.out = norm(width), zeroed(conv3x3(width, channels))
-
-    def build_levels(self, config):
-        """Make the layers on the way down, in the middle and up; `skips` has the widths to join."""
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        width, skips, last = self.ch, [self.ch], len(config.ch_mult) - 1
+        width, skips = ch, [ch]  # skips: the widths to be joined on the way up
         for level, mult in enumerate(config.ch_mult):
-            attend = 2 ** level in config.attn_factors
-            for _ in range(config.num_res_blocks):
-                self.down.append(Block(width, self.ch * mult, config, attend))
-                width = self.ch * mult
-                skips.append(width)
-            if level < last:
+            if level:
                 self.down.append(Downsample(width))
+                skips.append(width)
+            for _ in range(config.num_res_blocks):
+                self.down.append(Block(width, ch * mult, config, 2 ** level in config.attn_factors))
+                width = ch * mult
                 skips.append(width)
         self.middle = nn.ModuleList([Block(width, width, config, a) for a in (True, False)])
         for level, mult in reversed(list(enumerate(config.ch_mult))):
             attend = 2 ** level in config.attn_factors
             for _ in range(config.num_res_blocks + 1):
-                self.up.append(Block(width + skips.pop(), self.ch * mult, config, attend))
-                width = self.ch * mult
+                self.up.append(Block(width + skips.pop(), ch * mult, config, attend))
+                width = ch * mult
             if level:
                 self.up.append(Upsample(width))
+        self.out_norm, self.out = norm(width), zeroed(conv3x3(width, channels))
 
     def forward(self, z, t, cond=None):
         batch, channels = z.shape[:2]
@@ -240,7 +228,10 @@ class UNet(nn.Module):
                 xs = [torch.cat([x, skip], dim=1) for x, skip in zip(xs, skips.pop())]
                 xs = layer(xs, embs, batch, cond)
         xs = [self.out(F.silu(self.out_norm(x), inplace=True)) for x in xs]
-        return self.join_planes(xs, batch).reshape(batch, channels, -1)
+        planes = {}
+        for group, x in zip(self.groups.values(), xs):
+            planes.update(zip(group, x.unflatten(0, (batch, -1)).unbind(1)))
+        return pack({i: planes[i] for i in sorted(planes)}).reshape(batch, channels, -1)
 
     def split_planes(self, z, emb):
         """Latents (B,C,L) and emb (B,E) -> the lists xs (after the stem) and embs of `Block`."""
@@ -256,13 +247,6 @@ class UNet(nn.Module):
             xs.append(x)
             embs.append(e.flatten(0, 1))
         return xs, embs
-
-    def join_planes(self, xs, batch):
-        """A list xs like that of `Block` -> (B,C,L), with the planes in their own order."""
-        planes = {}
-        for group, x in zip(self.groups.values(), xs):
-            planes.update(zip(group, x.unflatten(0, (batch, -1)).unbind(1)))
-        return pack({i: planes[i] for i in sorted(planes)})
 
 
 class LDM(nn.Module):
@@ -328,9 +312,7 @@ class LDM(nn.Module):
         if self.text is not None:
             length = len(self.text.position)  # the empty text has no bytes
             return torch.zeros(batch, length, dtype=torch.long, device=self.z_mean.device)
-        if self.config.context_channels:
-            return self.null_context.expand(batch, -1, -1)
-        return None
+        return self.null_context.expand(batch, -1, -1) if self.config.context_channels else None
 
     def eps(self, z_t, t, cond=None):
         """eps_theta: the noise predicted in z_t (B,C,L) at times t (B,), (B,C,L) float32."""
@@ -343,10 +325,7 @@ class LDM(nn.Module):
         return torch.lerp(sigma * z_t, out, self.mixing_logit.sigmoid())
 
     def draw(self, batch, generator=None):
-        """The random numbers of a step, on the CPU: a dict for `forward`.
-
-        Keys: noise (B,C,L); t (B,), integers; drop (B,) bool, whose condition is left out.
-        """
+        """The random numbers of a step for `forward`, on the CPU; `drop` leaves conditions out."""
         return dict(noise=torch.randn(batch, *self.shape, generator=generator),
                     t=torch.randint(T, (batch,), generator=generator),
                     drop=torch.rand(batch, generator=generator) < self.config.cond_dropout)
@@ -354,7 +333,8 @@ class LDM(nn.Module):
     def forward(self, z0, cond=None, noise=None, t=None, drop=None):
         """The loss: mean of |eps - eps_theta|^2 for latents z0 (B,C,L) of the VAE, a scalar.
 
-        noise, t and drop are rows of what `draw` returns; any that is None is drawn here.
+        noise (B,C,L), t (B,), integers, and drop (B,), bool, are rows of what `draw` returns; any
+        that is None is drawn here.
         """
         if noise is None or t is None or drop is None:
             drawn = (x.to(z0.device) for x in self.draw(len(z0)).values())
@@ -371,17 +351,17 @@ class LDM(nn.Module):
         classes, width = self.config.num_classes, self.config.context_channels
         if cond is None:
             return
-        if not classes and not width:
-            raise ValueError('this model is unconditional: give it no label and no text')
-        if classes and (cond.ndim != 1 or cond.min() < 0 or cond.max() >= classes):
-            raise ValueError(f'class labels must be integers in 0..{classes - 1}')
-        if self.text is not None:
-            if cond.ndim != 2 or cond.is_floating_point():
-                raise ValueError('this model reads the tokens of its own text encoder, (batch, '
-                                 'length): make them with encoders.text_reader')
-        elif width and (cond.ndim != 3 or cond.shape[2] != width):
-            raise ValueError(f'text features {tuple(cond.shape)} where (batch, tokens, {width}) is '
-                             'needed: use the text encoder the model was trained with')
+        require(classes or width, 'this model is unconditional: give it no label and no text')
+        if classes:
+            require(cond.ndim == 1 and cond.min() >= 0 and cond.max() < classes,
+                    f'class labels must be integers in 0..{classes - 1}')
+        elif self.text is not None:
+            require(cond.ndim == 2 and not cond.is_floating_point(), 'this model reads the tokens '
+                    'of its own text encoder, (batch, length): make them with encoders.text_reader')
+        else:
+            require(cond.ndim == 3 and cond.shape[2] == width, f'text features {tuple(cond.shape)} '
+                    f'where (batch, tokens, {width}) is needed: use the text encoder the model was '
+                    'trained with')
 
     def guided(self, cond, w=1.0):
         """A function eps(z, t) with classifier-free guidance: e_null + w (e_cond - e_null).
@@ -391,11 +371,10 @@ class LDM(nn.Module):
         self.check_condition(cond)
         if cond is None or w == 1:
             return lambda z, t: self.eps(z, t, cond)
-        null = self.null(len(cond)).expand_as(cond)
+        both = torch.cat([self.null(len(cond)).expand_as(cond), cond])
 
         def eps_fn(z, t):
-            both = self.eps(torch.cat([z, z]), torch.cat([t, t]), torch.cat([null, cond]))
-            e_null, e_cond = both.chunk(2)
+            e_null, e_cond = self.eps(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
             return torch.lerp(e_null, e_cond, w)
         return eps_fn
 
@@ -413,12 +392,10 @@ def sample(eps_fn, z_T, sampler='dpmpp', steps=20, rtol=1e-3, atol=1e-3, generat
     which sample k does not depend on its batch. z_0 is float64 if z_T is, float32 otherwise.
     ValueError for settings out of range.
     """
-    if sampler not in ('ddpm', 'ddim', 'dpmpp', 'rk45'):
-        raise ValueError(f'sampler {sampler!r}: unknown; one of ddpm, ddim, dpmpp, rk45')
-    if not 1 <= steps <= T:
-        raise ValueError(f'{steps} sampling steps: must be from 1 to {T}')
-    if not (rtol > 0 and atol > 0):
-        raise ValueError(f'tolerances rtol {rtol}, atol {atol}: must be positive')
+    require(sampler in ('ddpm', 'ddim', 'dpmpp', 'rk45'),
+            f'sampler {sampler!r}: unknown; one of ddpm, ddim, dpmpp, rk45')
+    require(1 <= steps <= T, f'{steps} sampling steps: must be from 1 to {T}')
+    require(rtol > 0 and atol > 0, f'tolerances rtol {rtol}, atol {atol}: must be positive')
     z, nfe = z_T if z_T.dtype == torch.float64 else z_T.float(), 0
 
     def eps(z, t):
@@ -522,11 +499,6 @@ def largest_rms(x):
     return x.flatten(1).square().mean(1).max().sqrt().item()
 
 
-def weighted(weights, stages):
-    """Sum of weight * stage, without the stages of weight 0."""
-    return sum(w * k for w, k in zip(weights, stages) if w)
-
-
 def rk45(f, y, t0, t1, rtol, atol):
     """y(t1) of dy/dt = f(t, y) with y(t0) = y (B, ...), and the number of calls of f: (y, nfe).
 
@@ -538,17 +510,16 @@ def rk45(f, y, t0, t1, rtol, atol):
     t, k, nfe = t0, f(t0, y), 2
     h, grow = initial_step(f, y, k, t0, t1, rtol, atol), 10.0
     while t != t1:
-        if not abs(h) > 10 * np.spacing(abs(t)):
-            raise ValueError(f'rk45: step below rounding at t = {t:g}: the derivative is not '
-                             'finite, or rtol and atol are too small')
+        require(abs(h) > 10 * np.spacing(abs(t)), f'rk45: step below rounding at t = {t:g}: the '
+                'derivative is not finite, or rtol and atol are too small')
         h = h if abs(h) < abs(t1 - t) else t1 - t
         stages = [k]
         for c, a in zip(RK_C, RK_A):
-            proposal = y + h * weighted(a, stages)
+            proposal = y + h * sum(w * s for w, s in zip(a, stages) if w)
             stages.append(f(t + c * h, proposal))
         nfe += 6
         scale = atol + rtol * torch.maximum(y.abs(), proposal.abs())
-        error = largest_rms(h * weighted(RK_E, stages) / scale)
+        error = largest_rms(h * sum(w * s for w, s in zip(RK_E, stages) if w) / scale)
         factor = min(grow, max(0.2, 0.9 * error ** -0.2)) if error else grow
         grow = 10.0 if error < 1 else 1.0  # no growth right after a rejection
         if error < 1:
@@ -578,10 +549,7 @@ def initial_noise(seeds, shape):
 
 
 def slerp(a, b, w):
-    """Spherical interpolation of noises a, b (..., C, L): a at w = 0, b at w = 1.
-
-    Keeps the norm that Gaussian noise has, where a straight line would shrink it.
-    """
+    """Noises (..., C, L) between a (w = 0) and b (w = 1), on the sphere: of the same norm."""
     cosine = F.cosine_similarity(a.flatten(-2), b.flatten(-2), dim=-1)[..., None, None]
     angle = cosine.clamp(-1, 1).arccos().clamp(min=1e-4)
     return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
@@ -623,10 +591,7 @@ def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler='dpmpp', steps=20
 
 
 def restore(make, weights, device, path):
-    """The network `make()` with these weights, frozen, in evaluation mode.
-
-    ValueError if it cannot be made or the weights do not fit.
-    """
+    """The network `make()` with these weights, frozen, in evaluation mode; ValueError if not."""
     try:
         network = make()
     except (TypeError, KeyError) as error:
@@ -637,10 +602,10 @@ def restore(make, weights, device, path):
 
 
 def first_stage(state, device, path):
-    """(vae, info) of a checkpoint of either kind."""
+    """(vae, info) of a checkpoint of either kind, see `load_vae`."""
     from vae import D2CVAE, VAEConfig  # here: the diffusion itself needs no VAE
-    if state['kind'] not in ('vae', 'ldm'):
-        raise ValueError(f'{path} holds a {state["kind"]} checkpoint; give a run folder or ldm.pt')
+    require(state['kind'] in ('vae', 'ldm'),
+            f'{path} holds a {state["kind"]} checkpoint; give a run folder or ldm.pt')
     vae = restore(lambda: D2CVAE(VAEConfig(**state['vae_config'])), state.get('vae', {}), device,
                   path)
     return vae, dict(args=state.get('vae_args', state['args']), step=state['step'],
@@ -648,27 +613,25 @@ def first_stage(state, device, path):
 
 
 def load_vae(path, device='cpu'):
-    """The first stage of a run or checkpoint (see `common.find_checkpoint`): (vae, info).
+    """The first stage of a run or checkpoint (see `common.find_checkpoint`): (vae, info), frozen.
 
-    vae is in evaluation mode. info: `args`, the flags of stage 1, its `step` and the data set's
-    `splits`. ValueError or FileNotFoundError, one line, for anything else.
+    info: `args`, the flags of stage 1, its `step` and the data set's `splits`. ValueError or
+    FileNotFoundError, one line, for anything else.
     """
     path = Path(find_checkpoint(path, 'vae.pt', 'ldm.pt') or path)
     return first_stage(load_checkpoint(path), device, path)
 
 
 def load(path, device='cpu'):
-    """A trained model from a run or checkpoint: (vae, ldm, info), in evaluation mode.
+    """A trained model from a run or checkpoint: (vae, ldm, info), frozen, with the EMA weights.
 
-    `ldm` has the EMA weights. info: `args`, the flags of stage 1, and `ldm_args`, those of stage
-    2, its `step`, and the data set's `splits`. ValueError or FileNotFoundError, one line, for
-    anything that is not a finished or running second stage.
+    info: that of `load_vae`, but `step` is that of stage 2, and `ldm_args`, its flags. ValueError
+    or FileNotFoundError, one line, for anything that is not a finished or running second stage.
     """
     path = Path(find_checkpoint(path, 'ldm.pt', 'vae.pt') or path)
     state = load_checkpoint(path)
-    if state['kind'] == 'vae':
-        raise ValueError(f'{path} holds stage 1 only; train stage 2 with: '
-                         f'python train_ldm.py --vae {path.parent}')
+    require(state['kind'] != 'vae', f'{path} holds stage 1 only; train stage 2 with: '
+            f'python train_ldm.py --vae {path.parent}')
     vae, info = first_stage(state, device, path)
     ldm = restore(lambda: LDM(LDMConfig(**state['ldm_config'])), state.get('ema', {}), device,
                   path)

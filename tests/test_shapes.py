@@ -190,11 +190,11 @@ def trained_pointnet(in_features=3, local=False):
 
 
 @pytest.mark.mutation('encoders.py', "batch * R * R, 'amax')", "batch * R * R, 'mean')")
-@pytest.mark.mutation('encoders.py', '* resolution + cell[..., 1]) * resolution + cell[..., 0])',
-                      '* resolution + cell[..., 0]) * resolution + cell[..., 1])')
+@pytest.mark.mutation('encoders.py', '* R + cell[..., v]) * R + cell[..., u])',
+                      '* R + cell[..., u]) * R + cell[..., v])')
 @pytest.mark.mutation('encoders.py', 'h = torch.cat([h, sum(pooled)], dim=1)',
                       'h = torch.cat([sum(pooled), h], dim=1)')
-@pytest.mark.mutation('encoders.py', 'place.floor().clamp(0, resolution - 1)', 'place.floor()')
+@pytest.mark.mutation('encoders.py', '2 * (place - cell) - 1', '2 * (place - place.floor()) - 1')
 def test_pointnet_equals_a_loop_over_points_and_cells():
     points = torch.rand(2, 40, 3) * 2.2 - 1.1  # some are outside
     for net in (trained_pointnet(), trained_pointnet(local=True)):
