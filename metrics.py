@@ -25,6 +25,7 @@ import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from contextlib import contextmanager
 from dataclasses import dataclass, field, make_dataclass
 from functools import partial
 from itertools import groupby
@@ -424,8 +425,16 @@ def network_input(x, size, mode):
     return x if x.shape[2:] == (size, size) else RESIZE[mode](x, size)
 
 
-# Features are float32 throughout: no TF32 in convolutions, as by torch's default in products.
-full_precision = partial(torch.backends.cudnn.flags, enabled=True, allow_tf32=False)
+@contextmanager
+def full_precision():
+    """No TF32: features are float32 throughout."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ---- Inception, the 2015 TensorFlow graph ------------------------------------------------------
