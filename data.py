@@ -448,8 +448,8 @@ def find_files(root):
     if files.names:
         return files
     if any(root.glob('**/data.mdb')):
-        raise ValueError(f"{root}: an lmdb; LSUN's own tool writes its pictures into a folder: "
-                         'python data.py export LMDB --out_dir FOLDER')
+        raise ValueError(f'{root}: an lmdb; the data.py of the LSUN repository writes its pictures '
+                         'into a folder: python data.py export LMDB --out_dir FOLDER')
     meshes = any(p.suffix.lower() in MESH_READERS for p in root.rglob('*'))
     hint = '; meshes are prepared by python data.py mesh' if meshes else ''
     raise ValueError(f'{root}: no pictures ({" ".join(SUFFIXES)}) in it{hint}')

@@ -24,8 +24,8 @@ import sys
 import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, make_dataclass
 from functools import partial
 from itertools import groupby
