@@ -188,7 +188,7 @@ leaky_relu = F.leaky_relu
 
 # One thing changed at a time: case -> (object, attribute, replacement), ...
 LAYER = inr.ModulatedLinear, 'forward'
-UNFOLDED = inr.CFCMLP, 'at', lambda self, scale: partial(self, scale=scale)
+UNFOLDED = inr.CFCMLP, 'fixed_scale', lambda self, scale: partial(self, scale=scale)
 ABLATION = {
     'modulated anew in each chunk': [UNFOLDED],
     'x scaled, not the matrix': [UNFOLDED, (*LAYER, scaled_input)],
