@@ -1284,6 +1284,7 @@ class Run:
 
 
 class PictureRun(Run):
+    """Pictures, uint8 or with --float unrounded; reconstructions are compared by PSNR."""
     thing, likeness = 'picture', staticmethod(psnr_each)
 
     def fits(self, dataset, i, R):
@@ -1308,6 +1309,7 @@ class PictureRun(Run):
 
 
 class ShapeRun(Run):
+    """Clouds on the surfaces; reconstructions are compared by the IoU of their occupancy."""
     thing, encoded_together, likeness = 'cloud', 1, staticmethod(iou)
 
     def true(self, dataset, i):
@@ -1502,6 +1504,7 @@ def sampler_name(about):
 
 
 def frechet_command(args):
+    """fid, rfid, fvd, rfvd: Frechet distance of the features of reals and fakes, by sampler."""
     real, fakes = real_and_fake(args)
     net = open_network(args)
     a = real_stats(net, real, args)
@@ -1518,6 +1521,7 @@ def frechet_command(args):
 
 
 def nfe_command(args):
+    """Network calls of samplers on the same seeds; needs no weights but the run's."""
     run = open_run(args.a, args, stage=2)
     for sampler in args.samplers:
         args.sampler = sampler  # a Run reads it when it samples
@@ -1526,11 +1530,17 @@ def nfe_command(args):
         report(args, f'{sampler_name(source.about)}{args.num} samples', {}, fake=source)
 
 
-def pr_command(args):
+def real_and_fake_features(args):
+    """The network --features, Sources of reals and fakes, and features (N,D) of both."""
     real, fakes = real_and_fake(args)
     net = open_network(args)
     fake = fakes()
-    x, y = (features(net, source).to(args.device) for source in (real, fake))
+    return net, real, fake, *(features(net, source).to(args.device) for source in (real, fake))
+
+
+def pr_command(args):
+    """Improved precision and recall of fakes against reals."""
+    net, real, fake, x, y = real_and_fake_features(args)
     with full_precision():
         precision, recall = precision_recall(x, y, args.k)
     report(args, f'precision {precision:.4f}   recall {recall:.4f}   k {args.k}, {len(y)} fakes, '
@@ -1540,6 +1550,7 @@ def pr_command(args):
 
 
 def psnr_command(args):
+    """PSNR and SSIM of reconstructions, beside those of two plain guesses, or of two folders."""
     require((args.b is None) == is_run(args.a), f'{args.a}: give one run, or two folders')
     if args.b:
         source, plain = folder_pairs(args), {}
@@ -1601,6 +1612,7 @@ def cell_numbers(points, cells):
 
 
 def iou_command(args):
+    """IoU of reconstructions at every stored point, by class, beside that of the mean shape."""
     run = open_run(args.a, args)
     dataset = run.data(args.split)
     plain = mean_shape(run.data('train')) > 0.5
@@ -1620,6 +1632,7 @@ def iou_command(args):
 
 
 def shapes_command(args):
+    """MMD, COV and 1-NNA of two sets of clouds of one size, in two normalisations."""
     real, fakes = real_and_fake(args)
     clouds = torch.cat(measured(real, lambda batch: batch))
     args.num = len(clouds)
@@ -1648,10 +1661,8 @@ def chosen(source, wanted):
 
 
 def nn_command(args):
-    real, fakes = real_and_fake(args)
-    net = open_network(args)
-    fake = fakes()
-    bank, queries = (features(net, source).to(args.device) for source in (real, fake))
+    """A picture of fakes, each followed by the reals nearest to it (Fig. 13)."""
+    net, real, fake, bank, queries = real_and_fake_features(args)
     with full_precision():
         distances, index = (v.cpu() for v in nearest_neighbours(queries, bank, args.k))
     shown = chosen(real, set(index.flatten().tolist()))
@@ -1717,6 +1728,7 @@ def only_level(xi, kept):
 
 
 def spectrum_command(args):
+    """A picture of samples with all basis fields but one zeroed, and of their spectra (Fig. 7)."""
     run = open_run(args.a, args, stage=2)
 
     def spectra(z, numbers):
@@ -1795,6 +1807,7 @@ def open_classifier(args, groups):
 
 @full_precision()
 def classifier_command(args):
+    """Train the voxel classifier on the classes of a run's data set."""
     run = open_run(args.a, args)
     train, sides = run.data('train'), []
     for dataset in (train, run.data(args.split)):
@@ -1842,6 +1855,7 @@ def accuracy(vae, xi, label, net, numbers, published):
 @torch.no_grad()
 @full_precision()
 def text_command(args):
+    """TMD, accuracy and CLIP-S of what a run makes of held-out captions (Table 7)."""
     run = open_run(args.a, args, stage=2)
     dataset, text = run.data(args.split), run.ldm.config.text
     require(text, f'{args.a}: reads no text; train stage 2 with --text')
