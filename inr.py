@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import require
+from common import load_checkpoint, load_weights, require, save_checkpoint
 
 # plane name -> (coordinate along the width, coordinate along the height), in packing order
 PLANES = {
@@ -292,6 +292,60 @@ class CFCMLP(nn.Module):
                 h = torch.cat([h, pe[i]], dim=-1)
             h = block(h, style)
         return self.out(h, style)
+
+
+# ---- one sample as a function ------------------------------------------------------------------
+
+def look_up(xi, points, domain, plane_merge):
+    """p^1..p^n at points (B,N,D): a list of (B,N,C), coarse to fine.
+
+    xi: basis fields, coarse to fine, each a dict plane name -> (B,C,H,W). plane_merge: what is
+    looked up in the planes of one field is joined by 'concat' or 'sum'.
+    """
+    parts = [[sample_field(field, points[..., PLANES[domain][name]])
+              for name, field in level.items()] for level in xi]
+    return [sum(p) if plane_merge == 'sum' else torch.cat(p, dim=-1) for p in parts]
+
+
+class Function(nn.Module):
+    """One sample, omega(c) = pi(gamma(c; Xi)): f(coords (...,D)) -> values (...,C), float32.
+
+    Coordinates lie in [-1, 1], which stands for `extent` times as much in the units of the data.
+    Values are what the MLP gives: colours that fill [-1, 1], or the logit of occupancy. Gradients
+    come by autograd. `scale` is the sampling period s; None derives it from a regular grid (H,W,2)
+    and takes the training period 1 for other points.
+
+    about: `domain`, `extent`, `plane_merge` and `read_out`, the arguments of the MLP.
+    """
+
+    def __init__(self, about, xi, mlp):
+        super().__init__()
+        self.about, self.xi, self.mlp, self.extent = about, xi, mlp, about['extent']
+
+    def forward(self, coords, scale=None):
+        points = coords.reshape(1, -1, coords.shape[-1])
+        scale = None if scale is None else points.new_tensor([scale])
+        p = look_up(self.xi, points, self.about['domain'], self.about['plane_merge'])
+        return self.mlp(p, points, scale).view(*coords.shape[:-1], -1)
+
+
+def save_function(path, f):
+    """Write a `Function` to a file, its fields and its MLP in half precision."""
+    save_checkpoint(path, dict(
+        kind='function', about=f.about, mlp={k: v.half() for k, v in f.mlp.state_dict().items()},
+        xi=[{name: field.half().clone() for name, field in level.items()} for level in f.xi]))
+
+
+def load_function(path, device='cpu'):
+    """The `Function` that `python sample.py --export FILE` wrote, frozen.
+
+    ValueError or FileNotFoundError, one line, for any other file.
+    """
+    state = load_checkpoint(path, 'function', device)
+    mlp = CFCMLP(**state['about']['read_out'])
+    load_weights(mlp, state['mlp'], path)
+    xi = [{name: field.float() for name, field in level.items()} for level in state['xi']]
+    return Function(state['about'], xi, mlp.to(device)).requires_grad_(False)
 
 
 # ---- iso-surfaces ------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from torch import nn
 from common import flag, require
 from encoders import (ConvEncoder, LocalPoolPointNet, PlaneAttention, ResBlock, Upsample, conv3x3,
                       norm)
-from inr import (CFCMLP, cell_centres, draw_mesh, extract_mesh, grid_scale, pack, plane_sizes,
-                 sample_field, sample_grid, unpack, PLANES)
+from inr import (CFCMLP, Function, cell_centres, draw_mesh, extract_mesh, grid_scale, look_up, pack,
+                 plane_sizes, sample_grid, unpack, PLANES)
 
 LOSSES = dict(l1=F.l1_loss, l2=F.mse_loss, bce=F.binary_cross_entropy_with_logits)
 
@@ -238,10 +238,13 @@ class D2CVAE(nn.Module):
                                        for n in (2 * c.z_channels, c.z_channels))
         self.decoder = HDBFDecoder(c)
         looked_up = c.field_channels * (len(axes) if c.plane_merge == 'concat' else 1)
-        self.mlp = CFCMLP([looked_up] * len(self.decoder.fields), c.channels, c.mlp_width,
-                          c.mlp_blocks, c.mlp_layers, c.conditioning, c.cfc_merge,
-                          c.scale_injection, c.resolution,
-                          1 + max(map(max, axes.values())) if c.coord_input else 0)
+        self.read_out = dict(
+            pe_channels=[looked_up] * len(self.decoder.fields), out_channels=c.channels,
+            width=c.mlp_width, blocks=c.mlp_blocks, layers=c.mlp_layers,
+            conditioning=c.conditioning, merge=c.cfc_merge, scale_injection=c.scale_injection,
+            resolution=c.resolution,
+            coord_features=1 + max(map(max, axes.values())) if c.coord_input else 0)
+        self.mlp = CFCMLP(**self.read_out)
         scope = [self.encoder, self.quant]
         if c.sn_scope == 'all':
             scope += [self.post_quant, self.decoder]
@@ -304,16 +307,15 @@ class D2CVAE(nn.Module):
         planes = unpack(z, sizes or self.latent_sizes())
         return self.on_planes(self.decoder, {n: self.post_quant[n](p) for n, p in planes.items()})
 
-    def merge(self, parts):
-        """What was looked up in the planes of one field, (B,N,C) each, as one (B,N,C')."""
-        parts = list(parts)
-        return sum(parts) if self.config.plane_merge == 'sum' else torch.cat(parts, dim=-1)
-
     def look_up(self, xi, points):
         """p^1..p^n at points (B,N,D): a list of (B,N,C)."""
-        axes = PLANES[self.domain]
-        return [self.merge(sample_field(field, points[..., axes[name]])
-                           for name, field in level.items()) for level in xi]
+        return look_up(xi, points, self.domain, self.config.plane_merge)
+
+    def function(self, xi):
+        """The `inr.Function` of one sample, which takes (...,D) and nothing of this network."""
+        about = dict(domain=self.domain, extent=self.config.extent,
+                     plane_merge=self.config.plane_merge, read_out=self.read_out)
+        return Function(about, xi, self.mlp)
 
     def query(self, xi, coords, scale=None):
         """omega(c) at any points: coords (N,D), (B,N,D) or grids (H,W,D), (B,H,W,D) -> (B,...,C).

@@ -235,8 +235,7 @@ def test_planes_know_their_axes():
     assert (model.query(xi, other) - values).abs().max() > 1e-4
 
 
-@pytest.mark.mutation('vae.py', "sum(parts) if self.config.plane_merge == 'sum'",
-                      "parts[0] if self.config.plane_merge == 'sum'")
+@pytest.mark.mutation('inr.py', "sum(p) if plane_merge == 'sum'", "p[0] if plane_merge == 'sum'")
 @pytest.mark.mutation('inr.py', 'h = h + self.coords(coords)', 'pass')
 @pytest.mark.mutation('vae.py', 'bce=F.binary_cross_entropy_with_logits', 'bce=F.mse_loss')
 def test_objective_of_shapes():

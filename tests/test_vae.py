@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import encoders
 import inr
 import vae
@@ -336,7 +337,7 @@ def test_impossible_renders_are_refused(function):
             model.render(xi, size, box)
 
 
-@pytest.mark.mutation('vae.py', 'field, points[..., axes', 'field, -points[..., axes')
+@pytest.mark.mutation('inr.py', 'field, points[..., PLANES', 'field, -points[..., PLANES')
 def test_query_takes_points_of_any_shape(function):
     model, xi = function
     points = torch.rand(5, 2) * 2 - 1
@@ -354,3 +355,69 @@ def test_query_takes_points_of_any_shape(function):
     assert field.shape[2:] == (16, 16)
     torch.testing.assert_close(model.query(xi, grid).flatten(1, 2),
                                model.mlp(pe, scale=torch.ones(1)))
+
+
+# ---- one sample as a function ------------------------------------------------------------------
+
+@pytest.mark.mutation('inr.py', "kind='function', about=f.about", "kind='function', about={**f.about, "
+                      "'extent': 1.0}")
+@pytest.mark.mutation('inr.py', 'v.half() for k, v in f.mlp', 'v.bfloat16() for k, v in f.mlp')
+@pytest.mark.mutation('inr.py', 'name: field.half().clone()', 'name: field.bfloat16()')
+@pytest.mark.mutation('inr.py', "points.new_tensor([scale])", "points.new_tensor([1.0])")
+@pytest.mark.mutation('vae.py', "plane_merge=self.config.plane_merge, read", "plane_merge='sum', read")
+@pytest.mark.parametrize('domain', list(vae.DOMAINS))
+def test_an_exported_function_is_the_sample(domain, tmp_path):
+    """At points of any shape, at the period of their grid or a given one, to half precision."""
+    D = 1 + max(map(max, inr.PLANES[domain].values()))
+    model = vae.D2CVAE(vae.VAEConfig(
+        domain=domain, channels=2, extent=0.55, resolution=16, ch=8, ch_mult=(1, 2), z_channels=4,
+        decoder_ch=8, decoder_mult=(2, 1), fields=(1, 2), field_channels=4, mlp_width=16,
+        scale_injection=domain == 'image', loss={'image': 'l1'}.get(domain, 'bce'),
+        coord_input=domain != 'image'))
+    sizes = model.latent_sizes()
+    xi = model.decode(torch.randn(1, 4, sum(h * w for h, w in sizes.values())))
+    inr.save_function(tmp_path / 'f.pt', model.function(xi))
+    f = inr.load_function(tmp_path / 'f.pt')
+    points, grid = torch.rand(7, D) * 2 - 1, inr.make_grid(*[5, 9, 8][-D:])
+    for c in (points, grid):
+        values = f(c)
+        assert values.shape == (*c.shape[:-1], 2) and f.extent == 0.55
+        torch.testing.assert_close(values, model.query(xi, c[None])[0], atol=3e-3, rtol=3e-3)
+    zoom = f(grid, 0.3)
+    torch.testing.assert_close(zoom, model.query(xi, grid[None], 0.3)[0], atol=3e-3, rtol=3e-3)
+    assert domain != 'image' or (zoom - f(grid)).abs().max() > 1e-2
+    one = f(points[0])
+    torch.testing.assert_close(one, f(points)[0])
+    assert not any(p.requires_grad for p in f.parameters())
+
+
+@pytest.mark.mutation('inr.py', 'points = coords.reshape(1,', 'points = coords.detach().reshape(1,')
+def test_gradients_of_a_function_are_those_of_differences(function):
+    model, xi = function
+    xi = [{k: field[:1].double() for k, field in level.items()} for level in xi]
+    f = model.function(xi).double()
+    points = ((torch.rand(20, 2) * 2 - 1).double() * 0.9).requires_grad_()
+    value = f(points, 1.0)[:, 0]
+    try:
+        gradient, = torch.autograd.grad(value.sum(), points)
+    except RuntimeError as error:
+        pytest.fail(str(error))
+    for axis in range(2):
+        h = torch.zeros(2).double()
+        h[axis] = 1e-6
+        difference = (f(points + h, 1.0) - f(points - h, 1.0))[:, 0] / 2e-6
+        torch.testing.assert_close(gradient[:, axis], difference, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.mutation('inr.py', "load_checkpoint(path, 'function', device)",
+                      "load_checkpoint(path, None, device)")
+def test_files_that_hold_no_function(tmp_path):
+    common.save_checkpoint(tmp_path / 'vae.pt', dict(kind='vae', about=dict(
+        domain='image', extent=1.0, plane_merge='sum', read_out=dict(
+            pe_channels=[4], out_channels=3))))
+    (tmp_path / 'torn.pt').write_bytes(b'PK')
+    for name, word in (('vae.pt', 'function is needed'), ('torn.pt', 'truncated')):
+        with pytest.raises(ValueError, match=word):
+            inr.load_function(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match='none.pt'):
+        inr.load_function(tmp_path / 'none.pt')
