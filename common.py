@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -480,14 +481,18 @@ def resume(path, args, kind):
     return state
 
 
+def read_log(path):
+    """The lines of a log.jsonl as dicts, but for one that a kill has torn."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(s) for s in lines if s.endswith('}')]
+
+
 class Log:
     """log.jsonl of a run; this stage's lines after the step it continues from are dropped."""
 
     def __init__(self, path, stage, step):
         self.path, self.stage = path, stage
-        lines = path.read_text().splitlines() if path.exists() else []
-        lines = [json.loads(s) for s in lines if s.endswith('}')]  # a kill may tear the last one
-        kept = [v for v in lines if v['stage'] != stage or v['step'] <= step]
+        kept = [v for v in read_log(path) if v['stage'] != stage or v['step'] <= step]
         text = ''.join(json.dumps(v) + '\n' for v in kept)
         replace(path, lambda temporary: temporary.write_text(text))
 
@@ -495,6 +500,58 @@ class Log:
         values = {k: v.item() if hasattr(v, 'item') else v for k, v in values.items()}
         with self.path.open('a') as file:
             file.write(json.dumps(dict(stage=self.stage, **values)) + '\n')
+
+
+def curves(folder, stage):
+    """A run's loss, learning rate and first held-out figure by name, each (N,2): step and value."""
+    found = {}
+    for line in read_log(folder / 'log.jsonl'):
+        if line.pop('stage') == stage:
+            step, *first = line
+            for name in first[:1] + ['lr'] * ('lr' in line):
+                found.setdefault(name, []).append((line[step], line[name]))
+    return {name: np.array(points) for name, points in found.items()}
+
+
+def draw_curves(folder):
+    """Write curves.png: loss, learning rate and held-out figure of each stage against the steps.
+
+    Runs of the same preset beside this one are drawn faintly behind it.
+    """
+    runs = {path.parent: json.loads(path.read_text()) for path in folder.parent.glob('*/args.json')}
+    picture = Image.new('RGB', (3 * PANEL[0], len(runs[folder]) * PANEL[1]), 'white')
+    draw = ImageDraw.Draw(picture)
+    for row, (stage, args) in enumerate(runs[folder].items()):
+        others = [curves(other, stage) for other, stages in runs.items() if other != folder
+                  and stages.get(stage, {}).get('preset') == args['preset']]
+        for column, (name, own) in enumerate(curves(folder, stage).items()):
+            draw_panel(draw, np.array([column, row]) * PANEL, f'{stage} {name}', own,
+                       [other[name] for other in others if name in other])
+    replace(folder / 'curves.png', lambda temporary: picture.save(temporary, 'png'))
+
+
+PANEL = 320, 200  # pixels of a set of axes, with what is written beside it
+
+
+def draw_panel(draw, corner, title, own, faint):
+    """Curves (N,2) over others in one set of axes; that of a loss is logarithmic."""
+    logarithmic = title.endswith(('loss', 'total'))
+    lines = [np.stack([c[:, 0], np.log10(c[:, 1]) if logarithmic else c[:, 1]], 1)
+             for c in (*faint, own)]
+    lines = [c[np.isfinite(c).all(1)] for c in lines]
+    low, high = (edge(np.concatenate(lines), axis=0) for edge in (np.min, np.max))
+    zero, size = corner + (54, PANEL[1] - 26), np.array(PANEL) - (66, 50)
+    draw.rectangle([*(zero + size * (0, -1)), *(zero + size * (1, 0))], outline='#888888')
+    for k, line in enumerate(lines):
+        points = zero + (line - low) / np.maximum(high - low, 1e-12) * size * (1, -1)
+        colour = '#1f5fbf' if k == len(faint) else '#c8c8c8'
+        draw.line([tuple(p) for p in points], colour, 2)
+        draw.rectangle([*(points[-1] - 2), *(points[-1] + 2)], colour)
+    draw.text(zero + (0, -size[1] - 16), f'{title}: {own[-1, 1]:.4g} at {own[-1, 0]:.0f}', 'black')
+    for value, y in (high[1], -size[1]), (low[1], -10):
+        draw.text(zero + (-50, y), f'{10 ** value if logarithmic else value:.3g}', 'black')
+    for value, x in (low[0], 0), (high[0], size[0] - 30):
+        draw.text(zero + (x, 6), f'{value:.0f}', 'black')
 
 
 def start_run(folder, stage, args, process, step, facts):

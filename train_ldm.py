@@ -357,6 +357,7 @@ def main():
             average.load_state_dict(ema.state_dict())
             result, pictures = evaluate(average, vae, held_out, args, reader, device)
             log.write(step=step, **result)
+            common.draw_curves(folder)
             data.save_grid(folder / 'samples' / f'sample_{step:07d}.png', pictures, 9)
             bar.write(f'step {step}: held-out loss {result["held_out_loss"]:.4f}')
         if process.is_first and (step % args.save_every == 0 or step == args.steps):

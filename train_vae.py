@@ -193,6 +193,7 @@ def main():
             model.train()
             stats = latent_statistics(model, batch, own)
             log.write(step=step, **result, **stats)
+            common.draw_curves(folder)
             data.save_grid(folder / 'samples' / f'reconstruction_{step:07d}.png', pictures, 8)
             bar.write(f'step {step}: held out, ' + ', '.join(
                 f'{k} {v:.4g}' for k, v in result.items())

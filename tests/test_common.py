@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import common
@@ -324,6 +325,50 @@ def test_log_survives_a_torn_last_line(tmp_path):
         common.Log(path, 'vae', 5).write(step=6)
         lines = [json.loads(s) for s in path.read_text().splitlines()]
         assert [v['step'] for v in lines] == ([1, 1, 6] if torn == whole.strip() else [1, 6])
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    """Two runs of one preset and one of another, of which only one has a second stage."""
+    for k, (name, preset) in enumerate((('new', 'p'), ('old', 'p'), ('other', 'q'))):
+        log = common.Log(tmp_path / name / 'log.jsonl', 'vae', 0)
+        (tmp_path / name / 'args.json').write_text(json.dumps(
+            dict(vae=dict(preset=preset)) | (dict(ldm=dict(preset=preset)) if k == 0 else {})))
+        for step in (0, 50, 100):
+            log.write(step=step, total=10.0 ** (step / 50), kl=7.0, norm=1.0, lr=2.0 + k)
+        log.write(step=50, psnr_32=10.0, psnr_64=3.0)
+        log.write(step=100, psnr_32=20.0 + 10 * k, psnr_64=3.0)
+    common.Log(tmp_path / 'new' / 'log.jsonl', 'ldm', 0).write(step=1, loss=1.0, lr=0.1)
+    return tmp_path
+
+
+@pytest.mark.mutation('common.py', "first[:1] + ['lr']", "first[1:2] + ['lr']")
+@pytest.mark.mutation('common.py', "line.pop('stage') == stage", "line.pop('stage')")
+def test_curves_of_a_run(two_runs):
+    found = common.curves(two_runs / 'new', 'vae')
+    assert list(found) == ['total', 'lr', 'psnr_32']
+    assert found['total'].tolist() == [[0, 1], [50, 10], [100, 100]]
+    assert found['lr'].tolist() == [[0, 2], [50, 2], [100, 2]]
+    assert found['psnr_32'].tolist() == [[50, 10], [100, 20]]
+
+
+BLUE, GREY = (31, 95, 191), (200, 200, 200)
+
+
+@pytest.mark.mutation('common.py', "np.log10(c[:, 1]) if logarithmic", "c[:, 1] if logarithmic")
+@pytest.mark.mutation('common.py', 'size * (1, -1)', 'size * (1, -0.9)')
+@pytest.mark.mutation('common.py', "get('preset') == args['preset']", "get('preset')")
+def test_curves_are_drawn_with_those_of_the_same_preset(two_runs):
+    """The axes are 254 x 150 pixels, from (54, 24) to (308, 174) of the 320 x 200 of each."""
+    common.draw_curves(two_runs / 'new')
+    picture = Image.open(two_runs / 'new' / 'curves.png')
+    assert picture.size == (960, 400)
+
+    def near(x, y):  # the darkest of the pixels about there
+        return min(picture.getpixel((x + i, y + j)) for i in (-1, 0, 1) for j in (-1, 0, 1))
+    assert near(54 + 64, 174 - 37) == near(54 + 190, 174 - 112) == BLUE  # a line on log axes
+    assert near(640 + 54 + 127, 174 - 37) == BLUE  # the PSNR, from 10 to 20 of 10 to 30
+    assert near(640 + 54 + 127, 174 - 75) == GREY  # of the other run of this preset, from 10 to 30
 
 
 @pytest.mark.mutation('common.py', 'for path in (Path(text), RUNS / text)',
