@@ -381,20 +381,26 @@ class LDM(nn.Module):
 
 # ---- samplers --------------------------------------------------------------------------------
 
+SAMPLERS = 'sde-dpmpp', 'dpmpp', 'ddim', 'ddpm', 'rk45'
+SAMPLER, STEPS, ETA = 'sde-dpmpp', 20, 1.5  # the best measured at 20 calls, see RESULTS.md
+RHO = 7  # how the calls of dpmpp and sde-dpmpp are spaced
+
+
 @torch.no_grad()
-def sample(eps_fn, z_T, sampler='dpmpp', steps=20, rtol=1e-3, atol=1e-3, generator=None):
+def sample(eps_fn, z_T, sampler=SAMPLER, steps=STEPS, rtol=1e-3, atol=1e-3, generator=None,
+           eta=ETA):
     """Latents z_0 from noise z_T (B,C,L): (z_0, nfe), where nfe is the number of calls of eps_fn.
 
-    `eps_fn(z, t (B,))` is any noise prediction, t in [0, 999], with fractions for 'rk45' and
-    'dpmpp'. 'ddpm' and 'ddim' take `steps` integer times, 'dpmpp' is DPM-Solver++(2M) at times
-    evenly spaced in log-SNR, and 'rk45' solves the probability-flow ODE to the tolerances `rtol`
-    and `atol` and denoises once. `generator`, for 'ddpm', is one generator or a list of B, with
-    which sample k does not depend on its batch. z_0 is float64 if z_T is, float32 otherwise.
-    ValueError for settings out of range.
+    `eps_fn(z, t (B,))` is any noise prediction, t in [0, 999], with fractions but for 'ddpm' and
+    'ddim'. All samplers but 'rk45' are cases of `multistep` with `steps` calls; `eta`, of
+    'sde-dpmpp', is how much noise they put back. 'rk45' solves the probability-flow ODE to the
+    tolerances `rtol` and `atol` and denoises once. `generator`, for noise that is put back, is one
+    generator or a list of B, with which sample k does not depend on its batch. z_0 is float64 if
+    z_T is, float32 otherwise. ValueError for settings out of range.
     """
-    require(sampler in ('ddpm', 'ddim', 'dpmpp', 'rk45'),
-            f'sampler {sampler!r}: unknown; one of ddpm, ddim, dpmpp, rk45')
+    require(sampler in SAMPLERS, f'sampler {sampler!r}: unknown; one of {", ".join(SAMPLERS)}')
     require(1 <= steps <= T, f'{steps} sampling steps: must be from 1 to {T}')
+    require(eta >= 0, f'eta {eta}: must be at least 0')
     require(rtol > 0 and atol > 0, f'tolerances rtol {rtol}, atol {atol}: must be positive')
     z, nfe = z_T if z_T.dtype == torch.float64 else z_T.float(), 0
 
@@ -406,30 +412,59 @@ def sample(eps_fn, z_T, sampler='dpmpp', steps=20, rtol=1e-3, atol=1e-3, generat
 
     if sampler == 'rk45':
         z = probability_flow(eps, z, rtol, atol)
-    elif sampler == 'dpmpp':
-        z = dpmpp(eps, z, steps)
     else:
-        z = ancestral(eps, z, steps, sampler == 'ddpm', generator)
+        order, eta = {'ddpm': (1, 1), 'ddim': (1, 0), 'dpmpp': (2, 0)}.get(sampler, (2, eta))
+        times = even_times(steps) if order == 1 else bent_times(steps)
+        z = multistep(eps, z, times, order, eta, generator)
     return z, nfe
 
 
-def ancestral(eps, z, steps, stochastic, generator=None):
-    """DDPM if `stochastic`, else DDIM, at `steps` evenly spaced integer times: z_0 (B,C,L).
+def even_times(steps):
+    """Evenly spaced integers from 999 down to T / steps - 1; one more would be -1, the data."""
+    return [T * i // steps - 1 for i in range(steps, 0, -1)]
 
-    Denoising diffusion implicit models (Song et al., 2021), Eq. 12, with the posterior's variance
-    or none. With 1000 steps, DDPM is the ancestral sampling of Ho et al. (2020).
+
+def bent_times(steps):
+    """Times between those ends, too, but with (sigma / alpha)^(1 / RHO) evenly spaced.
+
+    Karras et al. (2022), Eq. 5. With few calls, those closer to the data than this would cost more
+    where it shows than they gain, see RESULTS.md.
     """
-    times = [T * i // steps - 1 for i in range(steps, -1, -1)]  # 999, ..., -1 = data
-    for t, t_next in zip(times, times[1:]):
-        ab = alpha_bar(t).item()
-        ab_next = alpha_bar(t_next).item() if t_next >= 0 else 1.0
-        e = eps(z, t)
-        z_0 = (z - math.sqrt(1 - ab) * e) / math.sqrt(ab)
-        variance = (1 - ab_next) / (1 - ab) * (1 - ab / ab_next) if stochastic else 0.0
-        z = math.sqrt(ab_next) * z_0 + math.sqrt(1 - ab_next - variance) * e
-        if variance > 0:
-            z = z + math.sqrt(variance) * randn_like(z, generator)
-    return z
+    ends = torch.logit(alpha_bar(torch.tensor([T - 1, T / steps - 1])))  # ln (alpha / sigma)^2
+    roots = np.linspace(*(-ends / (2 * RHO)).exp().tolist(), steps)
+    return matched_time(-np.log1p(roots ** (2 * RHO))).tolist()
+
+
+def multistep(eps, z, times, order, eta, generator=None):
+    """SDE-DPM-Solver++ of first or second order, Lu et al. (2022): z_0 (B,C,L) of the last call.
+
+    With lambda = ln(alpha / sigma), which a step from one of `times` to the next raises by h,
+
+        z' = sigma' / sigma e^(-eta h) z + alpha' (1 - e^(-(1 + eta) h)) D
+             + sigma' sqrt(1 - e^(-2 eta h)) noise
+
+    where D is the z_0 predicted or, in second order, what it will be at half of the step by the
+    line through it and the previous one. With the true eps, z keeps its distribution for any eta: 0
+    is the ODE (first order: DDIM, Song et al., 2021; second: DPM-Solver++(2M)), 1 the reverse SDE
+    (first order: the posterior of DDPM, Ho et al., 2020).
+    """
+    ab = alpha_bar(torch.tensor(times)).tolist()
+    knots = [math.log(a / (1 - a)) / 2 for a in ab]
+    previous = h = None
+    for i, t in enumerate(times):
+        z_0 = (z - math.sqrt(1 - ab[i]) * eps(z, t)) / math.sqrt(ab[i])
+        if i == len(times) - 1:
+            return z_0
+        h, last_h = knots[i + 1] - knots[i], h
+        direction = z_0
+        if order == 2 and previous is not None:
+            direction = z_0 + h / (2 * last_h) * (z_0 - previous)
+        alpha, sigma = math.sqrt(ab[i + 1]), math.sqrt(1 - ab[i + 1])
+        z = (sigma / math.sqrt(1 - ab[i]) * math.exp(-eta * h) * z
+             - alpha * math.expm1(-(1 + eta) * h) * direction)
+        if eta:
+            z = z + sigma * math.sqrt(-math.expm1(-2 * eta * h)) * randn_like(z, generator)
+        previous = z_0
 
 
 def randn_like(z, generator):
@@ -439,27 +474,6 @@ def randn_like(z, generator):
         return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=device).to(z.device)
     return torch.stack([torch.randn(z.shape[1:], generator=g, dtype=z.dtype, device=g.device)
                         for g in generator]).to(z.device)
-
-
-def dpmpp(eps, z, steps):
-    """DPM-Solver++(2M), Lu et al. (2022), Algorithm 2: z_0 (B,C,L) as predicted by the last call.
-
-    lambda = ln(alpha / sigma) is spaced evenly from t = 999 to t = 0, so that all steps have the
-    same length h and the extrapolation weights are 3/2 and -1/2.
-    """
-    ends = torch.logit(alpha_bar(torch.tensor([T - 1, 0]))) / 2
-    knots = np.linspace(*ends.tolist(), steps)
-    log_ab = -np.log1p(np.exp(-2 * knots))
-    alpha, sigma = np.exp(log_ab / 2).tolist(), np.sqrt(-np.expm1(log_ab)).tolist()
-    times, previous = matched_time(log_ab).tolist(), None
-    for i in range(steps):
-        z_0 = (z - sigma[i] * eps(z, times[i])) / alpha[i]
-        if i == steps - 1:
-            return z_0
-        direction = z_0 if previous is None else 1.5 * z_0 - 0.5 * previous
-        h = knots[i + 1] - knots[i]
-        z = sigma[i + 1] / sigma[i] * z - alpha[i + 1] * math.expm1(-h) * direction
-        previous = z_0
 
 
 def probability_flow(eps, z, rtol, atol):
@@ -556,8 +570,8 @@ def slerp(a, b, w):
 
 
 @torch.no_grad()
-def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler='dpmpp', steps=20, rtol=1e-3,
-             atol=1e-3, batch=16, z_T=None, return_nfe=False, progress=False):
+def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler=SAMPLER, steps=STEPS,
+             rtol=1e-3, atol=1e-3, batch=16, z_T=None, return_nfe=False, progress=False, eta=ETA):
     """Latents (B,C,L) for `vae.decode`, one for each seed, made `batch` at a time.
 
     `cond` has a row for each seed: labels (B,) or text features (B,M,C), with guidance weight
@@ -582,7 +596,7 @@ def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler='dpmpp', steps=20
         part = slice(start, start + batch)
         eps_fn = ldm.guided(None if cond is None else cond[part].to(device), guidance)
         generators = [torch_seeded('posterior noise', s) for s in seeds[part]]
-        z, calls = sample(counted, z_T[part].to(device), sampler, steps, rtol, atol, generators)
+        z, calls = sample(counted, z_T[part].to(device), sampler, steps, rtol, atol, generators, eta)
         out.append(ldm.denormalise(z))
         nfe.append(calls)
     bar.close()

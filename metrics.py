@@ -44,6 +44,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import data
+import ldm
 from common import (Parser, evenly_spaced, file_digest, find_checkpoint, flag, load_checkpoint,
                     move, require, run, save_checkpoint, seeded, start_process, torch_seeded)
 from encoders import (BPETokenizer, CLIPText, TextBlock, from_hugging_face, layers_of,
@@ -1266,7 +1267,6 @@ class Run:
 
     def draw(self, seeds, **condition):
         """Latents (B,C,L) with these seeds, in one batch, and their network calls."""
-        import ldm
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.amp):
             z, nfe = ldm.generate(self.vae, self.ldm, seeds, batch=len(seeds), return_nfe=True,
                                   **condition, **self.args.sampler)
@@ -1395,7 +1395,6 @@ def is_run(path):
 
 def open_run(path, args, stage=1):
     """The Run at `path`, with stage 2 to sample; ValueError if it has not what is measured."""
-    import ldm  # here, so that folders can be measured without the model
     file = find_checkpoint(path, *(('ldm.pt', 'vae.pt') if stage == 2 else ('vae.pt', 'ldm.pt')))
     require(file, f'{path}: not a run; give a folder with vae.pt or ldm.pt')
     vae, *diffusion, info = (ldm.load if stage == 2 else ldm.load_vae)(file, args.device)
@@ -1499,7 +1498,7 @@ def sampler_name(about):
     """'dpmpp steps 20, NFE 20.0, ' of a source of samples, '' of another."""
     if 'sampler' not in about:
         return ''
-    settings = ' '.join(f'{k} {about[k]:g}' for k in ('steps', 'rtol', 'atol') if k in about)
+    settings = ' '.join(f'{k} {about[k]:g}' for k in ('steps', 'eta', 'rtol', 'atol') if k in about)
     return f'{about["sampler"]} {settings}, NFE {about["nfe"]:.1f}, '
 
 
@@ -1917,8 +1916,8 @@ FLAGS = dict(
     picture=flag('', 'PNG to write'),
     k=flag(3, 'neighbours: a ball reaches to the last of them; nn shows them all'),
     split=flag('train', "part of a run's data", choices=('train', 'test')),
-    sampler=flag('dpmpp:20', 'NAME:STEPS, of ddpm, ddim and dpmpp, or rk45:TOLERANCE'),
-    samplers=flag('dpmpp:20', 'one or several, comma-separated: NAME:STEPS or rk45:TOLERANCE'),
+    sampler=flag(f'{ldm.SAMPLER}:{ldm.STEPS}', 'NAME:STEPS, rk45:TOLERANCE or sde-dpmpp:STEPS:ETA'),
+    samplers=flag(f'{ldm.SAMPLER}:{ldm.STEPS}', 'one or several of these, comma-separated'),
     steps=flag(1000, 'optimiser steps, of 32 shapes each'),
     seed=flag(0, 'sample k has seed + k; other draws have keys with it'),
     amp=flag(False, 'the diffusion model in bfloat16'),
@@ -1959,7 +1958,7 @@ COMMANDS = dict(
     rfvd=Command(frechet_command, 'clip', SETS, FVD + REBUILT, dict(
         FVD_DEFAULTS, fakes='reconstructions'), 'the same of clips and reconstructions'),
     nfe=Command(nfe_command, '', RUN, 'num seed amp batch samplers', dict(
-        num=32, samplers='ddpm:1000,ddim:50,dpmpp:20,rk45:1e-3,rk45:1e-5'),
+        num=32, samplers='ddpm:1000,ddim:50,dpmpp:20,sde-dpmpp:20,rk45:1e-3,rk45:1e-5'),
         'network calls of samplers; fid --samplers adds their FID'),
     pr=Command(pr_command, 'picture', SETS, 'weights resize features k sampler ' + SAMPLES, {},
                'improved precision and recall'),
@@ -2005,16 +2004,23 @@ def build_parser():
 
 
 def parse_sampler(text):
-    """'ddim:50' -> dict(sampler='ddim', steps=50); of 'rk45:1e-3' rtol and atol are both 1e-3."""
-    name, _, value = text.partition(':')
-    require(name in ('ddpm', 'ddim', 'dpmpp', 'rk45'), f'--sampler {text}: no such sampler')
+    """'ddim:50' -> dict(sampler='ddim', steps=50); of 'rk45:1e-3' rtol and atol are both 1e-3.
+
+    'sde-dpmpp:50:0.5' has eta 0.5.
+    """
+    name, *values = text.split(':')
+    require(name in ldm.SAMPLERS, f'--sampler {text}: no such sampler; one of '
+            f'{", ".join(ldm.SAMPLERS)}')
+    kinds = dict(rk45=[float], **{'sde-dpmpp': [int, float]}).get(name, [int])
     try:
-        value = float(value) if name == 'rk45' else int(value)
+        require(1 <= len(values) <= len(kinds), '')
+        value, *eta = [kind(v) for kind, v in zip(kinds, values)]
+        require(0 < value < math.inf and all(0 <= e < math.inf for e in eta), '')
     except ValueError:
-        value = 0
-    require(0 < value < math.inf, f'--sampler {text}: expected NAME:STEPS or rk45:TOLERANCE')
+        raise ValueError(f'--sampler {text}: expected NAME:STEPS, rk45:TOLERANCE or '
+                         'sde-dpmpp:STEPS:ETA') from None
     settings = dict(rtol=value, atol=value) if name == 'rk45' else dict(steps=value)
-    return dict(sampler=name, **settings)
+    return dict(sampler=name, **settings, **{'eta': e for e in eta})
 
 
 def main(argv=None):

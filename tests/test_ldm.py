@@ -78,7 +78,7 @@ def test_continuous_schedule_follows_the_discrete_one():
 
 # ---- samplers --------------------------------------------------------------------------------
 
-@pytest.mark.mutation('ldm.py', 'math.sqrt(ab_next) * z_0', 'math.sqrt(ab) * z_0')
+@pytest.mark.mutation('ldm.py', '- alpha * math.expm1', '- 0.99 * alpha * math.expm1')
 def test_ddim_with_the_true_noise_returns_the_data():
     z0, noise = torch.randn(2, 5, 3, 4, dtype=torch.float64)
     ab = float(ldm.alpha_bar(999))
@@ -93,8 +93,9 @@ def test_ddim_with_the_true_noise_returns_the_data():
         torch.testing.assert_close(z, z0, atol=1e-10, rtol=0)
 
 
-@pytest.mark.mutation('ldm.py', 'math.sqrt(variance) *', 'variance *')
-@pytest.mark.mutation('ldm.py', '(1 - ab_next) / (1 - ab) *', '0.9 * (1 - ab_next) / (1 - ab) *')
+@pytest.mark.mutation('ldm.py', 'math.sqrt(-math.expm1(-2', '(-math.expm1(-2')
+@pytest.mark.mutation('ldm.py', "'ddpm': (1, 1)", "'ddpm': (1, 0.9)")
+@pytest.mark.mutation('ldm.py', "'ddpm': (1, 1)", "'ddpm': (2, 1)")
 def test_ddpm_with_1000_steps_is_ancestral_sampling():
     g, z_T = Gaussian(), torch.randn(2, 3, 4, dtype=torch.float64)
     z, nfe = ldm.sample(g.eps, z_T, 'ddpm', 1000, generator=torch.Generator().manual_seed(1))
@@ -111,7 +112,7 @@ def test_ddpm_with_1000_steps_is_ancestral_sampling():
     torch.testing.assert_close(z, x, atol=1e-8, rtol=0)
 
 
-@pytest.mark.mutation('ldm.py', "steps, sampler == 'ddpm'", "steps, sampler == 'ddim'")
+@pytest.mark.mutation('ldm.py', "'ddpm': (1, 1)", "'ddpm': (1, 0)")
 def test_ddpm_recovers_the_moments_of_a_gaussian():
     g = Gaussian()
     z_T = torch.randn(1, 3, 4).expand(2000, -1, -1)  # all spread comes from the steps' own noise
@@ -121,45 +122,111 @@ def test_ddpm_recovers_the_moments_of_a_gaussian():
     torch.testing.assert_close(z.std((0, 2)), g.std[:, 0].float(), atol=0.015, rtol=0.05)
 
 
-@pytest.mark.mutation('ldm.py', '- variance) * e', '- variance) * 0.99 * e')
-@pytest.mark.mutation('ldm.py', '1.5 * z_0 - 0.5', '1.4 * z_0 - 0.4')
+@pytest.mark.mutation('ldm.py', 'math.exp(-eta * h) * z', 'math.exp(-eta * h - 1e-3) * z')
+@pytest.mark.mutation('ldm.py', 'h / (2 * last_h)', 'h / (2.2 * last_h)')
 @pytest.mark.mutation('ldm.py', 'return beta / 2 *', 'return beta *')
 @pytest.mark.mutation('ldm.py', 'TAU_END = 1e-3', 'TAU_END = 2e-2')
 def test_solvers_follow_the_closed_form_flow():
     g, z_T = Gaussian(), torch.randn(4, 3, 5, dtype=torch.float64)
-    ends = ldm.alpha_bar(999), ldm.alpha_bar(0)
+    ends, early = ((ldm.alpha_bar(999), ldm.alpha_bar(last)) for last in (0, 1))
     tau_ends = [torch.tensor(ldm.log_alpha_bar(tau)).exp() for tau in (1.0, 1e-3)]
     for sampler, settings, (start, end), tolerance in (
-            ('ddim', dict(steps=1000), ends, 1e-2), ('dpmpp', dict(steps=500), ends, 1e-3),
+            ('ddim', dict(steps=1000), ends, 1e-2), ('dpmpp', dict(steps=500), early, 1e-3),
             ('rk45', dict(rtol=1e-7, atol=1e-7), tau_ends, 1e-4)):
         z, _ = ldm.sample(g.eps, z_T, sampler, **settings)
         assert (z - g.transport(z_T, start, end)).abs().max() < tolerance, sampler
 
 
-@pytest.mark.mutation('ldm.py', '1.5 * z_0 - 0.5 * previous', 'z_0')
+@pytest.mark.mutation('ldm.py', 'if order == 2 and', 'if False and')
 def test_dpmpp_is_of_second_order():
     g, z_T = Gaussian(), torch.randn(4, 3, 5, dtype=torch.float64)
-    exact = g.transport(z_T, ldm.alpha_bar(999), ldm.alpha_bar(0))
-    errors = [(ldm.sample(g.eps, z_T, 'dpmpp', n + 1)[0] - exact).abs().max() for n in (100, 200)]
+    errors = [(ldm.sample(g.eps, z_T, 'dpmpp', n)[0] - g.transport(
+        z_T, ldm.alpha_bar(999), ldm.alpha_bar(1000 / n - 1))).abs().max() for n in (100, 200)]
     assert 3.4 < errors[0] / errors[1] < 4.6
 
 
-@pytest.mark.mutation('ldm.py', 'if i == steps - 1', 'if i == steps - 2')
+class Mixture:
+    """Data 0.3 N(-1, 0.2^2) + 0.7 N(2, 0.5^2), independent in each channel and place."""
+    weight = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    mean = torch.tensor([-1.0, 2.0], dtype=torch.float64)
+    std = torch.tensor([0.2, 0.5], dtype=torch.float64)
+
+    def denoised(self, z, t):
+        """E[z_0 | z_t]: of each part, weighted by how probable it is."""
+        ab = ldm.alpha_bar(t).view(-1, *[1] * z.ndim)
+        z, var = z[..., None], ab * self.std ** 2 + 1 - ab
+        gap = z - ab.sqrt() * self.mean
+        share = (self.weight.log() - var.log() / 2 - gap ** 2 / (2 * var)).softmax(-1)
+        return (share * (self.mean + ab.sqrt() * self.std ** 2 / var * gap)).sum(-1)
+
+    def eps(self, z, t):
+        ab = ldm.alpha_bar(t).view(-1, *[1] * (z.ndim - 1))
+        return (z - ab.sqrt() * self.denoised(z, t)) / (1 - ab).sqrt()
+
+    def at(self, t, count):
+        """Draws of z_t, (1,1,count)."""
+        part = (torch.rand(1, 1, count, dtype=torch.float64) > self.weight[0]).long()
+        noise, ab = torch.randn(2, 1, 1, count, dtype=torch.float64), ldm.alpha_bar(t)
+        z_0 = self.mean[part] + self.std[part] * noise[0]
+        return ab.sqrt() * z_0 + (1 - ab).sqrt() * noise[1]
+
+
+def moments(z):
+    """Mean, deviation, and the shares of the lower mode and of what lies between the modes."""
+    shares = [((z > low) & (z < high)).double().mean() for low, high in ((-9, 0), (0, 1))]
+    return torch.stack([z.mean(), z.std(), *shares])
+
+
+@pytest.mark.mutation('ldm.py', 'math.expm1(-(1 + eta) * h)', 'math.expm1(-(1 + 0.9 * eta) * h)')
+@pytest.mark.mutation('ldm.py', 'math.exp(-eta * h)', 'math.exp(-0.9 * eta * h)')
+@pytest.mark.mutation('ldm.py', 'math.expm1(-2 * eta * h)', 'math.expm1(-1.9 * eta * h)')
+def test_sde_dpmpp_keeps_the_moments_of_a_mixture():
+    """And of a Gaussian, whose mean and deviation after the last call are known; for any eta."""
+    m, g, ab = Mixture(), Gaussian(), ldm.alpha_bar(9)  # the last of 100 calls
+    truth = moments(m.denoised(m.at(9, 800_000), torch.tensor([9])))
+    std = (ab ** 0.5 * g.std ** 2 / g.marginal(ab)[1]).T
+    z_T = torch.randn(1, 3, 40_000, dtype=torch.float64)
+    for eta in (0.0, 0.5, 1.0, 2.0):
+        z, _ = ldm.sample(m.eps, m.at(999, 200_000), 'sde-dpmpp', 100, eta=eta)
+        torch.testing.assert_close(moments(z), truth, atol=0.012, rtol=0.01)
+        z, _ = ldm.sample(g.eps, z_T, 'sde-dpmpp', 100, eta=eta)
+        torch.testing.assert_close((z.mean(2) - g.mean.T) / std, torch.zeros_like(std), atol=0.03,
+                                   rtol=0)
+        torch.testing.assert_close(z.std(2), std, atol=0, rtol=0.02)
+
+
+@pytest.mark.mutation('ldm.py', '.get(sampler, (2, eta))', '.get(sampler, (2, eta or 1e-9))')
+@pytest.mark.mutation('ldm.py', "'dpmpp': (2, 0)", "'dpmpp': (2, 1e-9)")
+@pytest.mark.mutation('ldm.py', "'dpmpp': (2, 0)", "'dpmpp': (1, 0)")
+def test_sde_dpmpp_without_noise_is_dpmpp():
+    z_T = torch.randn(2, 3, 5)
+    ode, _ = ldm.sample(Gaussian().eps, z_T, 'dpmpp', 7)
+    assert torch.equal(ldm.sample(Gaussian().eps, z_T, 'sde-dpmpp', 7, eta=0.0)[0], ode)
+    noisy, again = (ldm.sample(Gaussian().eps, z_T, 'sde-dpmpp', 7, eta=1e-9,
+                               generator=torch.Generator().manual_seed(k))[0] for k in (0, 1))
+    assert not torch.equal(noisy, ode) and not torch.equal(noisy, again)
+    torch.testing.assert_close(noisy, ode, atol=1e-2, rtol=0)
+
+
+@pytest.mark.mutation('ldm.py', 'if i == len(times) - 1', 'if i == len(times) - 2')
 @pytest.mark.mutation('ldm.py', 'nfe += 1', 'nfe += 2')
 @pytest.mark.mutation('ldm.py', 'T * i // steps - 1', '(T + 7) * i // steps - 8')
+@pytest.mark.mutation('ldm.py', 'T - 1, T / steps - 1', 'T - 2, T / steps - 1')
+@pytest.mark.mutation('ldm.py', 'T - 1, T / steps - 1', 'T - 1, 0.9 * T / steps')
+@pytest.mark.mutation('ldm.py', 'np.linspace(*(-ends', 'np.geomspace(*(-ends')
 @pytest.mark.parametrize('steps', [3, 20])
 def test_steps_are_network_calls(steps):
     grid = [math.floor(-1 + 1000 / steps * i + 1e-9) for i in range(steps, 0, -1)]
-    for sampler in ('ddpm', 'ddim', 'dpmpp'):
+    for sampler in ('ddpm', 'ddim', 'sde-dpmpp', 'dpmpp'):
         times = []
-        _, nfe = ldm.sample(lambda z, t: times.append(t[0].item()) or z, torch.randn(1, 2, 3),
-                            sampler, steps)
+        _, nfe = ldm.sample(lambda z, t: times.append(t[0].item()) or z,
+                            torch.randn(1, 2, 3).double(), sampler, steps)
         assert nfe == len(times) == steps
-        assert times == grid or sampler == 'dpmpp'
-    log_snr = torch.logit(ldm.alpha_bar(torch.tensor(times, dtype=torch.float64)))
-    assert times[0] == 999 and times[-1] == pytest.approx(0, abs=1e-9)
-    torch.testing.assert_close(log_snr.diff(), log_snr.diff().mean().expand(steps - 1),
-                               rtol=1e-3, atol=0)
+        assert times == grid or 'dpmpp' in sampler
+    ab = ldm.alpha_bar(torch.tensor(times, dtype=torch.float64))
+    roots = (1 / ab - 1) ** (1 / (2 * ldm.RHO))  # of sigma / alpha
+    assert times[0] == pytest.approx(999) and times[-1] == pytest.approx(1000 / steps - 1)
+    torch.testing.assert_close(roots.diff(), roots.diff().mean().expand(steps - 1))
 
 
 @pytest.mark.mutation('ldm.py', '71 / 1920', '71 / 1900')
@@ -206,14 +273,15 @@ def test_rk45_sampling_counts_the_denoise_and_works_in_float32():
     torch.testing.assert_close(z.double(), Gaussian().transport(z_T, *ends), atol=1e-2, rtol=0)
 
 
-@pytest.mark.mutation('ldm.py', "('ddpm', 'ddim', 'dpmpp', 'rk45')", "('ddpm', 'euler')")
+@pytest.mark.mutation('ldm.py', "require(sampler in SAMPLERS,", "require(True,")
+@pytest.mark.mutation('ldm.py', 'require(eta >= 0', 'require(True')
 @pytest.mark.mutation('ldm.py', 'require(1 <= steps <= T', 'require(steps <= T')
 @pytest.mark.mutation('ldm.py', 'require(rtol > 0 and atol > 0', 'require(True')
 def test_sampler_settings_out_of_range():
     z = torch.randn(1, 2, 3)
     for settings, word in ((dict(sampler='euler'), 'euler'), (dict(steps=0), '0 sampling'),
                            (dict(steps=1001), '1001'), (dict(sampler='rk45', rtol=0.0), 'rtol'),
-                           (dict(sampler='rk45', atol=-1.0), 'atol')):
+                           (dict(sampler='rk45', atol=-1.0), 'atol'), (dict(eta=-0.1), 'eta')):
         with pytest.raises(ValueError, match=word):
             ldm.sample(lambda z, t: z, z, **settings)
 
@@ -497,19 +565,20 @@ def test_wrong_conditions_are_refused():
 
 # ---- generation and loading ------------------------------------------------------------------
 
-@pytest.mark.mutation('ldm.py', "rtol, atol, generators)", "rtol, atol)")
+@pytest.mark.mutation('ldm.py', "rtol, atol, generators, eta)", "rtol, atol, None, eta)")
 @pytest.mark.mutation('ldm.py', "torch_seeded('z_T', s)", "torch_seeded('z_T', len(seeds))")
 def test_a_sample_depends_on_its_seed_alone():
     model, vae, seeds = tiny(num_classes=3), nn.Linear(1, 1), [7, 0, 99, 3]
     labels = torch.tensor([0, 2, 1, 0])
 
-    def run(k, batch):
-        return ldm.generate(vae, model, [seeds[i] for i in k], labels[k], 2.0, 'ddpm', 4,
+    def run(k, batch, sampler):
+        return ldm.generate(vae, model, [seeds[i] for i in k], labels[k], 2.0, sampler, 4,
                             batch=batch)
-    together = run([0, 1, 2, 3], 4)
-    torch.testing.assert_close(run([0, 1, 2, 3], 3), together, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(run([2], 1), together[2:3], atol=1e-4, rtol=1e-4)
-    assert (together[0] - together[1]).abs().max() > 0.1
+    for sampler in ('ddpm', 'sde-dpmpp'):
+        together = run([0, 1, 2, 3], 4, sampler)
+        torch.testing.assert_close(run([0, 1, 2, 3], 3, sampler), together, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(run([2], 1, sampler), together[2:3], atol=1e-4, rtol=1e-4)
+        assert (together[0] - together[1]).abs().max() > 0.1
 
 
 @pytest.mark.mutation('ldm.py', 'out.append(ldm.denormalise(z))', 'out.append(z)')
@@ -519,7 +588,8 @@ def test_generate_returns_latents_of_the_vae_and_its_calls():
     model.set_latent_stats([1.0, 2, 3, 4], [0.5, 1, 1.5, 2])
     z, nfe = ldm.generate(nn.Linear(1, 1), model, range(3), steps=5, batch=2, z_T=z_T,
                           return_nfe=True)
-    raw, _ = ldm.sample(model.eps, z_T, 'dpmpp', 5)
+    own = [common.torch_seeded('posterior noise', k) for k in range(3)]
+    raw, _ = ldm.sample(model.eps, z_T, 'sde-dpmpp', 5, generator=own)
     torch.testing.assert_close(z, raw * model.z_std + model.z_mean, atol=1e-4, rtol=1e-4)
     assert nfe == [5, 5]
     with pytest.raises(ValueError, match='3 initial noises for 2 seeds'):
