@@ -3,6 +3,8 @@
     python sample.py --res 512                        # newest run, or the bundled model
     python sample.py --run runs/NAME --sweep 64,128,512 --num 4 --seed 7
     python sample.py --res 1024 --box=-0.5,0,-0.5,0   # zoom: a quarter of the width and height
+    python sample.py --zoom 0.3,-0.2,16 --num 1       # an animation towards a point
+    python sample.py --export boat.pt --num 1         # one sample as a function: inr.load_function
     python sample.py --num 5 --interpolate 8          # between neighbouring seeds
     python sample.py --reconstruct PICTURE_OR_FOLDER --res 256x384
     python sample.py --run chairs --res 256 --text "a chair with four legs" --turntable
@@ -11,6 +13,7 @@ Every size is rendered from the same latents. Pictures go to --out, a folder for
 PNG a sample, and a grid; surfaces likewise as meshes, and the grid shows them. `OUTPUTS` at the end
 says, for each domain, what is encoded, what is written, and which flags it has.
 """
+import math
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,7 +26,7 @@ import data
 import ldm as stage2
 from common import flag
 from encoders import text_reader
-from inr import draw_mesh
+from inr import draw_mesh, save_function
 
 DEMO = Path(__file__).parent / 'assets' / 'demo.pt'  # Fluent emoji, as in the README
 
@@ -51,6 +54,16 @@ def parse_box(values):
     return (values[0], values[1]), (values[2], values[3])
 
 
+def parse_zoom(values):
+    """(x, y, factor) of --zoom; None for none."""
+    if not values:
+        return None
+    good = len(values) == 3 and max(map(abs, values[:2])) <= 1 and 1 < values[2] <= 1000
+    common.require(good, f'--zoom {values}: X,Y,FACTOR, a point within -1..1 and how much larger, '
+                   'up to 1000')
+    return values
+
+
 def build_parser():
     """Every flag, with its default and help."""
     parser = common.Parser(__doc__.split('\n')[0])
@@ -63,10 +76,12 @@ def build_parser():
     parser.add_argument('--sweep', default='', help='several sizes of the same samples, 64,128,512')
     parser.add_argument('--num', type=int, default=16, help='samples')
     parser.add_argument('--seed', type=int, default=0, help='seed of the first; the next count up')
-    parser.add_argument('--sampler', default='dpmpp', choices=('dpmpp', 'ddim', 'ddpm', 'rk45'),
-                        help='solver of the reverse process')
+    parser.add_argument('--sampler', default='', choices=stage2.SAMPLERS, help='solver of the '
+                        f'reverse process; empty = {stage2.SAMPLER}, for --interpolate dpmpp')
     parser.add_argument('--steps', type=int, default=None,
-                        help='network calls; default 20, for ddpm 1000')
+                        help=f'network calls; default {stage2.STEPS}, for ddpm 1000')
+    parser.add_argument('--eta', type=float, default=None, help='noise that sde-dpmpp puts back, '
+                        f'0 = none, the ODE; default {stage2.ETA:g}')
     parser.add_argument('--tol', type=float, default=1e-3, help='rtol and atol of rk45')
     parser.add_argument('--label', type=int, default=None, help='class of a conditional run')
     parser.add_argument('--text', default='', help='what the samples of a text-conditional run '
@@ -75,6 +90,8 @@ def build_parser():
                         'reads CLIP or an .npz are now, if they have moved')
     parser.add_argument('--guidance', type=float, default=None, help='weight w of classifier-free '
                         'guidance, 1 = none; default 3 for --text (Table 7), else 1')
+    parser.add_argument('--export', default='', metavar='FILE', help='write the one sample to FILE '
+                        'as a function, for inr.load_function')
     parser.add_argument('--interpolate', type=int, default=0, metavar='K',
                         help='K pictures from each seed to the next')
     parser.add_argument('--reconstruct', default='', metavar='PATH',
@@ -105,23 +122,22 @@ def draw(args, vae, ldm):
     """Names and latents of the samples or interpolations asked for."""
     seeds, z_T = list(range(args.seed, args.seed + args.num)), None
     names = [f'{s:06d}' for s in seeds]
+    sampler = args.sampler or ('dpmpp' if args.interpolate else stage2.SAMPLER)
     if args.interpolate:
-        common.require(args.num > 1 and args.interpolate > 1 and args.sampler != 'ddpm',
-                       '--interpolate K: needs --num and K of at least 2 and a deterministic '
-                       'sampler')
         noise = stage2.initial_noise(seeds, ldm.shape)
         steps = torch.linspace(0, 1, args.interpolate)
         z_T = torch.stack([stage2.slerp(a, b, w) for a, b in zip(noise, noise[1:]) for w in steps])
         names = [f'{a:06d}_{k:03d}' for a in seeds[:-1] for k in range(args.interpolate)]
         seeds = seeds[:1] * len(z_T)  # no noise is drawn from them
-    steps = args.steps or (1000 if args.sampler == 'ddpm' else 20)
+    steps = args.steps or (stage2.T if sampler == 'ddpm' else stage2.STEPS)
+    eta = stage2.ETA if args.eta is None else args.eta
     guidance = args.guidance if args.guidance is not None else 3.0 if args.text else 1.0
     cond = condition(args, ldm, len(seeds), ldm.z_mean.device)
     with torch.autocast(ldm.z_mean.device.type, torch.bfloat16, enabled=args.amp):
-        z, nfe = stage2.generate(vae, ldm, seeds, cond, guidance, args.sampler, steps, args.tol,
-                                 args.tol, args.batch, z_T, return_nfe=True, progress=True)
+        z, nfe = stage2.generate(vae, ldm, seeds, cond, guidance, sampler, steps, args.tol,
+                                 args.tol, args.batch, z_T, return_nfe=True, progress=True, eta=eta)
     twice = ' of both branches' if guidance != 1 else ''
-    print(f'{len(z)} latents, {args.sampler}, {sum(nfe) / len(nfe):g} network calls{twice} each')
+    print(f'{len(z)} latents, {sampler}, {sum(nfe) / len(nfe):g} network calls{twice} each')
     return names, z
 
 
@@ -148,12 +164,15 @@ class PictureFlags:
     """Flags of runs that make pictures."""
     box: tuple = flag((), 'x_lo,x_hi,y_lo,y_hi in -1..1: render this region only '
                       '(--box=-1,0,-1,0 is the upper left quarter)', low=-1)
+    zoom: tuple = flag((), 'X,Y,FACTOR: a GIF of each, from the whole to FACTOR times as large at '
+                       'the point X,Y in -1..1', low=-1)
     antialias: bool = flag(True, 'below the training resolution, average instead of point-sampling')
 
 
 def check_pictures(args, sizes):
-    """ValueError for an invalid --box."""
+    """ValueError for an invalid --box or --zoom."""
     parse_box(args.box)
+    parse_zoom(args.zoom)
 
 
 def encode_pictures(path, vae, training, device):
@@ -161,6 +180,18 @@ def encode_pictures(path, vae, training, device):
     pictures = data.FilePictures(data.find_files(path), path, data.Selection('all', tolerant=True),
                                  resolution=vae.config.resolution)
     return *encode_items(pictures, vae, device), None
+
+
+def zoom(vae, xi, size, args, octave=16):
+    """Frames (3,h,w), uint8, of a zoom by --zoom, `octave` of them for each doubling."""
+    x, y, factor = parse_zoom(args.zoom)
+    count = math.ceil(octave * math.log2(factor))
+    for k in common.tqdm(range(count + 1), desc='zoom', unit='frame'):
+        half = factor ** (-k / count)  # of the frame's side; its middle keeps it inside the picture
+        middle = (max(min(c, 1 - 1 / factor), 1 / factor - 1) * (1 - half) / (1 - 1 / factor)
+                  for c in (x, y))
+        box = [(m - half, m + half) for m in middle]
+        yield data.to_uint8(vae.signal(xi, size, box, args.antialias)[0])
 
 
 @torch.no_grad()
@@ -181,6 +212,8 @@ def write_pictures(vae, z, names, sizes, args, place):
             if len(thumbnails) < 64:
                 thumbnails.append(picture if small == (h, w) else
                                   data.to_uint8(vae.signal(xi, small, box, args.antialias)[0]))
+            if args.zoom and (h, w) == sizes[0]:
+                data.save_gif(out / f'zoom_{name}.gif', zoom(vae, xi, (h, w), args), 0.06)
         data.save_grid(out / f'grid_{h}x{w}.png', torch.stack(thumbnails))
     print(f'{len(names) * len(sizes)} pictures and {len(sizes)} grids in {out}')
 
@@ -265,6 +298,9 @@ OUTPUTS = dict(
 )
 
 
+ONE = '--export: writes one sample; give --num 1, or one thing to --reconstruct'
+
+
 def check_flags(args):
     """Refuse what no run can do."""
     common.require(args.num >= 1 and args.batch >= 1, '--num and --batch: must be at least 1')
@@ -272,6 +308,12 @@ def check_flags(args):
     common.require(args.steps is None or 1 <= args.steps <= stage2.T, f'--steps {args.steps}: must '
                    f'be from 1 to {stage2.T}')
     common.require(args.tol > 0, f'--tol {args.tol}: must be positive')
+    common.require(args.eta is None or args.sampler in ('', 'sde-dpmpp') and args.eta >= 0,
+                   f'--eta {args.eta}: at least 0, and for sde-dpmpp alone')
+    common.require(not args.interpolate or args.num > 1 and args.interpolate > 1 and
+                   args.eta is None and args.sampler not in ('sde-dpmpp', 'ddpm'),
+                   '--interpolate K: needs --num and K of at least 2 and a deterministic sampler')
+    common.require(not args.export or args.reconstruct or args.num == 1, ONE)
     common.require(args.guidance in (None, 1) or args.label is not None or args.text,
                    f'--guidance {args.guidance}: has no effect without --label or --text')
     common.require(not (args.res and args.sweep), '--res and --sweep: give one of them')
@@ -311,6 +353,10 @@ def main():
         names, z, place = output.encode(args.reconstruct, vae, info['args'], device)
     else:
         names, z = draw(args, vae, *ldm)
+    if args.export:
+        common.require(len(z) == 1, ONE)
+        save_function(args.export, vae.function(vae.decode(z)))
+        print(f'{args.export}: {Path(args.export).stat().st_size / 2 ** 20:.2f} MiB')
     output.write(vae, z, names, sizes, args, place)
 
 

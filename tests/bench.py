@@ -328,7 +328,7 @@ def stage_cases(table, device):
     def decode_and_render():
         model.render(model.decode(torch.randn(16, *unet.shape, device=device)), (64, 64))
 
-    calls = {'sample 16, dpmpp 20': lambda: ldm.generate(model, unet, range(16)),
+    calls = {'sample 16, 20 calls': lambda: ldm.generate(model, unet, range(16)),
              'read 16 toy_image items': lambda: [pictures.item(k, common.seeded('bench', k))
                                                  for k in range(16)],
              'encode 16': lambda: model.encode(batch),

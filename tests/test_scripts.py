@@ -8,6 +8,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -31,6 +32,7 @@ import data
 import inr
 import ldm
 import metrics
+import sample
 import vae
 
 ROOT = Path(__file__).parent.parent
@@ -178,7 +180,9 @@ def copy(toy, tmp_path):
 
 def test_both_stages_end_to_end(toy):
     files = {p.name for p in toy.run.iterdir()}
-    assert files == {'vae.pt', 'ldm.pt', 'args.json', 'log.jsonl', 'splits.json', 'samples'}
+    assert files == {'vae.pt', 'ldm.pt', 'args.json', 'log.jsonl', 'splits.json', 'samples',
+                     'curves.png'}
+    assert Image.open(toy.run / 'curves.png').size == (960, 400)  # three axes for each stage
     names = {p.name for p in (toy.run / 'samples').iterdir()}
     assert names == {f'{k}_{n:07d}.png' for k in ('reconstruction', 'sample') for n in (3, 6)}
     assert Image.open(toy.run / 'samples' / 'sample_0000006.png').size == (9 * 18 + 2, 4 * 18 + 2)
@@ -552,10 +556,15 @@ def test_a_sample_is_the_same_in_any_batch(toy, tmp_path, repo):
     assert not np.array_equal(a['16x16/000003.png'], a['16x16/000004.png'])
     for name in ('16x16/000006.png', '16x16/000007.png'):
         assert_alike(a[name], b[name])
-    stochastic = f'{run} --sampler ddpm --seed 5'
-    done(tmp_path, 'sample.py', stochastic, '--num 2 --batch 2 --out c', repo=repo)
-    done(tmp_path, 'sample.py', stochastic, '--num 2 --batch 1 --out d', repo=repo)
-    assert_alike(*(pictures(tmp_path, out)['16x16/000006.png'] for out in 'cd'))
+    made = {}  # those before were of the default, which puts noise back
+    for k, sampler in enumerate(('ddpm', 'dpmpp', 'sde-dpmpp --eta 0')):
+        flags = f'{run} --sampler {sampler} --seed 5'
+        done(tmp_path, 'sample.py', flags, f'--num 2 --batch 2 --out c{k}', repo=repo)
+        done(tmp_path, 'sample.py', flags, f'--num 2 --batch 1 --out d{k}', repo=repo)
+        made[k], alone = (pictures(tmp_path, f'{out}{k}')['16x16/000006.png'] for out in 'cd')
+        assert_alike(made[k], alone)
+    assert_alike(made[1], made[2])
+    assert not np.array_equal(made[1], a['16x16/000006.png'])
 
 
 @pytest.mark.mutation('sample.py', 'int(match[2] or match[1])))', 'int(match[1])))')
@@ -579,12 +588,51 @@ def test_sizes_sweep_and_zoom(toy, copy, tmp_path, repo):
                  pictures(copy, 'd')['64x64/000001.png'][:32, 32:])
 
 
+@pytest.mark.mutation('sample.py', 'vae.function(vae.decode(z))', 'vae.function(vae.decode(0 * z))')
+@pytest.mark.mutation('sample.py', 'zoom(vae, xi, (h, w), args)', 'zoom(vae, xi, (w, h), args)')
+def test_export_and_animated_zoom(toy, tmp_path, repo):
+    run = f'--run {toy.run} --device cpu --steps 2 --seed 5'
+    printed = done(tmp_path, 'sample.py', run, '--num 1 --res 12x16,16 --out a --export f.pt',
+                   '--zoom=0.5,-0.25,4', repo=repo).out
+    f, shown = inr.load_function(tmp_path / 'f.pt'), Image.open(tmp_path / 'a/zoom_000005.gif')
+    assert 'f.pt: 0.' in printed and shown.n_frames == 33 and shown.size == (16, 12)
+    picture = data.to_uint8(f(inr.make_grid(16, 16)).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+    assert_alike(pictures(tmp_path, 'a')['16x16/000005.png'], picture.numpy().astype(int), 2)
+    box = '--box=0.25,0.75,-0.5,0'
+    done(tmp_path, 'sample.py', run, box, '--num 1 --res 12x16 --out b', repo=repo)
+    for frame, out in ((0, 'a'), (32, 'b')):  # a GIF has 256 colours
+        shown.seek(frame)
+        drawn = np.asarray(shown.convert('RGB')).astype(int)
+        assert np.abs(drawn - pictures(tmp_path, out)['12x16/000005.png']).mean() < 6
+    for flags, word in (('--num 2 --export g.pt', '--num 1'), ('--num 1 --zoom=0,0,1', '--zoom'),
+                        ('--num 1 --zoom=0,2,3', '--zoom'), ('--num 1 --zoom=0,1', '--zoom')):
+        assert_refused(call(tmp_path, 'sample.py', run, flags), word)
+    assert not (tmp_path / 'g.pt').exists()
+
+
+@pytest.mark.mutation('sample.py', 'factor ** (-k / count)', '1 - (1 - 1 / factor) * k / count')
+@pytest.mark.mutation('sample.py', 'max(min(c, 1 - 1 / factor), 1 / factor - 1)', 'c')
+def test_a_zoom_grows_evenly_and_stays_inside():
+    seen = []
+    fake = SimpleNamespace(signal=lambda xi, size, box, antialias: seen.append(box) or [
+        torch.zeros(3, *size)])
+    list(sample.zoom(fake, None, (2, 3), SimpleNamespace(zoom=(0.9, -0.2, 10.0), antialias=True)))
+    boxes = torch.tensor(seen)  # (frames, x and y, (lo, hi))
+    lo, hi = boxes.unbind(2)
+    size = (hi - lo)[:, 0]
+    torch.testing.assert_close(hi - lo, size[:, None].expand(-1, 2))
+    torch.testing.assert_close(size.log().diff(), -(math.log(10) / 54 * torch.ones(54)))
+    assert (lo.diff(dim=0) >= -1e-6).all() and (hi.diff(dim=0) <= 1e-6).all()
+    torch.testing.assert_close(boxes[0], torch.tensor([[-1.0, 1], [-1, 1]]))
+    torch.testing.assert_close(boxes[-1], torch.tensor([[0.8, 1], [-0.3, -0.1]]))
+
+
 @pytest.mark.mutation('sample.py', 'for a, b in zip(noise, noise[1:]) for w in steps',
                       'for b, a in zip(noise, noise[1:]) for w in steps')
 def test_interpolation_ends_at_the_samples(toy, tmp_path, repo):
     run = f'--run {toy.run} --device cpu --num 3 --seed 2'
     done(tmp_path, 'sample.py', run, '--interpolate 3 --out a', repo=repo)
-    done(tmp_path, 'sample.py', run, '--out b', repo=repo)
+    done(tmp_path, 'sample.py', run, '--sampler dpmpp --out b', repo=repo)
     a, b = pictures(tmp_path, 'a'), pictures(tmp_path, 'b')
     assert len(a) == 7  # two stretches of three, and the grid
     for between, end in (('000002_000', '000002'), ('000002_002', '000003'),
@@ -593,7 +641,7 @@ def test_interpolation_ends_at_the_samples(toy, tmp_path, repo):
 
 
 @pytest.mark.mutation('train_ldm.py', 'ddp(z, cond, **own)', 'ddp(z, None, **own)')
-@pytest.mark.mutation('sample.py', 'cond, guidance, args.sampler', 'None, 1.0, args.sampler')
+@pytest.mark.mutation('sample.py', 'cond, guidance, sampler', 'None, 1.0, sampler')
 def test_class_labels_reach_the_samples(tmp_path, repo):
     """CIFAR-10's labels train their embedding in stage 2, and --label, --guidance use it."""
     place = tmp_path / 'data' / 'cifar10' / 'cifar-10-batches-py'
@@ -965,6 +1013,9 @@ MISUSE = [
     ('sample.py', '--run toy_image --sampler rk45 --tol 0', '--tol'),
     ('sample.py', '--run toy_image --interpolate 3 --num 1', '--interpolate'),
     ('sample.py', '--run toy_image --interpolate 3 --sampler ddpm', '--interpolate'),
+    ('sample.py', '--run toy_image --interpolate 3 --eta 1', '--interpolate'),
+    ('sample.py', '--run toy_image --sampler ddim --eta 1', '--eta'),
+    ('sample.py', '--run toy_image --eta=-1', '--eta'),
     ('sample.py', '--run toy_image --reconstruct nowhere.png', 'nowhere.png'),
     ('sample.py', '--run toy_image --reconstruct empty', 'empty'),
     ('sample.py', '--run toy_image --reconstruct notes/tiny.png', 'tiny.png'),
