@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 import data
 import inr
@@ -37,7 +40,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def shape_run(tmp_path_factory):
-    return trained('toy_shape', tmp_path_factory.mktemp('toy'), 'train_vae.py')
+    return trained('toy_shape', tmp_path_factory.mktemp('toy'), 'train_vae.py', 'train_ldm.py')
 
 
 def psnr(run, capsys, *flags):
@@ -99,3 +102,35 @@ def test_shapes_have_the_pieces_and_handles_of_the_truth(shape_run, capsys):
     with capsys.disabled():
         print(f'{sum(same)} of {len(same)} with the topology of the truth')
     assert sum(same) >= 0.9 * len(same)
+
+
+def largest_share(vertices, faces):
+    """Share of the largest connected component in the volume of a closed mesh; 0 of none."""
+    if not len(faces):
+        return 0.0
+    corners, links = vertices.double().numpy()[faces.numpy()], faces[:, [0, 1, 1, 2]].numpy()
+    graph = coo_matrix((np.ones(2 * len(faces)), links.reshape(-1, 2).T), 2 * (len(vertices),))
+    _, part = connected_components(graph, directed=False)
+    six = np.linalg.det(corners)  # six times the signed volume under each face
+    volume = np.abs(np.bincount(part[faces[:, 0].numpy()], six))
+    return volume.max() / volume.sum()
+
+
+def test_largest_share_of_two_balls():
+    def balls(p):
+        near, far = ((p - c).norm(dim=1) for c in torch.tensor([[-0.5, 0, 0], [0.6, 0, 0]]))
+        return torch.maximum(0.4 - near, 0.2 - far)
+    assert largest_share(*inr.extract_mesh(balls, 64)) == pytest.approx(8 / 9, abs=2e-3)
+    assert largest_share(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.long)) == 0
+
+
+def test_samples_of_shapes_are_whole(shape_run, capsys):
+    """Of 64 samples, at 64 cells a side, how many are one piece but for 1 % of their volume."""
+    vae, model, _ = ldm.load(shape_run)
+    with torch.no_grad():
+        z = ldm.generate(vae, model, range(64), batch=64)
+        shares = [largest_share(*vae.signal(vae.decode(own), 64)[0]) for own in z.split(1)]
+    whole = sum(share > 0.99 for share in shares)
+    with capsys.disabled():
+        print(f'{whole} of {len(shares)} samples in one piece')
+    assert whole >= 56
