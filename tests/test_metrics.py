@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1046,14 +1045,14 @@ class Model:
 @pytest.fixture
 def toy_run(tmp_path, monkeypatch):
     """A run whose samples are seed / 100 everywhere; NFE = steps, or 14 for rk45."""
-    def generate(vae, ldm, seeds, sampler, batch, return_nfe, steps=14, rtol=1, atol=1):
+    def generate(vae, ldm, seeds, sampler, batch, return_nfe, steps=14, rtol=1, atol=1, eta=1.0):
         assert ldm == 'ldm' and return_nfe and len(seeds) <= batch
         z = torch.tensor([[s / 100] * 3 for s in seeds])
         return z, [steps]
     (tmp_path / 'ldm.pt').touch()
     info = dict(args=dict(dataset='toy_image'), step=7, splits=None)
-    monkeypatch.setitem(sys.modules, 'ldm', SimpleNamespace(
-        generate=generate, load=lambda path, device: (Model(), 'ldm', info),
+    monkeypatch.setattr(metrics, 'ldm', SimpleNamespace(
+        SAMPLERS=metrics.ldm.SAMPLERS, generate=generate, load=lambda path, device: (Model(), 'ldm', info),
         load_vae=lambda path, device: (Model(), info)))
     monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: Signals())
     monkeypatch.chdir(tmp_path)
@@ -1195,6 +1194,8 @@ def test_bicubic_baseline_is_pillows_enlargement_of_the_render_at_r():
 
 
 @pytest.mark.mutation('metrics.py', 'atol=value)', 'atol=1e-3)')
+@pytest.mark.mutation('metrics.py', '**{\'eta\': e for e in eta}', '**{}')
+@pytest.mark.mutation('metrics.py', 'all(0 <= e < math.inf for e in eta)', 'True')
 @pytest.mark.mutation('metrics.py', 'it samples\n        fake',
                       'it samples\n        args.sampler = args.samplers[0]\n        fake')
 @pytest.mark.mutation('metrics.py', 'it samples\n        source',
@@ -1214,8 +1215,12 @@ def test_samplers_side_by_side(capsys, toy_run, colour_network):
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line)['fake']['nfe'] for line in lines[1::2]] == [100, 14]
     assert not colour_network.seen and lines[0].startswith('ddpm steps 100, NFE 100.0')
-    with pytest.raises(ValueError, match='expected NAME:STEPS'):
-        metrics.main(['nfe', str(toy_run), '--samplers', 'ddim'])
+    metrics.main(['nfe', str(toy_run), '--num', '4', '--samplers', 'sde-dpmpp:7:0.5'])
+    line, text = capsys.readouterr().out.splitlines()
+    assert json.loads(text)['fake']['eta'] == 0.5 and 'sde-dpmpp steps 7 eta 0.5, NFE 7.0' in line
+    for wrong in ('ddim', 'ddim:3:0.5', 'sde-dpmpp:3:0.5:1', 'sde-dpmpp:3:-1', 'rk45:0'):
+        with pytest.raises(ValueError, match='expected NAME:STEPS'):
+            metrics.main(['nfe', str(toy_run), '--samplers', wrong])
     with pytest.raises(ValueError, match='no such sampler'):
         metrics.main(['nfe', str(toy_run), '--samplers', 'euler:3'])
 
