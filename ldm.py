@@ -424,15 +424,16 @@ def even_times(steps):
     return [T * i // steps - 1 for i in range(steps, 0, -1)]
 
 
-def bent_times(steps):
-    """Times between those ends, too, but with (sigma / alpha)^(1 / RHO) evenly spaced.
+def bent_times(steps, rho=RHO, last=None):
+    """Times from 999 to `last` with (sigma / alpha)^(1 / rho) evenly spaced, as a list.
 
-    Karras et al. (2022), Eq. 5. With few calls, those closer to the data than this would cost more
-    where it shows than they gain, see RESULTS.md.
+    Karras et al. (2022), Eq. 5. Unlike theirs, the last of few calls is far from the data, where
+    `even_times` has it, by default: a call that is closer is worth less, see RESULTS.md.
     """
-    ends = torch.logit(alpha_bar(torch.tensor([T - 1, T / steps - 1])))  # ln (alpha / sigma)^2
-    roots = np.linspace(*(-ends / (2 * RHO)).exp().tolist(), steps)
-    return matched_time(-np.log1p(roots ** (2 * RHO))).tolist()
+    last = T / steps - 1 if last is None else last
+    ends = torch.logit(alpha_bar(torch.tensor([T - 1, last])))  # ln (alpha / sigma)^2
+    roots = np.linspace(*(-ends / (2 * rho)).exp().tolist(), steps)
+    return matched_time(-np.log1p(roots ** (2 * rho))).tolist()
 
 
 def multistep(eps, z, times, order, eta, generator=None):

@@ -404,11 +404,28 @@ def costs(args):
             dict(table='metrics', case=name, seconds=taken, mib=memory / 2 ** 20)), flush=True)
 
 
+GRIDS = [(20, rho, last, 1.0) for rho in (4, 7, 1e4) for last in (0, 30, 50)]  # 1e4: log-SNR
+GRIDS += [(20, 7, 50, eta) for eta in (0.0, 1.5, 2.0)] + [(20, 7, 80, 1.5)]
+GRIDS += [(10, 7, last, 1.5) for last in (50, 80, 99)] + [(50, 7, last, 1.5) for last in (19, 50)]
+
+
+def samplers(args):
+    """FID of a run of pictures, --run, by where the calls of sde-dpmpp lie and by its eta."""
+    if 'samplers' not in args.names:  # it takes half an hour, data and weights
+        return
+    for steps, rho, last, eta in GRIDS:
+        print(f'{steps} calls, rho {rho:g}, the last at t = {last:g}, eta {eta:g}', flush=True)
+        with mock.patch.object(ldm, 'bent_times', partial(ldm.bent_times, rho=rho, last=last)):
+            metrics.main(['fid', args.run, '--num', '512', '--num_real', '512', '--amp',
+                          '--samplers', f'sde-dpmpp:{steps}:{eta}'])
+
+
 TABLES = dict(readout=readout_cases, vae=vae_cases, unet=unet_cases, stage=stage_cases,
               mesh=mesh_cases, metrics=metric_cases)
 BENCHES = dict(readout=readout, vae=lambda args: report(args, 'vae'),
                unet=lambda args: [report(args, t) for t in ('unet step', 'unet evaluation')],
-               stage=lambda args: report(args, 'stage'), mesh=mesh, metrics=costs)
+               stage=lambda args: report(args, 'stage'), mesh=mesh, metrics=costs,
+               samplers=samplers)
 
 
 def main():
@@ -418,7 +435,7 @@ def main():
     parser.add_argument('--repeats', type=int, default=5, help='rounds the medians are over')
     parser.add_argument('--sizes', type=common.parse_tuple(int), default=(256, 512, 1024),
                         help='sides of the pictures read out')
-    parser.add_argument('--run', default='', help='run of shapes, which mesh needs')
+    parser.add_argument('--run', default='', help='run of shapes for mesh, of pictures for samplers')
     parser.add_argument('--full', action='store_true', help='the plain form above 512 on CPU, too')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--child', nargs=2, metavar=('TABLE', 'CASE'), help='run this case once '

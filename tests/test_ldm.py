@@ -211,8 +211,8 @@ def test_sde_dpmpp_without_noise_is_dpmpp():
 @pytest.mark.mutation('ldm.py', 'if i == len(times) - 1', 'if i == len(times) - 2')
 @pytest.mark.mutation('ldm.py', 'nfe += 1', 'nfe += 2')
 @pytest.mark.mutation('ldm.py', 'T * i // steps - 1', '(T + 7) * i // steps - 8')
-@pytest.mark.mutation('ldm.py', 'T - 1, T / steps - 1', 'T - 2, T / steps - 1')
-@pytest.mark.mutation('ldm.py', 'T - 1, T / steps - 1', 'T - 1, 0.9 * T / steps')
+@pytest.mark.mutation('ldm.py', 'torch.tensor([T - 1, last])', 'torch.tensor([T - 2, last])')
+@pytest.mark.mutation('ldm.py', 'T / steps - 1 if last', '0.9 * T / steps if last')
 @pytest.mark.mutation('ldm.py', 'np.linspace(*(-ends', 'np.geomspace(*(-ends')
 @pytest.mark.parametrize('steps', [3, 20])
 def test_steps_are_network_calls(steps):
