@@ -75,11 +75,12 @@ def save_grid(path, x, columns=None, pad=2):
     save_png(path, image_grid(x, columns, pad))
 
 
-def save_gif(path, frames, seconds=0.1):
-    """Write uint8 frames (3,H,W), an iterable, as an endless GIF."""
+def save_animation(path, frames, seconds=0.1):
+    """Write uint8 frames (3,H,W), an iterable, as an endless .webp or .png, exact, or .gif."""
     first, *rest = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in frames]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    first.save(path, save_all=True, append_images=rest, duration=round(1000 * seconds), loop=0)
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 * seconds), loop=0,
+               lossless=True)
 
 
 # ---- toy_image: a boat off a hilly shore, as a function of (x, y) ------------------------------

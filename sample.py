@@ -8,9 +8,12 @@
     python sample.py --num 5 --interpolate 8          # between neighbouring seeds
     python sample.py --reconstruct PICTURE_OR_FOLDER --res 256x384
     python sample.py --run chairs --res 256 --text "a chair with four legs" --turntable
+    python sample.py --run clips --frames 64 --res 512          # any number of frames, any size
+    python sample.py --run clips --slow 4 --time=-0.5,0.5       # what lies between the frames
 
 Every size is rendered from the same latents. Pictures go to --out, a folder for each size with one
-PNG a sample, and a grid; surfaces likewise as meshes, and the grid shows them. `OUTPUTS` at the end
+PNG a sample, and a grid; surfaces likewise as meshes, and the grid shows them; videos as folders of
+frames and as animations, and the grid has a row of frames for each. `OUTPUTS` at the end
 says, for each domain, what is encoded, what is written, and which flags it has.
 """
 import math
@@ -213,7 +216,7 @@ def write_pictures(vae, z, names, sizes, args, place):
                 thumbnails.append(picture if small == (h, w) else
                                   data.to_uint8(vae.signal(xi, small, box, args.antialias)[0]))
             if args.zoom and (h, w) == sizes[0]:
-                data.save_gif(out / f'zoom_{name}.gif', zoom(vae, xi, (h, w), args), 0.06)
+                data.save_animation(out / f'zoom_{name}.gif', zoom(vae, xi, (h, w), args), 0.06)
         data.save_grid(out / f'grid_{h}x{w}.png', torch.stack(thumbnails))
     print(f'{len(names) * len(sizes)} pictures and {len(sizes)} grids in {out}')
 
@@ -276,8 +279,65 @@ def write_meshes(vae, z, names, sizes, args, place):
         data.save_grid(out / f'grid_{resolution}.png', torch.stack(
             [draw_mesh(*surface, 256) for surface in shown]))
         if args.turntable and resolution == sizes[0][0]:
-            data.save_gif(out / 'turntable.gif', turntable(shown[:16]))
+            data.save_animation(out / 'turntable.gif', turntable(shown[:16]))
     print(f'{len(names) * len(sizes)} meshes and {len(sizes)} grids in {out}')
+
+
+# ---- videos ------------------------------------------------------------------------------------
+
+@dataclass
+class VideoFlags:
+    """Flags of runs that make videos."""
+    box: tuple = PictureFlags.__dataclass_fields__['box']
+    frames: int = flag(0, 'of a video, evenly spaced over its time; 0 = as many as in training')
+    slow: int = flag(1, 'slow motion: so many times as many frames, at the same frame rate')
+    time: tuple = flag((), 'LO,HI in -1..1: this part of the time only', low=-1)
+    fps: float = flag(8.0, 'frames a second of the animation', low=0.1)
+    animation: str = flag('webp', 'webp and png (APNG) are exact', choices=('webp', 'png', 'gif'))
+
+
+def check_videos(args, sizes):
+    """ValueError for an invalid --box or --time."""
+    parse_box(args.box)
+    t = args.time
+    common.require(not t or len(t) == 2 and -1 <= t[0] < t[1] <= 1, f'--time {t}: LO,HI, '
+                   'increasing and within -1..1')
+
+
+def encode_videos(path, vae, training, device):
+    """Names and posterior means of the videos of a folder, a zip or an animated file."""
+    videos = data.FileVideos('video', path, data.Selection('all', tolerant=True),
+                             resolution=vae.config.resolution, frames=vae.config.frames)
+    return *encode_items(videos, vae, device), None
+
+
+def video_frames(vae, xi, size, args):
+    """The frames (3,h,w), uint8, that --frames, --slow and --time ask for, one at a time."""
+    count, box = (args.frames or vae.config.frames) * args.slow, parse_box(args.box)
+    ends = torch.linspace(*(args.time or (-1, 1)), count + 1).tolist()
+    for part in zip(ends, ends[1:]):
+        yield data.to_uint8(vae.signal(xi, size, box, args.antialias, 1, part)[0, :, 0])
+
+
+@torch.no_grad()
+def write_videos(vae, z, names, sizes, args, place):
+    """Each latent at each size to OUT/HxW/NAME/00000.png ... and OUT/HxW/NAME.webp.
+
+    OUT/grid_HxW.png has eight frames of each of the first 16, a row for each.
+    """
+    out, sizes = Path(args.out), sizes or [(vae.config.resolution,) * 2]
+    for h, w in sizes:
+        shown = []
+        for name, latent in zip(common.tqdm(names, desc=f'{h}x{w}', unit='video'), z):
+            frames = []
+            for k, frame in enumerate(video_frames(vae, vae.decode(latent[None]), (h, w), args)):
+                data.save_png(out / f'{h}x{w}' / name / f'{k:05d}.png', frame)
+                frames.append(frame)
+            data.save_animation(out / f'{h}x{w}' / f'{name}.{args.animation}', frames, 1 / args.fps)
+            if len(shown) < 8 * 16:
+                shown += [frames[i * len(frames) // 8] for i in range(8)]
+        data.save_grid(out / f'grid_{h}x{w}.png', torch.stack(shown), 8)
+    print(f'{len(names) * len(sizes)} videos and {len(sizes)} grids in {out}')
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -295,6 +355,7 @@ class Output:
 OUTPUTS = dict(
     image=Output('pictures', PictureFlags, check_pictures, encode_pictures, write_pictures),
     shape=Output('surfaces', SurfaceFlags, check_surfaces, encode_shape, write_meshes),
+    video=Output('videos', VideoFlags, check_videos, encode_videos, write_videos),
 )
 
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import flag, require
-from encoders import (ConvEncoder, LocalPoolPointNet, PlaneAttention, ResBlock, Upsample, conv3x3,
-                      norm)
+from encoders import (Attention, ConvEncoder, LocalPoolPointNet, PlaneAttention, ResBlock, Upsample,
+                      VideoEncoder, conv3x3, norm)
 from inr import (CFCMLP, Function, cell_centres, draw_mesh, extract_mesh, grid_scale, look_up, pack,
                  plane_sizes, sample_grid, unpack, PLANES)
 
@@ -38,12 +38,18 @@ class VAEConfig:
     domain: str = 'image'
     channels: int = 3  # values of the signal at a point
     extent: float = 1.0  # half the side of the data's box, which [-1, 1] stands for
+    frames: int = 16  # of a clip
     resolution: int = flag(256, 'r: pixels a side the encoder sees and the anchor s = 1; of point '
                            'clouds, cells a side of the planes they are pooled into')
     point_hidden: int = flag(32, 'width of the PointNet')
     point_blocks: int = flag(5, 'blocks of the PointNet')
     point_channels: int = flag(32, 'channels of the planes that the PointNet makes')
     point_local: bool = flag(False, 'tell the PointNet where in its cell a point lies')
+    patch: int = flag(8, 'pixels a side of the patches that the video encoder sees')
+    vit_width: int = flag(384, 'channels of the video encoder')
+    vit_depth: int = flag(8, 'layers of the video encoder')
+    vit_heads: int = flag(8, 'attention heads of the video encoder, of 64 channels each')
+    plane_depth: int = flag(4, 'layers of each transformer that reduces tokens to a plane')
     ch: int = flag(128, "encoder's base width")
     ch_mult: tuple = flag((1, 2, 4), 'encoder width of each level over the base, fine to coarse')
     num_res_blocks: int = flag(2, 'ResBlocks a level in the encoder; the decoder has one more')
@@ -51,6 +57,7 @@ class VAEConfig:
     decoder_ch: int = flag(64, "decoder's base width (Table 9: head channel)")
     decoder_mult: tuple = flag((4, 2, 1), 'decoder width of each level over the base, coarse first')
     fields: tuple = flag((1, 2, 4), 'sizes of the basis fields over the latent plane, coarse first')
+    across: bool = flag(False, "attend across the planes after the decoder's middle")
     field_channels: int = flag(64, 'channels of each basis field')
     mlp_width: int = flag(256, 'w_pi: width of the MLP')
     mlp_blocks: int = flag(4, 'n_pi: residual blocks of the MLP')
@@ -131,6 +138,7 @@ class HDBFDecoder(nn.Module):
         c, width = config, config.decoder_ch * config.decoder_mult[0]
         # The ablation without HDBF has no coarse heads: they would get no gradient.
         self.fields = c.fields[-1:] if c.conditioning == 'single' else c.fields
+        self.width = width  # of the stem
         self.stem = nn.Sequential(
             conv3x3(c.z_channels, width), ResBlock(width, width), PlaneAttention(width),
             ResBlock(width, width))
@@ -150,7 +158,11 @@ class HDBFDecoder(nn.Module):
                     self.heads[str(2 ** i)] = nn.Conv2d(width, c.field_channels, 1)
 
     def forward(self, z, stretch=(2, 2)):
-        h, xi = self.stem(z), []
+        return self.grow(self.stem(z), stretch)
+
+    def grow(self, h, stretch=(2, 2)):
+        """What follows the stem, on its features h."""
+        xi = []
         for i, level in enumerate(self.levels):
             h = level(h)
             if 2 ** i in self.fields:
@@ -217,6 +229,7 @@ class D2CVAE(nn.Module):
         signal(xi, R)       the whole signal: pictures R pixels, surfaces R cells a side
         show(xi, size=...)  a picture of it, (B,3,size,size) in [-1,1], to look at
         values_of_signal(c) N_ref where the preset gives none
+        feature_channels(c) channels of `features`, 2 z_channels if nothing else is said
 
     and, as class attributes, `stretch`, how much a level of the decoder enlarges (height, width) of
     a plane where that is not (2, 2): yt=(1, 2) keeps t; `allowed`, the values that a flag may have;
@@ -234,9 +247,11 @@ class D2CVAE(nn.Module):
         c = self.config = config
         axes = PLANES[self.domain]
         self.build_encoder(c)
-        self.quant, self.post_quant = (nn.ModuleDict({name: nn.Conv2d(n, n, 1) for name in axes})
-                                       for n in (2 * c.z_channels, c.z_channels))
+        z, features = c.z_channels, self.feature_channels(c)
+        self.quant, self.post_quant = (nn.ModuleDict({name: nn.Conv2d(n, m, 1) for name in axes})
+                                       for n, m in ((features, 2 * z), (z, z)))
         self.decoder = HDBFDecoder(c)
+        self.across = Attention(self.decoder.width, 8, zero_init=True) if c.across else None
         looked_up = c.field_channels * (len(axes) if c.plane_merge == 'concat' else 1)
         self.read_out = dict(
             pe_channels=[looked_up] * len(self.decoder.fields), out_channels=c.channels,
@@ -263,6 +278,10 @@ class D2CVAE(nn.Module):
             for name in {*other.own_flags} - {*cls.own_flags}:
                 require(getattr(config, name) == default[name],
                         f'--{name}: is for {other.domain} data')
+
+    @staticmethod
+    def feature_channels(c):
+        return 2 * c.z_channels
 
     def latent_cells(self):
         """Cells of the latent along x, y, z or t, for a signal of the training resolution.
@@ -305,7 +324,12 @@ class D2CVAE(nn.Module):
     def decode(self, z, sizes=None):
         """z (B,C,L) -> xi, a list coarse to fine of dicts plane name -> (B,C,H,W)."""
         planes = unpack(z, sizes or self.latent_sizes())
-        return self.on_planes(self.decoder, {n: self.post_quant[n](p) for n, p in planes.items()})
+        planes = {name: self.post_quant[name](p) for name, p in planes.items()}
+        middle, = self.on_planes(lambda p, stretch: [self.decoder.stem(p)], planes)
+        if self.across is not None:
+            sizes = {name: h.shape[2:] for name, h in middle.items()}
+            middle = unpack(self.across(pack(middle)), sizes)
+        return self.on_planes(self.decoder.grow, middle)
 
     def look_up(self, xi, points):
         """p^1..p^n at points (B,N,D): a list of (B,N,C)."""
@@ -415,7 +439,8 @@ class PictureVAE(D2CVAE):
     """Pictures (B,3,H,W) in [-1,1]: colour is a function of (x, y); one plane."""
 
     domain, reads = 'image', 'image'
-    allowed = dict(loss=('l1', 'l2'), coord_input=(False,))
+    allowed = dict(loss=('l1', 'l2'), coord_input=(False,), across=(False,))
+    own_flags = 'ch', 'ch_mult'
 
     @staticmethod
     def values_of_signal(c):
@@ -452,7 +477,8 @@ class ShapeVAE(D2CVAE):
 
     domain, reads, point_features = 'shape', 'points', 3
     allowed = dict(loss=('bce',), scale_injection=(False,))
-    own_flags = ('point_hidden', 'point_blocks', 'point_channels', 'point_local', 'threshold')
+    own_flags = ('ch', 'ch_mult', 'point_hidden', 'point_blocks', 'point_channels', 'point_local',
+                 'threshold')
 
     @staticmethod
     def values_of_signal(c):
@@ -506,7 +532,62 @@ class ShapeVAE(D2CVAE):
         return torch.cat(parts) if parts else torch.zeros_like(vertices)
 
 
+class VideoVAE(D2CVAE):
+    """Clips (B,3,T,H,W) in [-1,1]: colour is a function of (x, y, t); three planes."""
+
+    domain, reads = 'video', 'video'
+    stretch = dict(yt=(1, 2), xt=(1, 2))  # t is not reduced
+    allowed = dict(loss=('l1', 'l2'), scale_injection=(False,))
+    own_flags = 'patch', 'vit_width', 'vit_depth', 'vit_heads', 'plane_depth'
+
+    @classmethod
+    def check(cls, config):
+        super().check(config)
+        require(config.resolution % config.patch == 0, f'--resolution {config.resolution}: must be '
+                f'a multiple of --patch {config.patch}')
+
+    @staticmethod
+    def values_of_signal(c):
+        """Those of a clip of r x r pixels."""
+        return c.channels * c.frames * c.resolution ** 2
+
+    @staticmethod
+    def feature_channels(c):
+        return c.vit_width
+
+    def latent_cells(self):
+        return [self.config.resolution // self.config.patch] * 2 + [self.config.frames]
+
+    def build_encoder(self, c):
+        self.encoder = VideoEncoder(c.channels, self.latent_cells(), c.patch, c.vit_width,
+                                    c.vit_depth, c.vit_heads, plane_depth=c.plane_depth)
+
+    def features(self, x):
+        """Clips whose height and width are multiples of the patch, of any length."""
+        return self.encoder(x)
+
+    def predict(self, xi, batch):
+        """Colours at the items' coordinates, (B,M,3), and the targets."""
+        return self.query(xi, batch['coords']), batch['target']
+
+    def signal(self, xi, R, box=None, antialias=True, frames=None, times=(-1.0, 1.0)):
+        """Clips (B,3,T,h,w) in [-1,1] of T = `frames`, by default as many as in training.
+
+        They lie evenly within `times`, a part of [-1, 1]; the rest as for `render`.
+        """
+        size = (R, R) if isinstance(R, int) else R
+        at = cell_centres(frames or self.config.frames, torch.tensor(times)).tolist()
+        return torch.stack([self.render(xi, size, box, antialias, at=(t,)) for t in at],
+                           dim=2).clamp_(-1, 1)
+
+    def show(self, xi, size=None, frames=4):
+        """Frames side by side, (B,3,size,4 size)."""
+        clip = self.signal(xi, size or self.config.resolution, frames=frames)
+        return torch.cat(clip.unbind(2), dim=3)
+
+
 DOMAINS = dict(
     image=PictureVAE,
     shape=ShapeVAE,
+    video=VideoVAE,
 )
