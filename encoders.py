@@ -3,7 +3,8 @@
 The blocks follow DDPM (Ho et al., 2020) and latent diffusion (Rombach et al., 2022). `ConvEncoder`
 makes of a picture, or of any plane of features, those from which mean and variance of q(z|x) come
 (Section 3.2, Appendix A). `LocalPoolPointNet` (Convolutional Occupancy Networks, Peng et al., 2020)
-makes planes of features of a point cloud. Texts become features for cross-attention: those of CLIP
+makes planes of features of a point cloud, `VideoEncoder` (TimeSformer, Bertasius et al., 2021;
+PVDM, Yu et al., 2023) of a clip. Texts become features for cross-attention: those of CLIP
 (Radford et al., 2021) from its published files, those stored in an .npz, or those of a small
 transformer over bytes that is trained with the diffusion model.
 """
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import require
+from inr import PLANES
 
 
 class GroupNorm(nn.GroupNorm):
@@ -218,6 +220,162 @@ class LocalPoolPointNet(nn.Module):
         h = self.proj_out(h).float()  # bfloat16 cannot count beyond 256
         return {name: pool_cells(h, c, batch * R * R, 'mean').view(batch, R, R, -1).permute(
             0, 3, 1, 2) for name, c in cells.items()}
+
+
+# ---- clips -------------------------------------------------------------------------------------
+
+def time_angles(frames, channels, device=None):
+    """Rotary angles (frames,channels): t 10000^(-2k/channels) for the pair k of channels.
+
+    The authors' code gives the two channels of a pair the angles of k = 2j and 2j + 1, which is no
+    rotation and makes attention depend on more than the difference of two times.
+    """
+    rate = 10000 ** (-2 * torch.arange(channels // 2, device=device) / channels)
+    return (torch.arange(frames, device=device)[:, None] * rate).repeat_interleave(2, dim=1)
+
+
+def space_angles(h, w, channels, device=None):
+    """Rotary angles (h*w,channels): pi * scale * place, of the row, then of the column.
+
+    Scales lie between 1 and 5, evenly in the logarithm. Places are centres of cells in [-1,1] (the
+    authors' first and last are the ends), so a frame has the same angles at each resolution.
+    """
+    scale = torch.logspace(0, math.log10(5), channels // 4, device=device)
+    y, x = (((2 * torch.arange(n, device=device) + 1) / n - 1)[:, None] * scale for n in (h, w))
+    pairs = torch.cat([y[:, None].expand(h, w, -1), x.expand(h, w, -1)], dim=2)
+    return math.pi * pairs.flatten(0, 1).repeat_interleave(2, dim=1)
+
+
+def rotate(x, angles):
+    """x (...,n,d) with each pair of neighbouring channels turned by its angle, angles (n,d)."""
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)  # by 90 degrees
+    return (x * angles.cos() + turned * angles.sin()).to(x.dtype)
+
+
+class TokenAttention(nn.Module):
+    """x + linear(attention(norm(x))) over n tokens (N,n,width), with rotary `angles` (n,d) or none.
+
+    There are `heads` heads of d = `head_channels` channels, for rotary angles a multiple of 4.
+    """
+
+    def __init__(self, width, heads, head_channels):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * heads * head_channels, bias=False)
+        self.out = nn.Linear(heads * head_channels, width)
+
+    def forward(self, x, angles=None):
+        qkv = self.qkv(self.norm(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, n, d)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.transpose(1, 2).flatten(2))
+
+
+class Residual(nn.Sequential):
+    """x + layers(x)."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class GEGLU(nn.Module):
+    """The first half of the channels times the GELU of the second."""
+
+    def forward(self, x):
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class SpaceTimeLayer(nn.Module):
+    """TimeSformer's layer, tokens (B,T,S,width) -> the same shape, S places in each of T frames.
+
+    Attention over time at each place, over the places of each frame, and a feed-forward network.
+    """
+
+    def __init__(self, width, heads, head_channels):
+        super().__init__()
+        self.time = TokenAttention(width, heads, head_channels)
+        self.space = TokenAttention(width, heads, head_channels)
+        self.mlp = Residual(nn.LayerNorm(width), nn.Linear(width, 8 * width), GEGLU(),
+                            nn.Linear(4 * width, width))
+
+    def forward(self, x, of_time, of_space):
+        size = x.shape[:2]
+        x = self.time(x.transpose(1, 2).flatten(0, 1), of_time)  # (B*S, T, width)
+        x = x.unflatten(0, (size[0], -1)).transpose(1, 2)
+        return self.mlp(self.space(x.flatten(0, 1), of_space).unflatten(0, size))
+
+
+class PlaneTransformer(nn.Module):
+    """Reads the lines of a volume: (B,H,W,n,width) -> plane (B,width,H,W), from n tokens each.
+
+    A learned summary token joins the n, goes with them through `depth` pre-norm layers, and is what
+    is returned. (The authors' code returns the first of the n.) Learned positions of `cells` tokens
+    are interpolated linearly for other n.
+    """
+
+    def __init__(self, cells, width, depth, heads, hidden):
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(cells, width))
+        self.summary = nn.Parameter(torch.randn(width))
+        self.layers = nn.Sequential(*(layer for _ in range(depth) for layer in (
+            TokenAttention(width, heads, width // 8), Residual(
+                nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(),
+                nn.Linear(hidden, width)))))
+
+    def positions(self, n):
+        """Positions (n,width) of n tokens at the centres of equal parts of the trained line."""
+        return F.interpolate(self.position.T[None], n, mode='linear', align_corners=False)[0].T
+
+    def forward(self, x):
+        size = x.shape[:3]
+        x = (x + self.positions(x.shape[3])).flatten(0, 2)  # (B*H*W, n, width)
+        x = torch.cat([x, self.summary.expand(len(x), 1, -1)], dim=1)
+        return self.layers(x)[:, -1].unflatten(0, size).permute(0, 3, 1, 2)
+
+
+class VideoEncoder(nn.Module):
+    """Clip (B,channels,T,H,W) -> dict of planes: xy (B,width,h,w), yt (..,T,h), xt (..,T,w).
+
+    h = H / patch and w = W / patch; ValueError if they are not whole. As in TimeSformer (Bertasius
+    et al., 2021) and PVDM (Yu et al., 2023): patches become tokens, these go through `depth`
+    `SpaceTimeLayer`s, and each plane has a `PlaneTransformer` that reads along the coordinate which
+    the plane lacks. `cells` = (w, h, T) are the sizes of training; any others will do.
+    """
+
+    def __init__(self, channels=3, cells=(32, 32, 16), patch=8, width=384, depth=8, heads=8,
+                 head_channels=64, plane_depth=4, plane_heads=4, plane_hidden=512):
+        super().__init__()
+        self.patch, self.head_channels = patch, head_channels
+        self.embed = nn.Linear(patch * patch * channels, width)
+        self.layers = nn.ModuleList(SpaceTimeLayer(width, heads, head_channels)
+                                    for _ in range(depth))
+        self.planes = nn.ModuleDict({
+            name: PlaneTransformer(cells[3 - u - v], width, plane_depth, plane_heads, plane_hidden)
+            for name, (u, v) in PLANES['video'].items()})  # 0 + 1 + 2 = 3: the third coordinate
+
+    def tokens(self, video):
+        """Features (B,T,h,w,width) of the patches, before the planes."""
+        T, H, W = video.shape[2:]
+        p, h, w = self.patch, H // self.patch, W // self.patch
+        require((h * p, w * p) == (H, W), f'frames of {W}x{H} pixels cannot be cut into '
+                f'patches of {p}x{p}')
+        x = video.unflatten(4, (w, p)).unflatten(3, (h, p))  # (B, channels, T, h, p, w, p)
+        x = self.embed(x.permute(0, 2, 3, 5, 4, 6, 1).flatten(4))
+        x = x.flatten(2, 3).float()  # bfloat16 would round the sum anew in each layer
+        of_time = time_angles(T, self.head_channels, x.device)
+        of_space = space_angles(h, w, self.head_channels, x.device)
+        for layer in self.layers:
+            x = layer(x, of_time, of_space)
+        return x.unflatten(2, (h, w))
+
+    def forward(self, video):
+        x = self.tokens(video)  # the coordinate c along axis 3 - c
+        return {name: self.planes[name](x.movedim(u + v, 3))
+                for name, (u, v) in PLANES['video'].items()}
 
 
 # ---- weight files that others publish ------------------------------------------------------------
