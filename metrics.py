@@ -1338,9 +1338,29 @@ class ShapeRun(Run):
         return dict(iou=20_000), 128
 
 
+class VideoRun(PictureRun):
+    """What is said of pictures there, of clips (B,3,T,R,R); likeness is the mean over the frames."""
+    thing = 'clip'
+
+    @staticmethod
+    def likeness(truth, made):
+        return torch.stack([psnr_each(x, y) for x, y in zip(truth.unbind(2), made.unbind(2))]).mean(0)
+
+    def settings(self):
+        args, frames = self.args, self.vae.config.frames
+        require(args.frames in (0, frames), f'--frames {args.frames}: the clips of {self.path} have '
+                f'{frames}')
+        require(not args.bicubic, '--bicubic: is for pictures')
+        return dict(frames=frames)
+
+    def sizes(self, dataset):
+        return {f'psnr_{dataset.resolution}': dataset.resolution}, dataset.resolution
+
+
 DOMAINS = dict(
     image=PictureRun,
-    shape=ShapeRun)
+    shape=ShapeRun,
+    video=VideoRun)
 
 
 def quantise(x, as_float=False):

@@ -50,6 +50,7 @@ class VAEConfig:
     vit_depth: int = flag(8, 'layers of the video encoder')
     vit_heads: int = flag(8, 'attention heads of the video encoder, of 64 channels each')
     plane_depth: int = flag(4, 'layers of each transformer that reduces tokens to a plane')
+    plane_hidden: int = flag(512, 'width of their feed-forward layers')
     ch: int = flag(128, "encoder's base width")
     ch_mult: tuple = flag((1, 2, 4), 'encoder width of each level over the base, fine to coarse')
     num_res_blocks: int = flag(2, 'ResBlocks a level in the encoder; the decoder has one more')
@@ -538,7 +539,7 @@ class VideoVAE(D2CVAE):
     domain, reads = 'video', 'video'
     stretch = dict(yt=(1, 2), xt=(1, 2))  # t is not reduced
     allowed = dict(loss=('l1', 'l2'), scale_injection=(False,))
-    own_flags = 'patch', 'vit_width', 'vit_depth', 'vit_heads', 'plane_depth'
+    own_flags = 'patch', 'vit_width', 'vit_depth', 'vit_heads', 'plane_depth', 'plane_hidden'
 
     @classmethod
     def check(cls, config):
@@ -560,7 +561,8 @@ class VideoVAE(D2CVAE):
 
     def build_encoder(self, c):
         self.encoder = VideoEncoder(c.channels, self.latent_cells(), c.patch, c.vit_width,
-                                    c.vit_depth, c.vit_heads, plane_depth=c.plane_depth)
+                                    c.vit_depth, c.vit_heads, plane_depth=c.plane_depth,
+                                    plane_hidden=c.plane_hidden)
 
     def features(self, x):
         """Clips whose height and width are multiples of the patch, of any length."""
