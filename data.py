@@ -1,10 +1,10 @@
-"""Every data set: closed-form toys, folders and zips of pictures, CIFAR-10, meshes.
+"""Every data set: closed-form toys, folders and zips of pictures and videos, CIFAR-10, meshes.
 
     python data.py check DATASET_OR_PATH        # counts, sizes, bad files, a preview
     python data.py mesh FOLDER --out FOLDER     # points and occupancies of .obj, .ply, .off, .stl
 
-`Items` is what every data set offers; `Pictures` and `Shapes` say what an item of their domain is,
-their subclasses where it comes from. `DATASETS` at the end names them all.
+`Items` is what every data set offers; `Pictures`, `Shapes` and `Videos` say what an item of their
+domain is, their subclasses where it comes from. `DATASETS` at the end names them all.
 
 Pictures are uint8 outside and float32 in [-1, 1] inside; a box ((x_lo, x_hi), (y_lo, y_hi)) is the
 extent of a crop of the frame [-1, 1]^2, y down.
@@ -17,10 +17,13 @@ import math
 import os
 import pickle
 import re
+import shutil
+import subprocess
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from functools import partial
 from itertools import product
 from operator import attrgetter
@@ -83,7 +86,7 @@ def save_animation(path, frames, seconds=0.1):
                lossless=True)
 
 
-# ---- toy_image: a boat off a hilly shore, as a function of (x, y) ------------------------------
+# ---- toy_image, toy_video: a boat off a hilly shore, as a function of (x, y) and of (x, y, t) ----
 
 def colours(*rows):
     """'rrggbb ...' strings -> float32 (rows, colours, 3) in [-1, 1]."""
@@ -106,6 +109,11 @@ TOY_RANGES = dict(  # each drawn uniformly; hour and paint run round closed loop
     hill=(0.06, 0.2), hill_amp=(0.1, 0.22), hill_phase=(0, 6.28), terrace_tilt=(-0.35, 0.35),
     terrace_phase=(0, 6.28), ripple_phase=(0, 6.28), boat_x=(-0.6, 0.6), boat_y=(0.16, 0.4),
     boat_size=(0.42, 0.62), boat_lean=(-0.16, 0.16), paint=(0, 1))
+TOY_CLIPS = dict(train=(0, 4_000), test=(2 ** 30, 200))
+TOY_MOTION = dict(  # toy_video has these besides, or in place of those; speeds are per unit of t
+    hour=(0.25, 0.6), hours=(0.08, 0.16), sun_fall=(0.15, 0.3), boat_x=(-0.2, 0.2),
+    heading=(-1, 1), boat_speed=(0.3, 0.7), swell=(4, 8), swell_phase=(0, 6.28), waves=(4, 8),
+    cloud_x=(-0.6, 0.6), cloud_y=(0, 1), cloud_r=(0, 1), wind=(0.2, 0.5))
 
 
 def round_loop(table, u):
@@ -141,13 +149,25 @@ def polygon(x, y, *corners):
                               for (a, b), (c, d) in edges])
 
 
+def cloud(x, y, r):
+    """Opacity (B,H,W) of a soft cloud about the origin, r to either side and flat below."""
+    u, v = x / r, y / r
+    v = np.where(v > 0, 3 * v, v)
+    puffs = sum(np.exp(-((u - a) ** 2 + (v - b) ** 2) / c) for a, b, c in (
+        (-0.75, -0.05, 0.1), (-0.25, -0.3, 0.16), (0.3, -0.15, 0.2), (0.75, -0.05, 0.08)))
+    t = np.clip(1.4 * puffs - 0.3, 0, 1)
+    return 0.85 * t * t * (3 - 2 * t)
+
+
 def toy_shore(p, x, y, sky, horizon, sunlight, mountain, green, sea):
-    """Sky, sun, mountains, terraced hill and rippled sea: (B,3,H,W)."""
+    """Sky, sun, clouds, mountains, terraced hill and rippled sea: (B,3,H,W)."""
     down = np.clip((y + 1) / (p.shore + 1), 0, 1)[:, None]
     picture = sky + (horizon - sky) * down * (2 - down) + np.zeros_like(x)
     sun = np.hypot(x - p.sun_x, y - p.sun_y)
     paint(picture, 0.55 * np.exp(-(sun / (2.2 * p.sun_r)) ** 2), sunlight)
     paint(picture, cover(sun - p.sun_r), sunlight)
+    for cloud_x, cloud_y, cloud_r in p.clouds:
+        paint(picture, cloud(x - cloud_x, y - cloud_y, cloud_r), 0.5 * (horizon + sunlight))
     height = np.clip(1.2 * (p.shore - y), 0, 1)[:, None]  # mountains fade into haze at their feet
     peaks = ridge(x, y, p.shore - p.peak, (p.peak_amp, 3.3, p.peak_phase),
                   (0.05, 7.1, p.peak_phase2))
@@ -156,7 +176,7 @@ def toy_shore(p, x, y, sky, horizon, sunlight, mountain, green, sea):
     terraces = np.sin(23.3 * (0.8 * hill + p.terrace_tilt * x) + p.terrace_phase)
     paint(picture, cover(hill), green + 0.1 * terraces[:, None])
     depth = np.maximum(y - p.shore, 0)
-    ripples = np.sin(24.2 * depth + 0.8 * np.sin(3 * x + p.ripple_phase))
+    ripples = np.sin(24.2 * depth + 0.8 * np.sin(3 * x + p.ripple_phase) - p.roll)
     water = sea + (0.35 * (sky - sea)) * depth[:, None] + 0.05 * ripples[:, None]
     glitter = np.exp(-((x - p.sun_x) / (p.sun_r + 0.5 * depth)) ** 2)
     paint(water, glitter * (0.45 + 0.2 * ripples), sunlight)
@@ -168,7 +188,7 @@ def toy_boat(p, x, y, picture, sail, wood):
     """Paint a sailing boat with its shade on the water; the mast is 1/29 of the box wide."""
     size = p.boat_size
     dx, dy = x - p.boat_x, y - p.shore - p.boat_y
-    u = (np.cos(p.boat_lean) * dx + np.sin(p.boat_lean) * dy) / size
+    u = p.heading * (np.cos(p.boat_lean) * dx + np.sin(p.boat_lean) * dy) / size
     v = (np.cos(p.boat_lean) * dy - np.sin(p.boat_lean) * dx) / size
     shade = 1.6 - 1.6 * np.hypot(u / 0.62, (v - 0.3) / 0.2)
     paint(picture, 0.35 * np.clip(shade, 0, 1), wood)
@@ -182,19 +202,45 @@ def toy_boat(p, x, y, picture, sail, wood):
     paint(picture, cover(size * hull), wood)
 
 
-def toy_image(seeds, size, box=None):
-    """(B,3,H,W), one a seed: exact colours at centres of size or (H, W) cells of box or frame."""
+def toy_values(name, seeds, ranges):
+    """What is drawn for each seed, uniformly from `ranges`: their keys -> float32 (B,1,1)."""
+    drawn = np.stack([common.seeded(name, s).random(len(ranges)) for s in seeds])
+    low, high = np.array([*ranges.values()]).T
+    values = (low + (high - low) * drawn).astype('float32').T  # (parameters, B)
+    return SimpleNamespace(**{k: v[:, None, None] for k, v in zip(ranges, values)})
+
+
+def toy_picture(p, size, box):
+    """(B,3,H,W): exact colours at centres of size or (H, W) cells of box or frame."""
     height, width = (size, size) if np.ndim(size) == 0 else size
     (x0, x1), (y0, y1) = np.array([[-1, 1], [-1, 1]] if box is None else box, float)
     x = (x0 + (x1 - x0) * (np.arange(width) + 0.5) / width).astype('float32')
     y = (y0 + (y1 - y0) * (np.arange(height) + 0.5) / height).astype('float32')[:, None]
-    drawn = np.stack([common.seeded('toy_image', s).random(len(TOY_RANGES)) for s in seeds])
-    low, high = np.array([*TOY_RANGES.values()]).T
-    values = (low + (high - low) * drawn).astype('float32').T  # (parameters, B)
-    p = SimpleNamespace(**{k: v[:, None, None] for k, v in zip(TOY_RANGES, values)})
     picture = toy_shore(p, x, y, *round_loop(TOY_HOURS, p.hour[:, 0, 0]))
     toy_boat(p, x, y, picture, *round_loop(TOY_PAINT, p.paint[:, 0, 0]))
     return torch.from_numpy(picture.clip(-1, 1))
+
+
+def toy_image(seeds, size, box=None):
+    """(B,3,H,W), one a seed: a still sea without clouds, see `toy_picture`."""
+    p = toy_values('toy_image', seeds, TOY_RANGES)
+    p.clouds, p.roll, p.heading = (), 0, 1
+    return toy_picture(p, size, box)
+
+
+def toy_video(seeds, size, times, box=None):
+    """(B,3,T,H,W), one a seed, at T times of [-1, 1]: the sun sets, boat, clouds and waves move."""
+    drawn = toy_values('toy_video', seeds, TOY_RANGES | TOY_MOTION)
+    p = SimpleNamespace(**{k: v.repeat(len(times), 0) for k, v in vars(drawn).items()})
+    t = np.tile(np.asarray(times, 'float32'), len(seeds))[:, None, None]  # (B T,1,1), like all of p
+    p.hour, p.sun_y = p.hour + p.hours * t, p.sun_y + p.sun_fall * t
+    p.heading, p.roll = np.sign(p.heading), p.waves * t
+    way, swell = -p.heading * t, p.swell * t + p.swell_phase  # the bow of heading 1 is on the left
+    p.boat_x, p.boat_y = p.boat_x + p.boat_speed * way, p.boat_y + 0.03 * np.sin(swell)
+    p.boat_lean = p.boat_lean + 0.1 * np.cos(swell)
+    p.clouds = [(p.cloud_x + 0.8 * k + p.wind * way, 0.4 * ((p.cloud_y + 0.618 * k) % 1) - 0.85,
+                 0.16 + 0.1 * ((p.cloud_r + 0.618 * k) % 1)) for k in (-1, 0, 1)]
+    return toy_picture(p, size, box).unflatten(0, (len(seeds), -1)).transpose(1, 2)
 
 
 # ---- toy_shape: five families of solids, as functions of (x, y, z), y up ------------------------
@@ -387,38 +433,41 @@ def natural(name):
     return [int(p) if k % 2 else p for k, p in enumerate(parts)], name
 
 
-def picture_names(names):
+def picture_names(names, suffixes=SUFFIXES):
     """Those that end like a picture and are not hidden (.thumbs/x.png, __MACOSX/), in order."""
-    return sorted((n for n in names if n.lower().endswith(SUFFIXES)
+    return sorted((n for n in names if n.lower().endswith(suffixes)
                    and not re.search(r'(^|/)(\.|__MACOSX/)', n)), key=natural)
 
 
 class Folder:
     """Pictures below a folder, at any depth, links followed; names are relative, with '/'."""
 
-    def __init__(self, root, names=None):
-        self.root, self.names = root, names or self.walk(root)
+    def __init__(self, root, names=None, suffixes=SUFFIXES):
+        self.root, self.names = root, names or self.walk(root, suffixes)
 
     @staticmethod
-    def walk(root):
+    def walk(root, suffixes):
         found, seen = [], set()
         for folder, below, files in os.walk(root, followlinks=True):
             seen.add(os.path.realpath(folder))
             below[:] = [d for d in below if os.path.realpath(os.path.join(folder, d)) not in seen]
             inner = Path(folder).relative_to(root)
             found += [(inner / f).as_posix() for f in files]
-        return picture_names(found)
+        return picture_names(found, suffixes)
 
     def open(self, name):
         return Image.open(self.root / name)
+
+    def stream(self, name):
+        return open(self.root / name, 'rb')
 
 
 class Zip:
     """Pictures in a zip, at any depth; every process opens the file anew."""
 
-    def __init__(self, root):
+    def __init__(self, root, suffixes=SUFFIXES):
         self.root, self.opened = root, (None, None)
-        self.names = picture_names(self.file().namelist())
+        self.names = picture_names(self.file().namelist(), suffixes)
 
     def __getstate__(self):
         return dict(vars(self), opened=(None, None))
@@ -433,19 +482,25 @@ class Zip:
         return self.opened[1]
 
     def open(self, name):
-        return Image.open(self.file().open(name))
+        return Image.open(self.stream(name))
+
+    def stream(self, name):
+        return self.file().open(name)
 
 
-def find_files(root):
-    """Folder (of one file if `root` is a picture) or Zip; FileNotFoundError, ValueError if none."""
+def find_files(root, suffixes=SUFFIXES):
+    """Folder (of one file if `root` is a picture) or Zip; FileNotFoundError, ValueError if none.
+
+    suffixes: SUFFIXES, or VIDEO_SUFFIXES where each file may hold a video.
+    """
     root = Path(root)
     if not root.exists() and root.with_name(root.name + '.zip').exists():
         root = root.with_name(root.name + '.zip')
     if not root.exists():
         raise FileNotFoundError(f'{root}: no such folder or zip')
-    if root.is_file() and root.suffix.lower() in SUFFIXES:
+    if root.is_file() and root.suffix.lower() in suffixes:
         return Folder(root.parent, [root.name])
-    files = Folder(root) if root.is_dir() else Zip(root)
+    files = Folder(root, suffixes=suffixes) if root.is_dir() else Zip(root, suffixes)
     if files.names:
         return files
     if any(root.glob('**/data.mdb')):
@@ -453,7 +508,7 @@ def find_files(root):
                          'into a folder: python data.py export LMDB --out_dir FOLDER')
     meshes = any(p.suffix.lower() in MESH_READERS for p in root.rglob('*'))
     hint = '; meshes are prepared by python data.py mesh' if meshes else ''
-    raise ValueError(f'{root}: no pictures ({" ".join(SUFFIXES)}) in it{hint}')
+    raise ValueError(f'{root}: no pictures ({" ".join(suffixes)}) in it{hint}')
 
 
 def reason(error):
@@ -549,12 +604,20 @@ def threaded(function, items, what, workers=8):
 
 # ---- videos -------------------------------------------------------------------------------------
 
+FILMS = tuple('.mp4 .m4v .webm .mov .avi .mkv'.split())  # what ffmpeg reads
+MOVING = ('.apng', '.npy', *FILMS)  # a video each, whatever lies beside them
+VIDEO_SUFFIXES = SUFFIXES + MOVING
+
+
 @dataclass
 class VideoFile:
     """Where the frames of one video lie: a file for each, or one animated file for all."""
     name: str
     frames: list
     animated: bool
+    size: tuple = None  # (width, height), None where it is not known
+    rate: Fraction = None  # frames a second
+    fault: str = ''  # why it cannot be opened
 
     def __len__(self):
         return len(self.frames)
@@ -564,26 +627,132 @@ def find_videos(files):
     """The videos of a Folder or Zip, in order; a file that cannot be opened has no frames.
 
     A folder where one of the first three files moves holds animated files (GIF, WebP, APNG), any
-    other that holds pictures is one video.
+    other that holds pictures is one video. ValueError if ffmpeg is needed and not there.
     """
-    folders, videos = {}, []
+    films, groups = [n for n in files.names if n.lower().endswith(FILMS)], {}
+    require(not films or shutil.which('ffmpeg') and shutil.which('ffprobe'), 'ffmpeg and ffprobe, '
+            f'which read {", ".join(films[:1])}, are not on the PATH: install them, or extract the '
+            'frames elsewhere (mkdir -p frames/clip; ffmpeg -i clip.mp4 frames/clip/%06d.png)')
     for name in files.names:
-        folders.setdefault(os.path.dirname(name), []).append(name)
-    for folder, names in folders.items():
-        if max(count_frames(files, n) for n in names[:3]) < 2:
-            videos.append(VideoFile(folder, names, False))
-        else:
-            videos += [VideoFile(n, [n] * count_frames(files, n), True) for n in names]
+        alone = name.lower().endswith(MOVING)
+        groups.setdefault(name if alone else os.path.dirname(name), []).append(name)
+    first = [n for names in groups.values() for n in names[:3]]
+    seen = dict(zip(first, threaded(partial(glance, files), first, 'looking for videos')))
+    still = {g for g, names in groups.items()
+             if g not in seen and all(len(seen[n]) < 2 for n in names[:3])}
+    more = [n for g, names in groups.items() if g not in still for n in names[3:]]
+    seen |= zip(more, threaded(partial(glance, files), more, 'looking at videos'))
+    videos = []
+    for group, names in groups.items():
+        size = next((seen[n].size for n in names[:3] if seen[n].size), None)
+        videos += ([VideoFile(group, names, False, size)] if group in still else
+                   [seen[n] for n in names])
     return videos
 
 
-def count_frames(files, name):
-    """Frames of a picture file, 1 of a still one, 0 of one that cannot be opened."""
+def glance(files, name):
+    """A file as a VideoFile; a still picture has one frame, what cannot be opened none."""
     try:
-        with files.open(name) as image:
-            return getattr(image, 'n_frames', 1)
-    except Exception:  # a decoder may raise anything on a broken file
-        return 0
+        count, size, rate = reader(name)[0](files, name)
+        return VideoFile(name, [name] * count, True, size, rate)
+    except Exception as error:  # a decoder may raise anything on a broken file
+        return VideoFile(name, [], True, fault=reason(error))
+
+
+def reader(name):
+    """(look, read) for an animated file: its count, size and rate; its frames of some numbers."""
+    suffix = os.path.splitext(name)[1].lower()
+    films = dict.fromkeys(FILMS, (look_film, film_frames))
+    return {'.npy': (look_array, array_frames), **films}.get(suffix, (look_picture, moving_frames))
+
+
+def look_picture(files, name):
+    with files.open(name) as image:
+        count = getattr(image, 'n_frames', 1)
+        if count > 1:
+            image.load()  # WebP tells the duration of a frame with its pixels
+        duration = image.info.get('duration')
+        return count, image.size, Fraction(1000) / Fraction(duration) if duration else None
+
+
+def moving_frames(files, video, numbers):
+    with files.open(video.name) as image:
+        for k in numbers:
+            image.seek(k)
+            yield image.copy()
+
+
+def still_frames(files, video, numbers):
+    for k in numbers:
+        with files.open(video.frames[k]) as image:
+            yield image
+
+
+def array_shape(stream):
+    """(T, H, W) of a .npy of uint8 (T,H,W,3); leaves the stream where its values begin."""
+    np.lib.format.read_magic(stream)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    require(dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and not fortran,
+            f'{dtype} {shape} where uint8 (T, H, W, 3) in C order is needed')
+    return shape[:3]
+
+
+def look_array(files, name):
+    with files.stream(name) as stream:
+        count, height, width = array_shape(stream)
+        return count, (width, height), None
+
+
+def array_frames(files, video, numbers):
+    with files.stream(video.name) as stream:
+        _, height, width = array_shape(stream)
+        start = stream.tell()
+        for k in numbers:
+            stream.seek(start + 3 * width * height * k)
+            yield Image.frombytes('RGB', (width, height), stream.read(3 * width * height))
+
+
+def look_film(files, name):
+    require((files.root / name).is_file(), 'a film in a zip cannot be read; unpack the zip')
+    done = subprocess.run(
+        ['ffprobe', '-v', 'error', '-select_streams', 'v:0', '-count_packets', '-show_entries',
+         'stream=width,height,avg_frame_rate,nb_read_packets,duration', '-of', 'json',
+         f'file:{files.root / name}'], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    streams = json.loads(done.stdout or '{}').get('streams')
+    require(streams, ([*done.stderr.splitlines()] or ['no video in it'])[-1])
+    about, = streams
+    count, rate = int(about['nb_read_packets']), Fraction(about['avg_frame_rate'])
+    if 'duration' in about:  # cuts keep packets that are not shown
+        count = min(count, int(float(about['duration']) * rate + 0.01))
+    return count, (about['width'], about['height']), rate
+
+
+def film_frames(files, video, numbers):
+    """Frames of ascending numbers, at a constant rate, read one by one from ffmpeg.
+
+    Where films of a wavering rate end up to four frames early, their last one is repeated.
+    """
+    first, last = numbers[0], numbers[-1]
+    seconds = float(max(first - Fraction(1, 4), 0) / video.rate)  # shortly before the frame
+    steady = f'fps={video.rate},tpad=stop=4:stop_mode=clone'
+    command = ['ffmpeg', '-v', 'error', '-ss', f'{seconds:.6f}', '-i',
+               f'file:{files.root / video.name}', '-map', '0:v:0', '-vf', steady,
+               '-frames:v', str(last - first + 1), '-f', 'image2pipe', '-c:v', 'ppm', '-']
+    quiet = dict(stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **quiet) as process:
+        for k in range(first, last + 1):
+            _, size, _ = (process.stdout.readline() for _ in range(3))  # P6, width height, 255
+            require(size, f'it ends before frame {k}')
+            width, height = map(int, size.split())
+            pixels = process.stdout.read(3 * width * height)
+            if k in numbers:
+                yield Image.frombytes('RGB', (width, height), pixels)
+
+
+def frames_of(files, video, numbers):
+    """The frames of these numbers, ascending, one after another, as PIL RGB."""
+    read = reader(video.name)[1] if video.animated else still_frames
+    return map(to_rgb, read(files, video, numbers))
 
 
 def read_frames(files, video, numbers, resolution=0):
@@ -592,16 +761,7 @@ def read_frames(files, video, numbers, resolution=0):
     OSError if one cannot be read, or if they differ in size; ValueError if they are smaller.
     """
     try:
-        frames = []
-        if video.animated:
-            with files.open(video.name) as image:
-                for k in numbers:
-                    image.seek(k)
-                    frames.append(to_rgb(image.copy()))
-        else:
-            for k in numbers:
-                with files.open(video.frames[k]) as image:
-                    frames.append(to_rgb(image))
+        frames = list(frames_of(files, video, numbers))
         whole = np.stack([np.asarray(f) for f in frames])
     except Exception as error:  # a decoder may raise anything on a broken file
         raise OSError(f'{video.name}: cannot be read ({reason(error)})') from None
@@ -722,8 +882,10 @@ class Items(Dataset):
         view(i, k)       the encoder's input alone, in one of `views` ways: stage 2 keeps a latent
                          of each, and draw_view(rng) is the number of the one `item` would show
         truth(i, n)      what a reconstruction is measured against: the picture at n x n pixels,
-                         n points of the box and whether they are inside
-        picture(i, size) (3,size,size) in [-1, 1], to look at
+                         the frames of a clip at that, n points of the box and whether they are
+                         inside
+        picture(i, size) (3,size,size) in [-1, 1], to look at; preview(i, size) may be several side
+                         by side, (3,size,k size)
         facts()          lines for `python data.py check`
         lies_at(path)    whether a user's folder holds data of this domain; static, raises nothing
     and, as class attributes, its domain, what its items are called (`kind`), the `channels` of the
@@ -758,6 +920,9 @@ class Items(Dataset):
     def largest(self, i):
         """The greatest n for which truth(i, n) is the truth and not enlarged."""
         return np.inf
+
+    def preview(self, i, size):
+        return self.picture(i, size)
 
     def draw_view(self, rng):
         """The number of a view; of the first without an rng."""
@@ -820,9 +985,10 @@ class FileItems(Items):
     """Items from files; broken ones go to `bad`, and the next good one stands in.
 
     ValueError when they are at least three and more than 1 %, or when none is left, unless the
-    selection is tolerant. A subclass has `header(name)`, which returns what is known from a glance
-    or a text that says what is wrong, `decode(i)`, which reads a file and raises if it cannot, and
-    `bytes_kept` of what it made, for the cache.
+    selection is tolerant; `spared` of them are whole, of no use all the same, and do not count. A
+    subclass has `header(name)`, which returns what is known from a glance or a text that says what
+    is wrong, `decode(i)`, which reads a file and raises if it cannot, and `bytes_kept` of what it
+    made, for the cache.
     """
 
     def select(self, names, place, selection, official=None):
@@ -835,7 +1001,7 @@ class FileItems(Items):
         headers = dict(zip(wanted, threaded(self.header, wanted, 'reading headers')))
         self.bad = [(n, h) for n, h in headers.items() if isinstance(h, str)]
         self.names = [n for n, h in headers.items() if not isinstance(h, str)]
-        self.total, self.last = len(wanted), (None, None)
+        self.total, self.last, self.spared = len(wanted), (None, None), 0
         self.sound = {}  # index -> whether the file could be read, of those that were tried
         self.refuse_bad()
         if selection.captions:
@@ -859,7 +1025,7 @@ class FileItems(Items):
 
     def refuse_bad(self):
         """ValueError if too many of the files are of no use."""
-        bad, total = len(self.bad), self.total
+        bad, total = len(self.bad) - self.spared, self.total - self.spared
         if bad == total or not self.tolerant and bad >= 3 and bad > total / 100:
             name, why = self.bad[0]
             raise ValueError(f'{self.place}: {bad} of {total} {self.kind} cannot be used, '
@@ -889,10 +1055,14 @@ class FileItems(Items):
             why = self.fault(i, self.source)
             self.sound[i] = not why
             if why:
-                self.bad.append((self.names[i], why))
-                tqdm.write(f'skipped: {self.names[i]}: {why}')
-                self.refuse_bad()
+                self.skip(i, why)
         return self.sound[i]
+
+    def skip(self, i, why):
+        """Count item i as bad and say so; ValueError if that makes too many."""
+        self.bad.append((self.names[i], why))
+        tqdm.write(f'skipped: {self.names[i]}: {why}')
+        self.refuse_bad()
 
     @staticmethod
     def fault(i, read):
@@ -1089,19 +1259,24 @@ class FilePictures(FileItems, Pictures):
         return to_float(torch.from_numpy(self.pixels(i, R).transpose(2, 0, 1).copy()))
 
     def facts(self):
-        shorts = sorted(map(min, self.shapes))
         modes = ', '.join(f'{self.modes.count(m)} {m}' for m in sorted(set(self.modes)))
-        yield (f'sizes     short side {shorts[0]} min, {shorts[len(shorts) // 2]} median, '
-               f'{shorts[-1]} max; {len(set(self.shapes))} different shapes')
+        yield (f'sizes     short side {spread(map(min, self.shapes))}; '
+               f'{len(set(self.shapes))} different shapes')
         yield f'modes     {modes}'
         if self.labels:
             yield f'labels    {len(set(self.labels))} classes'
 
 
-def files_of_data(root):
+def spread(values):
+    """'3 min, 5 median, 9 max' of numbers."""
+    values = sorted(values)
+    return f'{values[0]} min, {values[len(values) // 2]} median, {values[-1]} max'
+
+
+def files_of_data(root, suffixes=SUFFIXES):
     """`find_files` for a data set: its errors say which flag names another place."""
     try:
-        return find_files(root)
+        return find_files(root, suffixes)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f'{error}; put the pictures there or name the place with --data PATH'
                           ) from None
@@ -1133,6 +1308,216 @@ def cifar10(name, root, selection, **options):
     files = Cifar(root)
     official = {s: [n for n in files.names if n.startswith(s)] for s in ('train', 'test')}
     return FilePictures(files, root, selection, official, files.labels, **options)
+
+
+# ---- data sets of videos ------------------------------------------------------------------------
+
+@dataclass
+class VideoConfig:
+    """What stage 1 sees of a video at a time."""
+    frames: int = flag(16, 'T: frames of a clip')
+    interval: int = flag(1, 'every n-th frame of a video makes the clip')
+    pixels: int = flag(1024, 'pixels of the clip whose colour is asked for')
+    clips: int = flag(4, 'clips of each video that stage 2 keeps latents of, where it is longer')
+
+
+class Videos(Items):
+    """What all video sets share: a clip of `frames` frames for the encoder, pixels of it, flips.
+
+    Cell k of T lies at time t = (2 k + 1) / T - 1, the third coordinate; the clip takes up
+    frames * interval frames of its video and shows the middle one of each `interval`. A data set
+    has `starts(i)`, how many places the clip may start at, and `clip(i, start)`, float32 (3,T,r,r).
+    The clip that starts at the middle one is that of `truth`, the pictures, and items without rng.
+    """
+
+    domain, kind, channels, config = 'video', 'videos', 3, VideoConfig
+    encoder_only = dict(pixels=1)
+
+    def __init__(self, resolution, frames=16, interval=1, pixels=1024, clips=4, **options):
+        super().__init__(**options)
+        require(min(frames, interval, pixels, clips, resolution - 3) >= 1, '--frames, --interval, '
+                '--pixels and --clips: at least 1; --resolution: at least 4')
+        self.resolution, self.frames, self.interval = int(resolution), frames, interval
+        self.pixels, self.clips, self.span = pixels, clips, frames * interval
+
+    @classmethod
+    def options_from(cls, flags):
+        return dict(super().options_from(flags), resolution=flags['resolution'])
+
+    @staticmethod
+    def lies_at(path):
+        """Whether one of the first three files moves: folders of frames are pictures, too."""
+        try:
+            files = find_files(path, VIDEO_SUFFIXES)
+        except (ValueError, OSError):
+            return False
+        return any(n.lower().endswith(MOVING) or len(glance(files, n)) > 1 for n in files.names[:3])
+
+    def start(self, i, j):
+        """Where the j-th of `clips` clips starts: evenly spaced, round from the middle."""
+        return int(self.starts(i) * ((0.5 + j / self.clips) % 1))
+
+    def item(self, i, rng=None):
+        """video (3,T,r,r), coords (M,3) of M of its cells, target (M,3), their colours, `known`.
+
+        The clip starts anywhere. Without an rng the cells depend on the video's name alone.
+        """
+        i, mirrored = self.stand_in(i), self.draw_view(rng) % (1 + self.flip)
+        known = self.known(i, rng)
+        start = int(rng.integers(self.starts(i))) if rng else self.start(i, 0)
+        video, rng = self.clip(i, start), rng or common.seeded('video', self.names[i])
+        video = video.flip(-1) if mirrored else video
+        _, *size = video.shape
+        cells = rng.choice(math.prod(size), min(self.pixels, math.prod(size)), replace=False)
+        places = np.stack(np.unravel_index(cells, size)[::-1], axis=1)  # (M,3): x, y, t
+        coords = ((2 * places + 1) / size[::-1] - 1).astype('float32')
+        return dict(video=video, coords=torch.from_numpy(coords), **known,
+                    target=video.flatten(1)[:, cells].T.contiguous())
+
+    def draw_view(self, rng):
+        return int(rng.integers(self.views)) if rng else 0
+
+    def view(self, i, k):
+        i, (j, mirrored) = self.stand_in(i), divmod(k, 1 + self.flip)
+        video = self.clip(i, self.start(i, j))
+        return dict(video=video.flip(-1) if mirrored else video)
+
+    def picture(self, i, size):
+        """The middle frame."""
+        return self.truth(i, size)[:, self.frames // 2]
+
+    def preview(self, i, size):
+        """Up to eight frames, evenly spaced."""
+        shown = self.truth(i, size)[:, common.evenly_spaced(self.frames, 8)]  # (3,k,size,size)
+        return shown.transpose(1, 2).flatten(2)
+
+
+class ToyVideos(Computed, Videos):
+    """toy_video; the truth is exact at every resolution and at all times."""
+
+    seeds = TOY_CLIPS
+
+    def __init__(self, name, root, selection, **options):
+        super().__init__(**options)
+        require(self.interval == 1, f'--interval {self.interval}: {name} is known at all times; '
+                'change --frames')
+        self.numbers = self.select(name, selection)
+
+    def starts(self, i):
+        return 1
+
+    def clip(self, i, start):
+        return self.cache.get(i, lambda: self.truth(i, self.resolution))
+
+    def truth(self, i, R, frames=None):
+        """Video i at R x R cells and T or other `frames` times, all of it: (3,frames,R,R)."""
+        frames = frames or self.frames
+        return toy_video([self.numbers[i]], R, (2 * np.arange(frames) + 1) / frames - 1)[0]
+
+
+class FileVideos(FileItems, Videos):
+    """Videos that `find_videos` found in a Folder or Zip: centre square, antialiased to R x R."""
+
+    def __init__(self, files, found, place, selection, official=None, **options):
+        super().__init__(**options)
+        self.files, self.found = files, {v.name: v for v in found}
+        videos = self.select([*self.found], place, selection, official)
+        long = [k for k, v in enumerate(videos) if len(v) >= self.span]
+        short = [(v.name, f'only {len(v)} frames') for v in videos if len(v) < self.span]
+        require(long, f'{place}: no {self.kind} of {self.span} frames; try a smaller --frames')
+        self.bad, self.spared = self.bad + short, len(short)
+        self.names, self.videos = ([of[k] for k in long] for of in (self.names, videos))
+        self.captions = self.captions and [self.captions[k] for k in long]
+        self.views = min(self.clips, max(map(self.starts, range(len(self))))) * (1 + self.flip)
+        if small := sum(min(v.size) < self.resolution for v in self.videos):
+            self.notes.append(f'{small} videos smaller than {self.resolution} are enlarged')
+
+    def header(self, name):
+        """The VideoFile, or why it is of no use."""
+        video = self.found[name]
+        if video.fault or not video.size:
+            return video.fault or 'its first frames cannot be opened'
+        width, height = video.size
+        return video if min(video.size) >= MIN_SIDE else f'only {width} x {height} pixels'
+
+    def starts(self, i):
+        return len(self.videos[i]) - self.span + 1
+
+    def frame_numbers(self, i, start, frames=None):
+        """The frames of the clip; or of another count over the same time, if there are such."""
+        F = frames or self.frames
+        number, rest = np.divmod((2 * np.arange(F) + 1) * self.span - F, 2 * F)
+        require(F == self.frames or not rest.any(), f'{self.names[i]}: {F} frames over '
+                f'{self.span} of the video would lie between its frames')
+        return (start + number).tolist()
+
+    def read(self, i, numbers, R):
+        """uint8 (T,R,R,3): these frames of video i, each kept for the next time."""
+        frames = {n: self.cache.kept.get((i, n, R)) for n in numbers}
+        missing = [n for n in numbers if frames[n] is None]
+        read = frames_of(self.files, self.videos[i], missing) if missing else ()
+        for n, image in zip(missing, read):
+            frames[n] = self.cache.get((i, n, R), lambda: resize(square(image), R))
+        return np.stack([frames[n] for n in numbers])
+
+    def source(self, i):
+        """The middle clip, uint8 (T,r,r,3): a video is sound if this can be read."""
+        return self.read(i, self.frame_numbers(i, self.start(i, 0)), self.resolution)
+
+    def decode(self, i):
+        """Read all frames, one after another, and keep none."""
+        for _ in frames_of(self.files, self.videos[i], range(len(self.videos[i]))):
+            pass
+
+    def clip(self, i, start):
+        """One that cannot be read is replaced by the middle one."""
+        try:
+            frames = self.read(i, self.frame_numbers(i, start), self.resolution)
+        except Exception as error:  # a decoder may raise anything on a broken file
+            if self.names[i] not in dict(self.bad):
+                self.skip(i, reason(error))
+            frames = self.source(i)
+        return as_video(frames)
+
+    def largest(self, i):
+        return min(self.videos[i].size)
+
+    def truth(self, i, R, frames=None):
+        """The middle clip at R x R, enlarged if need be, float32 (3,T,R,R).
+
+        With `frames` that many over the same time, if its video has them, see `frame_numbers`.
+        """
+        i = self.stand_in(i)
+        return as_video(self.read(i, self.frame_numbers(i, self.start(i, 0), frames), R))
+
+    def facts(self):
+        sizes, rates = [v.size for v in self.videos], [v.rate for v in self.videos if v.rate]
+        yield f'frames    {spread(map(len, self.videos))}'
+        yield f'sizes     short side {spread(map(min, sizes))}; {len(set(sizes))} different shapes'
+        if rates:
+            yield f'rates     {spread(round(float(r), 2) for r in rates)} frames a second'
+
+
+def as_video(frames):
+    """uint8 (T,H,W,3) -> float32 (3,T,H,W) in [-1, 1]."""
+    return to_float(torch.from_numpy(frames).permute(3, 0, 1, 2).contiguous())
+
+
+def video_files(name, root, selection, **options):
+    """Any folder or zip of frame folders, animated pictures, arrays and films."""
+    files = files_of_data(root, VIDEO_SUFFIXES)
+    return FileVideos(files, find_videos(files), root, selection, **options)
+
+
+def skytimelapse(name, root, selection, **options):
+    """SkyTimelapse: frame folders at any depth below [sky_]train and [sky_]test or [sky_]val."""
+    files = files_of_data(root, VIDEO_SUFFIXES)
+    videos = find_videos(files)
+    parts = {v.name: {p.removeprefix('sky_') for p in v.name.split('/')} for v in videos}
+    test = [n for n, p in parts.items() if p & {'test', 'val'}]
+    train = [n for n, p in parts.items() if 'train' in p]
+    official = dict(train=train, test=test) if train and test else None
+    return FileVideos(files, videos, root, selection, official, **options)
 
 
 # ---- mesh files ---------------------------------------------------------------------------------
@@ -1787,6 +2172,9 @@ DATASETS = {
     'shapenet': (Shapes, FileShapes),
     'shapenet_chair': (Shapes, partial(FileShapes, classes=[CHAIR])),
     'text2shape': (Shapes, text2shape),
+    'toy_video': (ToyVideos, ToyVideos),
+    'video': (Videos, video_files),
+    'skytimelapse': (Videos, skytimelapse),
 }
 NAMES = tuple(DATASETS)
 CONFIGS = tuple({base.config: None for base, _ in DATASETS.values()})  # each once, in order
@@ -1844,8 +2232,9 @@ def check(args):
         dataset.verify()
         print(f'{name} at {dataset.place}', *dataset.describe(), sep='\n')
     out = args.out or f'out/check_{name}.png'
-    shown = common.evenly_spaced(len(dataset), 48)
-    save_grid(out, torch.stack([dataset.picture(i, args.res) for i in shown]), columns=8)
+    wide = dataset.preview(0, args.res).shape[2] // args.res
+    shown = common.evenly_spaced(len(dataset), max(48 // wide, 12))
+    save_grid(out, torch.stack([dataset.preview(i, args.res) for i in shown]), max(8 // wide, 1))
     print(f'preview   {out}')
     if not dataset.computed:
         dataset.tolerant = False
