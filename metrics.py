@@ -1387,7 +1387,7 @@ def logits(vae, xi, points):
 def held_out(vae, dataset, count=64):
     """How well posterior means give back up to `count` items, evenly spaced, and how they look.
 
-    ({psnr_R or iou: mean}, pictures (N,3,S,S) of the first 16, each followed by what it became).
+    ({psnr_R or iou: mean}, previews (N,3,S,W) of the first 16, each followed by what it became).
     """
     run, device, tiles = DOMAINS[vae.domain](vae), next(vae.parameters()).device, []
     sizes, side = run.sizes(dataset)
@@ -1401,7 +1401,7 @@ def held_out(vae, dataset, count=64):
                 values[name].append(run.likeness(*pairs.unbind(1)))
         if len(tiles) < 32:
             for i, made in zip(part, vae.show(vae.decode(z), side).cpu()):
-                tiles += [dataset.picture(i, side), made]
+                tiles += [dataset.preview(i, side), made]
     return ({name: finite_mean(torch.cat(found)) for name, found in values.items() if found},
             torch.stack(tiles))
 

@@ -306,8 +306,8 @@ def check_videos(args, sizes):
 
 def encode_videos(path, vae, training, device):
     """Names and posterior means of the videos of a folder, a zip or an animated file."""
-    videos = data.FileVideos('video', path, data.Selection('all', tolerant=True),
-                             resolution=vae.config.resolution, frames=vae.config.frames)
+    options = {k: training[k] for k in ('resolution', 'frames', 'interval')}
+    videos = data.video_files('video', path, data.Selection('all', tolerant=True), **options)
     return *encode_items(videos, vae, device), None
 
 

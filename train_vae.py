@@ -22,8 +22,9 @@ from vae import D2CVAE, VAEConfig, annealed
 # What follows a preset was measured, see RESULTS.md; those without were not run.
 PAPER = dict(scales=(1.0, 1.5, 2.0), scale_probs=(0.3, 0.3, 0.4), flip=True, accumulate=5)
 AUTHORS = dict(PAPER, decoder_ch=128, mlp_layers=3, sn_start=5.0)
-SMALL = dict(num_res_blocks=1, ch=32, decoder_ch=32, z_channels=16, field_channels=32,
-             mlp_width=64, batch=16, lr=1e-3, warmup=100)
+TINY = dict(num_res_blocks=1, decoder_ch=32, z_channels=16, field_channels=32, mlp_width=64,
+            batch=16, lr=1e-3, warmup=100)
+SMALL = dict(TINY, ch=32)
 # Shapes: Table 9, and the authors' code where the paper is silent (PointNet, n_ref, KL weight).
 SHAPES = dict(resolution=64, ch=64, decoder_ch=32, plane_merge='sum', coord_input=True,
               scale_injection=False, loss='bce', n_ref=2048, kl_weight=0.01, threshold=0.2,
@@ -33,6 +34,11 @@ SMALL_SHAPES = dict(SHAPES, resolution=32, ch=32, ch_mult=(1, 2), decoder_mult=(
                     field_channels=32, mlp_width=64, point_hidden=32, point_blocks=3,
                     point_local=True, plane_merge='concat', near=0.5, queries=1536, accumulate=1,
                     batch=8, warmup=100, eval_every=1000)
+# Videos: Table 9 with the authors' basis fields, which are those that reach 256.
+VIDEOS = dict(resolution=256, decoder_mult=(8, 4, 2, 1), fields=(2, 4, 8), across=True,
+              scale_injection=False, kl_weight=0.1, pixels=65_536, accumulate=5)
+SMALL_VIDEOS = dict(TINY, patch=4, vit_width=64, vit_depth=2, vit_heads=4, plane_depth=1,
+                    plane_hidden=128, across=True, scale_injection=False)
 PRESETS = {
     'toy_image': dict(SMALL, dataset='toy_image', resolution=32, ch=24, decoder_ch=24,
                       ch_mult=(1, 2, 3), decoder_mult=(3, 2, 1), kl_weight=0.01, steps=1850,
@@ -60,8 +66,13 @@ PRESETS = {
     'text2shape': dict(SHAPES, dataset='text2shape', steps=8_000),
     'shapenet_chair_code': dict(SHAPES, dataset='shapenet_chair', decoder_ch=64, sn_start=5.0,
                                 steps=3_000),
+    'toy_video': dict(SMALL_VIDEOS, dataset='toy_video', resolution=32, decoder_ch=24,
+                      decoder_mult=(3, 2, 1), kl_weight=0.01, lr=2e-3, steps=1500),
+    'video_small': dict(SMALL_VIDEOS, dataset='video', resolution=64, kl_weight=0.02, steps=3000),
+    'skytimelapse': dict(VIDEOS, dataset='skytimelapse', batch=80, steps=6_000),
 }
-PRESETS.update(image=PRESETS['image_64'], shape=PRESETS['shape_small'])
+PRESETS.update(image=PRESETS['image_64'], shape=PRESETS['shape_small'],
+               video=PRESETS['video_small'])
 
 
 def build_parser():

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import flag, require
+from common import evenly_spaced, flag, require
 from encoders import (Attention, ConvEncoder, LocalPoolPointNet, PlaneAttention, ResBlock, Upsample,
                       VideoEncoder, conv3x3, norm)
 from inr import (CFCMLP, Function, cell_centres, draw_mesh, extract_mesh, grid_scale, look_up, pack,
@@ -228,7 +228,7 @@ class D2CVAE(nn.Module):
         features(x)         data -> {plane: (B, 2 z_channels, h, w)}
         predict(xi, batch)  the function's values and the truth they are compared with
         signal(xi, R)       the whole signal: pictures R pixels, surfaces R cells a side
-        show(xi, size=...)  a picture of it, (B,3,size,size) in [-1,1], to look at
+        show(xi, size=...)  what an item's preview shows, of it: (B,3,size,W) in [-1,1]
         values_of_signal(c) N_ref where the preset gives none
         feature_channels(c) channels of `features`, 2 z_channels if nothing else is said
 
@@ -582,10 +582,12 @@ class VideoVAE(D2CVAE):
         return torch.stack([self.render(xi, size, box, antialias, at=(t,)) for t in at],
                            dim=2).clamp_(-1, 1)
 
-    def show(self, xi, size=None, frames=4):
-        """Frames side by side, (B,3,size,4 size)."""
-        clip = self.signal(xi, size or self.config.resolution, frames=frames)
-        return torch.cat(clip.unbind(2), dim=3)
+    def show(self, xi, size=None, frames=8):
+        """Up to so many frames, evenly spaced, side by side: (B,3,size,frames size)."""
+        size, cells = size or self.config.resolution, self.config.frames
+        ends = torch.linspace(-1, 1, cells + 1).tolist()
+        return torch.cat([self.signal(xi, size, frames=1, times=ends[k:k + 2])[:, :, 0]
+                          for k in evenly_spaced(cells, frames)], dim=3)
 
 
 DOMAINS = dict(
