@@ -275,7 +275,7 @@ def test_rk45_sampling_counts_the_denoise_and_works_in_float32():
 
 @pytest.mark.mutation('ldm.py', "require(sampler in SAMPLERS,", "require(True,")
 @pytest.mark.mutation('ldm.py', 'require(eta >= 0', 'require(True')
-@pytest.mark.mutation('ldm.py', 'require(1 <= steps <= T', 'require(steps <= T')
+@pytest.mark.mutation('ldm.py', 'require(1 <= steps <= T', 'require(1 <= steps')
 @pytest.mark.mutation('ldm.py', 'require(rtol > 0 and atol > 0', 'require(True')
 def test_sampler_settings_out_of_range():
     z = torch.randn(1, 2, 3)
