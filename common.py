@@ -481,10 +481,19 @@ def resume(path, args, kind):
     return state
 
 
+def parse_json(text):
+    """A JSON object as a dict; {} of anything else, such as what a kill has torn."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def read_log(path):
-    """The lines of a log.jsonl as dicts, but for one that a kill has torn."""
+    """The lines of a log.jsonl as dicts, but for damaged ones."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(s) for s in lines if s.endswith('}')]
+    return [v for v in map(parse_json, lines) if {'stage', 'step'} < {*v}]
 
 
 class Log:
@@ -500,15 +509,6 @@ class Log:
         values = {k: v.item() if hasattr(v, 'item') else v for k, v in values.items()}
         with self.path.open('a') as file:
             file.write(json.dumps(dict(stage=self.stage, **values)) + '\n')
-
-
-def read_args(path):
-    """args.json, {stage: flags}; {} if it is damaged, as of another run that was killed."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def curves(folder, stage):
@@ -528,7 +528,8 @@ def draw_curves(folder):
 
     Runs of the same preset beside this one are drawn faintly behind it.
     """
-    runs = {path.parent: read_args(path) for path in folder.parent.glob('*/args.json')}
+    runs = {path.parent: parse_json(path.read_text())
+            for path in folder.parent.glob('*/args.json')}
     picture = Image.new('RGB', (3 * PANEL[0], len(runs[folder]) * PANEL[1]), 'white')
     draw = ImageDraw.Draw(picture)
     for row, (stage, args) in enumerate(runs[folder].items()):
@@ -574,7 +575,7 @@ def start_run(folder, stage, args, process, step, facts):
         return None
     (folder / 'samples').mkdir(parents=True, exist_ok=True)
     path = folder / 'args.json'  # of both stages
-    stages = read_args(path) if path.exists() else {}
+    stages = parse_json(path.read_text()) if path.exists() else {}
     text = json.dumps({**stages, stage: vars(args)}, indent=1)
     replace(path, lambda temporary: temporary.write_text(text))
     progress = f'continues at step {step}' if step else 'starts'

@@ -294,7 +294,8 @@ def step_of(path):
 
 
 @pytest.mark.mutation('common.py', 'start = step * batch + rank * local', 'start = rank * local')
-@pytest.mark.mutation('common.py', "if s.endswith('}')]", "]")
+@pytest.mark.mutation('common.py', 'except ValueError:\n        return {}\n    return found if',
+                      'except KeyError:\n        return {}\n    return found if')
 @pytest.mark.mutation('common.py', "path.with_name(path.name + '.tmp')", 'path')
 @pytest.mark.parametrize('script', STAGES)
 def test_a_kill_loses_nothing(script, toy, copy, repo):
