@@ -481,10 +481,19 @@ def resume(path, args, kind):
     return state
 
 
+def parse_json(text):
+    """A JSON object as a dict; {} of anything else, such as what a kill has torn."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def read_log(path):
-    """The lines of a log.jsonl as dicts, but for one that a kill has torn."""
+    """The lines of a log.jsonl as dicts, but for damaged ones."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(s) for s in lines if s.endswith('}')]
+    return [v for v in map(parse_json, lines) if {'stage', 'step'} < {*v}]
 
 
 class Log:
@@ -506,11 +515,12 @@ def curves(folder, stage):
     """A run's loss, learning rate and first held-out figure by name, each (N,2): step and value."""
     found = {}
     for line in read_log(folder / 'log.jsonl'):
-        if line.pop('stage') == stage:
-            step, *first = line
-            for name in first[:1] + ['lr'] * ('lr' in line):
-                found.setdefault(name, []).append((line[step], line[name]))
-    return {name: np.array(points) for name, points in found.items()}
+        if line['stage'] == stage:
+            first = next(name for name in line if name not in ('stage', 'step'))
+            for name in [first] + ['lr'] * ('lr' in line):
+                found.setdefault(name, []).append((line['step'], line[name]))
+    found = {name: np.array(points) for name, points in found.items()}
+    return {name: c[np.isfinite(c).all(1)] for name, c in found.items()}
 
 
 def draw_curves(folder):
@@ -518,7 +528,8 @@ def draw_curves(folder):
 
     Runs of the same preset beside this one are drawn faintly behind it.
     """
-    runs = {path.parent: json.loads(path.read_text()) for path in folder.parent.glob('*/args.json')}
+    runs = {path.parent: parse_json(path.read_text())
+            for path in folder.parent.glob('*/args.json')}
     picture = Image.new('RGB', (3 * PANEL[0], len(runs[folder]) * PANEL[1]), 'white')
     draw = ImageDraw.Draw(picture)
     for row, (stage, args) in enumerate(runs[folder].items()):
@@ -536,15 +547,16 @@ PANEL = 320, 200  # pixels of a set of axes, with what is written beside it
 def draw_panel(draw, corner, title, own, faint):
     """Curves (N,2) over others in one set of axes; that of a loss is logarithmic."""
     logarithmic = title.endswith(('loss', 'total'))
-    lines = [np.stack([c[:, 0], np.log10(c[:, 1]) if logarithmic else c[:, 1]], 1)
-             for c in (*faint, own)]
-    lines = [c[np.isfinite(c).all(1)] for c in lines]
+    lines = [np.stack([c[:, 0], np.log10(c[:, 1].clip(1e-9)) if logarithmic else c[:, 1]], 1)
+             for c in (*faint, own) if len(c)]
+    if not len(own):
+        return
     low, high = (edge(np.concatenate(lines), axis=0) for edge in (np.min, np.max))
     zero, size = corner + (54, PANEL[1] - 26), np.array(PANEL) - (66, 50)
     draw.rectangle([*(zero + size * (0, -1)), *(zero + size * (1, 0))], outline='#888888')
     for k, line in enumerate(lines):
         points = zero + (line - low) / np.maximum(high - low, 1e-12) * size * (1, -1)
-        colour = '#1f5fbf' if k == len(faint) else '#c8c8c8'
+        colour = '#1f5fbf' if k == len(lines) - 1 else '#c8c8c8'
         draw.line([tuple(p) for p in points], colour, 2)
         draw.rectangle([*(points[-1] - 2), *(points[-1] + 2)], colour)
     draw.text(zero + (0, -size[1] - 16), f'{title}: {own[-1, 1]:.4g} at {own[-1, 0]:.0f}', 'black')
@@ -563,7 +575,7 @@ def start_run(folder, stage, args, process, step, facts):
         return None
     (folder / 'samples').mkdir(parents=True, exist_ok=True)
     path = folder / 'args.json'  # of both stages
-    stages = json.loads(path.read_text()) if path.exists() else {}
+    stages = parse_json(path.read_text()) if path.exists() else {}
     text = json.dumps({**stages, stage: vars(args)}, indent=1)
     replace(path, lambda temporary: temporary.write_text(text))
     progress = f'continues at step {step}' if step else 'starts'

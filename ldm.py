@@ -597,7 +597,8 @@ def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler=SAMPLER, steps=ST
         part = slice(start, start + batch)
         eps_fn = ldm.guided(None if cond is None else cond[part].to(device), guidance)
         generators = [torch_seeded('posterior noise', s) for s in seeds[part]]
-        z, calls = sample(counted, z_T[part].to(device), sampler, steps, rtol, atol, generators, eta)
+        z, calls = sample(counted, z_T[part].to(device), sampler, steps, rtol, atol, generators,
+                          eta)
         out.append(ldm.denormalise(z))
         nfe.append(calls)
     bar.close()

@@ -2026,7 +2026,7 @@ def build_parser():
 def parse_sampler(text):
     """'ddim:50' -> dict(sampler='ddim', steps=50); of 'rk45:1e-3' rtol and atol are both 1e-3.
 
-    'sde-dpmpp:50:0.5' has eta 0.5.
+    'sde-dpmpp:50:0.5' has eta 0.5, and without it the default, which results then name.
     """
     name, *values = text.split(':')
     require(name in ldm.SAMPLERS, f'--sampler {text}: no such sampler; one of '
@@ -2039,8 +2039,9 @@ def parse_sampler(text):
     except ValueError:
         raise ValueError(f'--sampler {text}: expected NAME:STEPS, rk45:TOLERANCE or '
                          'sde-dpmpp:STEPS:ETA') from None
-    settings = dict(rtol=value, atol=value) if name == 'rk45' else dict(steps=value)
-    return dict(sampler=name, **settings, **{'eta': e for e in eta})
+    if name == 'rk45':
+        return dict(sampler=name, rtol=value, atol=value)
+    return dict(sampler=name, steps=value, **dict(eta=[ldm.ETA, *eta][-1]) if kinds[1:] else {})
 
 
 def main(argv=None):

@@ -302,7 +302,7 @@ def test_resume_names_what_differs(tmp_path):
 
 @pytest.mark.mutation('common.py', "v['stage'] != stage or v['step'] <= step", "v['step'] <= step")
 @pytest.mark.mutation('common.py', "v['stage'] != stage or v['step'] <= step", 'True')
-@pytest.mark.mutation('common.py', "for s in lines if s.endswith('}')]", 'for s in lines[:-1]]')
+@pytest.mark.mutation('common.py', 'map(parse_json, lines)', 'map(parse_json, lines[:-1])')
 def test_log_drops_its_own_stages_later_lines(tmp_path):
     path = tmp_path / 'log.jsonl'
     first, second = common.Log(path, 'vae', 0), common.Log(path, 'ldm', 0)
@@ -316,11 +316,12 @@ def test_log_drops_its_own_stages_later_lines(tmp_path):
     assert lines[0] == dict(stage='vae', step=1, loss=0.5, psnr=2.0) and lines[-1]['loss'] == 0.25
 
 
-@pytest.mark.mutation('common.py', "for s in lines if s.endswith('}')]", 'for s in lines[:-1]]')
+@pytest.mark.mutation('common.py', 'map(parse_json, lines)', 'map(parse_json, lines[:-1])')
 def test_log_survives_a_torn_last_line(tmp_path):
     path = tmp_path / 'log.jsonl'
     whole = '{"stage": "vae", "step": 1, "loss": 1.0}\n'
-    for torn in ('{"stage": "va', '{"stage": "vae", "step": 2', '', whole.strip()):
+    for torn in ('{"stage": "va', '{"stage": "vae", "step": 2', '', '"step"}', '[1]', '{"a": 1}',
+                 whole.strip()):
         path.write_text(whole + torn)
         common.Log(path, 'vae', 5).write(step=6)
         lines = [json.loads(s) for s in path.read_text().splitlines()]
@@ -342,11 +343,13 @@ def two_runs(tmp_path):
     return tmp_path
 
 
-@pytest.mark.mutation('common.py', "first[:1] + ['lr']", "first[1:2] + ['lr']")
-@pytest.mark.mutation('common.py', "line.pop('stage') == stage", "line.pop('stage')")
+@pytest.mark.mutation('common.py', "name not in ('stage', 'step')", "name not in ('stage', 'step', 'total')")
+@pytest.mark.mutation('common.py', "if line['stage'] == stage", "if line['stage']")
+@pytest.mark.mutation('common.py', 'c[np.isfinite(c).all(1)]', 'c')
 def test_curves_of_a_run(two_runs):
+    common.Log(two_runs / 'new' / 'log.jsonl', 'vae', 100).write(step=100, psnr_32=math.inf)
     found = common.curves(two_runs / 'new', 'vae')
-    assert list(found) == ['total', 'lr', 'psnr_32']
+    assert set(found) == {'total', 'lr', 'psnr_32'}
     assert found['total'].tolist() == [[0, 1], [50, 10], [100, 100]]
     assert found['lr'].tolist() == [[0, 2], [50, 2], [100, 2]]
     assert found['psnr_32'].tolist() == [[50, 10], [100, 20]]
@@ -355,11 +358,17 @@ def test_curves_of_a_run(two_runs):
 BLUE, GREY = (31, 95, 191), (200, 200, 200)
 
 
-@pytest.mark.mutation('common.py', "np.log10(c[:, 1]) if logarithmic", "c[:, 1] if logarithmic")
+@pytest.mark.mutation('common.py', 'np.log10(c[:, 1].clip(1e-9)) if', 'c[:, 1] if')
 @pytest.mark.mutation('common.py', 'size * (1, -1)', 'size * (1, -0.9)')
 @pytest.mark.mutation('common.py', "get('preset') == args['preset']", "get('preset')")
 def test_curves_are_drawn_with_those_of_the_same_preset(two_runs):
     """The axes are 254 x 150 pixels, from (54, 24) to (308, 174) of the 320 x 200 of each."""
+    (two_runs / 'torn').mkdir()
+    (two_runs / 'torn' / 'args.json').write_text('{"vae": {"pre')
+    (two_runs / 'list').mkdir()
+    (two_runs / 'list' / 'args.json').write_text('[]')
+    with (two_runs / 'old' / 'log.jsonl').open('a') as log:
+        log.write('{"stage": }\n')
     common.draw_curves(two_runs / 'new')
     picture = Image.open(two_runs / 'new' / 'curves.png')
     assert picture.size == (960, 400)

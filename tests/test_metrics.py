@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1052,7 +1053,7 @@ def toy_run(tmp_path, monkeypatch):
     (tmp_path / 'ldm.pt').touch()
     info = dict(args=dict(dataset='toy_image'), step=7, splits=None)
     monkeypatch.setattr(metrics, 'ldm', SimpleNamespace(
-        SAMPLERS=metrics.ldm.SAMPLERS, generate=generate, load=lambda path, device: (Model(), 'ldm', info),
+        SAMPLERS=metrics.ldm.SAMPLERS, ETA=1.5, generate=generate, load=lambda path, device: (Model(), 'ldm', info),
         load_vae=lambda path, device: (Model(), info)))
     monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: Signals())
     monkeypatch.chdir(tmp_path)
@@ -1193,8 +1194,8 @@ def test_bicubic_baseline_is_pillows_enlargement_of_the_render_at_r():
         close(enlarged[0, c], torch.from_numpy(np.array(pillow)).clamp(-1, 1), 1e-5)
 
 
-@pytest.mark.mutation('metrics.py', 'atol=value)', 'atol=1e-3)')
-@pytest.mark.mutation('metrics.py', '**{\'eta\': e for e in eta}', '**{}')
+@pytest.mark.mutation('metrics.py', 'rtol=value, atol=value)', 'rtol=value, atol=1e-3)')
+@pytest.mark.mutation('metrics.py', '[ldm.ETA, *eta][-1]', '[ldm.ETA, *eta][0]')
 @pytest.mark.mutation('metrics.py', 'all(0 <= e < math.inf for e in eta)', 'True')
 @pytest.mark.mutation('metrics.py', 'it samples\n        fake',
                       'it samples\n        args.sampler = args.samplers[0]\n        fake')
@@ -1217,7 +1218,8 @@ def test_samplers_side_by_side(capsys, toy_run, colour_network):
     assert not colour_network.seen and lines[0].startswith('ddpm steps 100, NFE 100.0')
     metrics.main(['nfe', str(toy_run), '--num', '4', '--samplers', 'sde-dpmpp:7:0.5'])
     line, text = capsys.readouterr().out.splitlines()
-    assert json.loads(text)['fake']['eta'] == 0.5 and 'sde-dpmpp steps 7 eta 0.5, NFE 7.0' in line
+    assert json.loads(text)['fake'].get('eta') == 0.5 and 'sde-dpmpp steps 7 eta 0.5, NFE 7.0' in line
+    assert metrics.parse_sampler('sde-dpmpp:7') == dict(sampler='sde-dpmpp', steps=7, eta=1.5)
     for wrong in ('ddim', 'ddim:3:0.5', 'sde-dpmpp:3:0.5:1', 'sde-dpmpp:3:-1', 'rk45:0'):
         with pytest.raises(ValueError, match='expected NAME:STEPS'):
             metrics.main(['nfe', str(toy_run), '--samplers', wrong])

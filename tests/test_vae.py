@@ -361,34 +361,36 @@ def test_query_takes_points_of_any_shape(function):
 
 @pytest.mark.mutation('inr.py', "kind='function', about=f.about", "kind='function', about={**f.about, "
                       "'extent': 1.0}")
-@pytest.mark.mutation('inr.py', 'v.half() for k, v in f.mlp', 'v.bfloat16() for k, v in f.mlp')
+@pytest.mark.mutation('inr.py', 'v.half() for k, v in f.mlp', '0.99 * v for k, v in f.mlp')
 @pytest.mark.mutation('inr.py', 'name: field.half().clone()', 'name: field.bfloat16()')
 @pytest.mark.mutation('inr.py', "points.new_tensor([scale])", "points.new_tensor([1.0])")
-@pytest.mark.mutation('vae.py', "plane_merge=self.config.plane_merge, read", "plane_merge='sum', read")
-@pytest.mark.parametrize('domain', list(vae.DOMAINS))
-def test_an_exported_function_is_the_sample(domain, tmp_path):
+@pytest.mark.mutation('vae.py', "plane_merge=self.config.plane_merge, read", "plane_merge='concat', read")
+def test_an_exported_function_is_the_sample(tmp_path):
     """At points of any shape, at the period of their grid or a given one, to half precision."""
-    D = 1 + max(map(max, inr.PLANES[domain].values()))
-    model = vae.D2CVAE(vae.VAEConfig(
-        domain=domain, channels=2, extent=0.55, resolution=16, ch=8, ch_mult=(1, 2), z_channels=4,
-        decoder_ch=8, decoder_mult=(2, 1), fields=(1, 2), field_channels=4, mlp_width=16,
-        scale_injection=domain == 'image', loss={'image': 'l1'}.get(domain, 'bce'),
-        coord_input=domain != 'image'))
-    sizes = model.latent_sizes()
-    xi = model.decode(torch.randn(1, 4, sum(h * w for h, w in sizes.values())))
-    inr.save_function(tmp_path / 'f.pt', model.function(xi))
-    f = inr.load_function(tmp_path / 'f.pt')
-    points, grid = torch.rand(7, D) * 2 - 1, inr.make_grid(*[5, 9, 8][-D:])
-    for c in (points, grid):
-        values = f(c)
-        assert values.shape == (*c.shape[:-1], 2) and f.extent == 0.55
-        torch.testing.assert_close(values, model.query(xi, c[None])[0], atol=3e-3, rtol=3e-3)
-    zoom = f(grid, 0.3)
-    torch.testing.assert_close(zoom, model.query(xi, grid[None], 0.3)[0], atol=3e-3, rtol=3e-3)
-    assert domain != 'image' or (zoom - f(grid)).abs().max() > 1e-2
-    one = f(points[0])
-    torch.testing.assert_close(one, f(points)[0])
-    assert not any(p.requires_grad for p in f.parameters())
+    for domain in vae.DOMAINS:
+        D = 1 + max(map(max, inr.PLANES[domain].values()))
+        model = vae.D2CVAE(vae.VAEConfig(
+            domain=domain, channels=2, extent=0.55, resolution=16, ch=8, ch_mult=(1, 2),
+            z_channels=4, decoder_ch=8, decoder_mult=(2, 1), fields=(1, 2), field_channels=4,
+            mlp_width=16, plane_merge='sum', scale_injection=domain == 'image',
+            loss={'image': 'l1'}.get(domain, 'bce'), coord_input=domain != 'image'))
+        sizes = model.latent_sizes()
+        xi = model.decode(torch.randn(1, 4, sum(h * w for h, w in sizes.values())))
+        inr.save_function(tmp_path / 'f.pt', model.function(xi))
+        f = inr.load_function(tmp_path / 'f.pt')
+        assert torch.equal(f.xi[0]['xy'], xi[0]['xy'].half().float()) and f.extent == 0.55
+        points, grid = torch.rand(7, D) * 2 - 1, inr.make_grid(*[5, 9, 8][-D:])
+        for c, scale in ((points, None), (grid, None), (grid, 0.3)):
+            try:
+                values = f(c, scale)
+            except RuntimeError as error:
+                pytest.fail(str(error))
+            assert values.shape == (*c.shape[:-1], 2)
+            torch.testing.assert_close(values, model.query(xi, c[None], scale)[0], atol=3e-3,
+                                       rtol=3e-3)
+        assert domain != 'image' or (f(grid, 0.3) - f(grid)).abs().max() > 1e-2
+        torch.testing.assert_close(f(points[0]), f(points)[0])
+        assert not any(p.requires_grad for p in f.parameters())
 
 
 @pytest.mark.mutation('inr.py', 'points = coords.reshape(1,', 'points = coords.detach().reshape(1,')
@@ -418,6 +420,9 @@ def test_files_that_hold_no_function(tmp_path):
     (tmp_path / 'torn.pt').write_bytes(b'PK')
     for name, word in (('vae.pt', 'function is needed'), ('torn.pt', 'truncated')):
         with pytest.raises(ValueError, match=word):
-            inr.load_function(tmp_path / name)
+            try:
+                inr.load_function(tmp_path / name)
+            except KeyError as error:
+                pytest.fail(str(error))
     with pytest.raises(FileNotFoundError, match='none.pt'):
         inr.load_function(tmp_path / 'none.pt')
