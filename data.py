@@ -63,10 +63,10 @@ def save_png(path, x):
 def image_grid(x, columns=None, pad=2):
     """(B,3,H,W) -> one uint8 picture (3,H',W'), row by row, white between; default about square.
 
-    `columns` are of squares: strips that are wider take the room of as many.
+    `columns` are of squares: a strip of S squares takes the room of S.
     """
     x = to_uint8(x.detach().cpu())
-    columns = (columns or int(np.ceil(np.sqrt(len(x))))) * x.shape[2] // x.shape[3]
+    columns = (columns or int(np.ceil(np.sqrt(len(x))))) // max(x.shape[3] // x.shape[2], 1)
     columns = min(max(columns, 1), len(x))
     rows = -(-len(x) // columns)
     height, width = x.shape[2] + pad, x.shape[3] + pad
@@ -2236,6 +2236,7 @@ def check(args):
         dataset.verify()
         print(f'{name} at {dataset.place}', *dataset.describe(), sep='\n')
     out = args.out or f'out/check_{name}.png'
+    wide = dataset.preview(0, args.res).shape[2] // args.res
     shown = common.evenly_spaced(len(dataset), max(48 // wide, 12))
     save_grid(out, torch.stack([dataset.preview(i, args.res) for i in shown]), 8)
     print(f'preview   {out}')

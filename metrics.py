@@ -1290,18 +1290,30 @@ class PictureRun(Run):
     def fits(self, dataset, i, R):
         return R <= dataset.resolution or dataset.largest(i) >= R
 
+    def truth(self, dataset, i, R):
+        return dataset.truth(i, R)
+
+    def drawn(self, z, R, enlarged=False):
+        """Latents -> pictures in [-1, 1], `enlarged`: rendered at r and interpolated."""
+        return drawn(self.vae, z, R, enlarged)
+
     def true(self, dataset, i):
-        return quantise(dataset.truth(i, self.R))
+        return quantise(self.truth(dataset, i, self.R))
 
     def made(self, z, numbers):
-        return quantise(drawn(self.vae, z, self.R, self.args.bicubic), self.args.float)
+        return quantise(self.drawn(z, self.R, self.args.interpolated), self.args.float)
 
     def compared(self, z, dataset, part, R, enlarged=False):
-        """(B,2,3,R,R) in [0, 1]."""
-        truth = torch.stack([dataset.truth(i, R) for i in part])
-        made = drawn(self.vae, z, R, enlarged).cpu()
+        """(B,2,...) in [0, 1]."""
+        truth = torch.stack([self.truth(dataset, i, R) for i in part])
+        made = self.drawn(z, R, enlarged).cpu()
         require(made.isfinite().all(), f'a reconstruction cannot be measured, {DIVERGED}')
         return torch.stack([truth, made], dim=1) / 2 + 0.5
+
+    @staticmethod
+    def guesses(x, mean):
+        """What reconstructions of x must beat, given the mean of the training data."""
+        return dict(mean_picture=mean.expand_as(x), white_picture=torch.ones_like(x))
 
     def sizes(self, dataset):
         sizes = sorted({dataset.resolution, max(dataset.sizes)})
@@ -1339,19 +1351,34 @@ class ShapeRun(Run):
 
 
 class VideoRun(PictureRun):
-    """What is said of pictures there, of clips (B,3,T,R,R); likeness is the mean over the frames."""
+    """Clips (B,3,T,R,R) of --frames frames, by default as many as in training, frame by frame."""
     thing = 'clip'
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.frames = self.args and self.args.frames or self.vae.config.frames
+
+    def settings(self):
+        return dict(frames=self.frames)
+
+    def truth(self, dataset, i, R):
+        return dataset.truth(i, R, self.frames)
+
+    def drawn(self, z, R, enlarged=False):
+        if not enlarged:
+            return self.vae.signal(self.vae.decode(z), R, frames=self.frames)
+        return F.interpolate(self.vae.signal(self.vae.decode(z), self.vae.config.resolution),
+                             (self.frames, R, R), mode='trilinear')
+
+    @staticmethod
+    def guesses(x, mean):
+        middle = x.shape[2] // 2
+        return dict(mean_clip=mean.expand_as(x), first_frame=x[:, :, :1].expand_as(x),
+                    middle_frame=x[:, :, middle:middle + 1].expand_as(x))
 
     @staticmethod
     def likeness(truth, made):
-        return torch.stack([psnr_each(x, y) for x, y in zip(truth.unbind(2), made.unbind(2))]).mean(0)
-
-    def settings(self):
-        args, frames = self.args, self.vae.config.frames
-        require(args.frames in (0, frames), f'--frames {args.frames}: the clips of {self.path} have '
-                f'{frames}')
-        require(not args.bicubic, '--bicubic: is for pictures')
-        return dict(frames=frames)
+        return psnr_each(pictures_of(truth), pictures_of(made))
 
     def sizes(self, dataset):
         return {f'psnr_{dataset.resolution}': dataset.resolution}, dataset.resolution
@@ -1361,6 +1388,11 @@ DOMAINS = dict(
     image=PictureRun,
     shape=ShapeRun,
     video=VideoRun)
+
+
+def pictures_of(x):
+    """The frames of clips (B,C,T,H,W) as pictures (B T,C,H,W); pictures as they are."""
+    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
 
 
 def quantise(x, as_float=False):
@@ -1420,9 +1452,11 @@ def open_run(path, args, stage=1):
     vae, *diffusion, info = (ldm.load if stage == 2 else ldm.load_vae)(file, args.device)
     run = DOMAINS[vae.domain](vae, *(diffusion or [None]), info, file, args)
     thing = COMMANDS[args.command].thing
-    able = [name for name, command in COMMANDS.items() if command.thing in ('', run.thing)]
+    able = [name for name, command in COMMANDS.items()
+            if not command.thing or run.thing in command.thing]
     require(args.command in able, f'{path}: a run of the domain {vae.domain}, which has no '
             f'{thing}s to measure; it can be measured by {", ".join(able)}')
+    require(not args.frames or run.thing == 'clip', f'--frames: {path} makes no clips')
     return run
 
 
@@ -1446,6 +1480,8 @@ def real_and_fake(args):
     require(len(args.samplers) == 1 or b and stage == 2, '--samplers: several are for the samples '
             'of a run')
     R = args.res or next((run.R for run in (a, b) if run), 0)
+    if command.thing == 'clip':
+        args.frames = args.frames or next((run.frames for run in (a, b) if run), 16)
     real = a.reals(args.split, limit) if a else folder(args.a, args, R, limit, 0)
 
     def fakes():
@@ -1572,32 +1608,35 @@ def psnr_command(args):
     """PSNR and SSIM of reconstructions, beside those of two plain guesses, or of two folders."""
     require((args.b is None) == is_run(args.a), f'{args.a}: give one run, or two folders')
     if args.b:
-        source, plain = folder_pairs(args), {}
+        require(not args.frames, '--frames: folders are compared picture by picture')
+        source, guesses = folder_pairs(args), lambda x: {}
     else:
         run = open_run(args.a, args)
-        source, train = run.pairs(run.R, enlarged=args.bicubic), run.data('train')
+        source, train = run.pairs(run.R, enlarged=args.interpolated), run.data('train')
         seen = evenly_spaced(len(train), 1000)
-        sums = shared(lambda part: torch.stack([train.truth(i, run.R) for i in part]).sum(0),
-                      pieces(seen, args.batch), 'mean picture')
-        mean = sum(sums) / len(seen) / 2 + 0.5  # like white, what a reconstruction must beat
-        plain = dict(mean_picture=mean, white_picture=torch.ones_like(mean))
+        sums = shared(lambda part: torch.stack([run.truth(train, i, run.R) for i in part]).sum(0),
+                      pieces(seen, args.batch), 'mean of the training data')
+        guesses = partial(run.guesses, mean=sum(sums) / len(seen) / 2 + 0.5)
 
     def likenesses(pairs):
         x, y = pairs.unbind(1)
+        others = {k: psnr_each(pictures_of(v), pictures_of(x)) for k, v in guesses(x).items()}
+        x, y = pictures_of(x), pictures_of(y)
         similar = ssim_each(x, y) if min(x.shape[2:]) >= 11 else torch.full((len(x),), math.nan)
-        return torch.stack([psnr_each(x, y), similar.double(),
-                            *(psnr_each(guess.expand_as(x), x) for guess in plain.values())])
-    found, similar, *others = torch.cat(measured(source, likenesses), dim=1)
-    mean, n, same = finite_mean(found), len(found), int(found.isinf().sum())
-    values = dict(psnr=mean if mean < math.inf else None,  # JSON has no infinity
-                  ssim=None if similar.isnan().any() else similar.mean().item())
-    values |= {name: finite_mean(found) for name, found in zip(plain, others)}
+        return dict(psnr=psnr_each(x, y), ssim=similar, **others)
+    parts = measured(source, likenesses)
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    values = {name: finite_mean(v) for name, v in found.items()}
+    values = {name: v if math.isfinite(v) else None for name, v in values.items()}  # as JSON has it
+    n, same = len(found['psnr']), int(found['psnr'].isinf().sum())
     report(args, f'{values_line(values)}   {n} pictures, {same} of them identical',
            dict(**values, n=n, identical=same, data_range=1, **source.about))
 
 
 LABELS = dict(psnr='PSNR in dB', ssim='SSIM', mean_picture='of the mean training picture',
               white_picture='of white', iou='IoU', mean_shape='of the mean training shape',
+              mean_clip='of the mean training clip', first_frame='of the first frame, repeated',
+              middle_frame='of the middle one',
               tmd='TMD', accuracy='accuracy in %', clip_s='CLIP-S', nfe='NFE')
 
 
@@ -1931,7 +1970,7 @@ FLAGS = dict(
                 "the authors': short side to 224 and cropped, ddof 1, eps 1e-5",
                 choices=tuple(FVD_PRESETS)),
     eps=flag(1e-3, "of I3D's batch norms"),
-    frames=flag(16, 'frames of a clip', low=9),
+    frames=flag(0, "frames of a clip; 0: as many as a run was trained on, of folders 16"),
     interval=flag(1, 'take every Nth frame'),
     picture=flag('', 'PNG to write'),
     k=flag(3, 'neighbours: a ball reaches to the last of them; nn shows them all'),
@@ -1953,7 +1992,8 @@ FLAGS = dict(
     guidance=flag(3.0, 'weight w of classifier-free guidance'),
     posterior=flag('mean', 'latent to reconstruct from', choices=('mean', 'sample')),
     float=flag(False, 'leave fakes of a run unrounded'),
-    bicubic=flag(False, 'render a run at r and resize that: the baseline of rendering at --res'),
+    interpolated=flag(False, 'render a run as in training and interpolate that, pictures bicubic, '
+                      'clips linear: the baseline of rendering at --res and --frames'),
     batch=flag(32, 'pictures at a time; no result but that of rk45 depends on it'),
     device=flag('auto', 'cpu, cuda, cuda:1, ...; auto = CUDA if there is one'),
     out=flag('', 'file to append the JSON line to'))
@@ -1962,8 +2002,8 @@ FLAGS = dict(
 # A subcommand: what it does, the thing it measures ('' = any), what it takes (RUN or SETS), its
 # flags, those of their defaults that are its own.
 Command = namedtuple('Command', 'function thing sets flags defaults help')
-SAMPLES = 'data split res num num_real fakes seed amp float bicubic batch '
-REBUILT = 'data split res num posterior seed float bicubic batch '
+SAMPLES = 'data split res num num_real fakes seed amp float interpolated batch '
+REBUILT = 'data split res num posterior seed float interpolated batch '
 FID = 'weights reference ddof resize '
 FVD = 'weights reference ddof preset eps frames interval '
 RUN, SETS = 'RUN', 'A [B]'
@@ -1984,8 +2024,9 @@ COMMANDS = dict(
                'improved precision and recall'),
     nn=Command(nn_command, 'picture', SETS, 'weights resize features k picture sampler ' + SAMPLES,
                dict(num=8, k=7, picture='out/nn.png'), 'nearest reals of samples, drawn (Fig. 13)'),
-    psnr=Command(psnr_command, 'picture', SETS, REBUILT.replace('float', ''), dict(split='test'),
-                 'PSNR and SSIM of held-out reconstructions, or of two folders in pairs'),
+    psnr=Command(psnr_command, 'picture or clip', SETS, 'frames ' + REBUILT.replace('float', ''),
+                 dict(split='test'), 'PSNR and SSIM of held-out reconstructions, of clips frame by '
+                 'frame, or of two folders of pictures in pairs'),
     spectrum=Command(spectrum_command, 'picture', RUN, 'res num picture seed amp batch sampler',
                      dict(num=4, picture='out/spectrum.png'),
                      'what each basis field adds to samples, and its spectrum (Fig. 7)'),

@@ -50,10 +50,14 @@ def first_stage(args):
 
 def batch_of(args, items):
     """A batch as the data set of these flags gives it, without numbers."""
-    if data.DATASETS[args.dataset][0].domain == 'image':
-        picture = torch.empty(items, 3, args.resolution, args.resolution)
+    domain, r = data.DATASETS[args.dataset][0].domain, args.resolution
+    if domain == 'image':
+        picture = torch.empty(items, 3, r, r)
         return dict(image=picture, target=picture, box=torch.empty(items, 2, 2),
                     scale=torch.empty(items))
+    if domain == 'video':
+        points = torch.empty(items, args.pixels, 3)
+        return dict(video=torch.empty(items, 3, args.frames, r, r), coords=points, target=points)
     return dict(points=torch.empty(items, args.points, 3),
                 coords=torch.empty(items, args.queries, 3), target=torch.empty(items, args.queries))
 
@@ -117,7 +121,7 @@ def run_first_stage(args):
         assert model.query(xi, coords, 1.0).shape == (items, 7, c.channels)
     assert z.shape == (items, c.z_channels, sum(h * w for h, w in sizes.values()))
     assert [{plane: f.shape for plane, f in level.items()} for level in xi] == [
-        {plane: (items, c.field_channels, factor * h, factor * w)
+        {plane: (items, c.field_channels, h if model.stretch.get(plane) else factor * h, factor * w)
          for plane, (h, w) in sizes.items()} for factor in c.fields]
     assert xi[-1]['xy'].shape[2:] == (args.resolution,) * 2  # the finest field: as the data
     return model, memory_of_a_step(model, lambda: model(batch)['total'], copies=0)

@@ -53,7 +53,7 @@ def psnr(run, capsys, *flags):
 
 def test_reconstructions_beat_enlargement(run, capsys):
     at_r, at_2r, enlarged = (psnr(run, capsys, *flags) for flags in (
-        ('--res', '32'), ('--res', '64'), ('--res', '64', '--bicubic')))
+        ('--res', '32'), ('--res', '64'), ('--res', '64', '--interpolated')))
     assert at_r['psnr'] >= 30 and at_2r['psnr'] >= enlarged['psnr'] + 0.5
     assert max(at_r['mean_picture'], at_r['white_picture']) < 20
 

@@ -369,11 +369,13 @@ def test_an_exported_function_is_the_sample(tmp_path):
     """At points of any shape, at the period of their grid or a given one, to half precision."""
     for domain in vae.DOMAINS:
         D = 1 + max(map(max, inr.PLANES[domain].values()))
+        encoder = (dict(vit_width=16, vit_depth=1, vit_heads=1, plane_depth=1, frames=5)
+                   if domain == 'video' else dict(ch=8, ch_mult=(1, 2)))
         model = vae.D2CVAE(vae.VAEConfig(
-            domain=domain, channels=2, extent=0.55, resolution=16, ch=8, ch_mult=(1, 2),
+            domain=domain, channels=2, extent=0.55, resolution=16, **encoder,
             z_channels=4, decoder_ch=8, decoder_mult=(2, 1), fields=(1, 2), field_channels=4,
             mlp_width=16, plane_merge='sum', scale_injection=domain == 'image',
-            loss={'image': 'l1'}.get(domain, 'bce'), coord_input=domain != 'image'))
+            loss='bce' if domain == 'shape' else 'l1', coord_input=domain == 'shape'))
         sizes = model.latent_sizes()
         xi = model.decode(torch.randn(1, 4, sum(h * w for h, w in sizes.values())))
         inr.save_function(tmp_path / 'f.pt', model.function(xi))

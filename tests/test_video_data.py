@@ -473,7 +473,7 @@ def check(monkeypatch, *argv):
     data.main()
 
 
-@pytest.mark.mutation('data.py', 'max(8 // wide, 1)', '8')
+@pytest.mark.mutation('data.py', ' // max(x.shape[3] // x.shape[2], 1)', '')
 @pytest.mark.mutation('data.py', 'return shown.transpose(1, 2)',
                       'return shown.flip(1).transpose(1, 2)')
 def test_check_prints_lengths_and_draws_strips(tmp_path, monkeypatch, capsys):
