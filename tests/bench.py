@@ -35,12 +35,16 @@ import data
 import inr
 import ldm
 import metrics
+import train_ldm
+import train_vae
 import vae
 
 # Quoted, not measured here: the authors' code, float32, 2 cores with a matrix product of about
 # 200 GFLOP/s. Printed in the row of the first case of each table.
 QUOTED = {'readout 256': '3.2 s', 'readout 512': '13.6 s, 1.8 GiB', 'vae': '1.59 s',
-          'readout 1024': '55 s, 6.2 GiB', 'unet step': '0.57 s', 'unet evaluation': '0.138 s'}
+          'readout 1024': '55 s, 6.2 GiB', 'unet step': '0.57 s', 'unet evaluation': '0.138 s',
+          'video encoder': '15.8 s', 'video decoder': '73.9 s', 'video read-out': '30.3 s, 8.4 GiB',
+          'video evaluation': '5.0 s with 768 M parameters'}
 
 
 # ---- measuring -------------------------------------------------------------------------------
@@ -336,6 +340,32 @@ def stage_cases(table, device):
     return {name: lambda f=f: torch.no_grad()(f) for name, f in calls.items()}
 
 
+def video_cases(table, device):
+    """One clip of 16 x 256 x 256 through a part of the networks of the preset skytimelapse."""
+    first, second = (script.build_parser().parse_preset(script.PRESETS, 'skytimelapse', [])
+                     for script in (train_vae, train_ldm))
+    model = vae.D2CVAE(common.from_flags(first, vae.VAEConfig, domain='video')).to(device).eval()
+    clip = torch.rand(1, 3, 16, 256, 256, device=device) * 2 - 1
+    z = torch.randn(1, 64, 32 * 32 + 2 * 16 * 32, device=device)
+    part = table.split()[1]
+    if part == 'evaluation':
+        unet = ldm.LDM(common.from_flags(second, ldm.LDMConfig, domain='video', z_channels=64,
+                                         planes=model.latent_sizes())).to(device).eval()
+    calls = dict(
+        encoder=lambda: model.encode(dict(video=clip)), decoder=lambda: model.decode(z),
+        evaluation=lambda: unet.eps(z, torch.tensor([500], device=device)))
+    if part == 'read-out':
+        xi = torch.no_grad()(model.decode)(z)
+        calls[part] = lambda: model.signal(xi, 256)
+
+    def build(bf16):
+        def call():
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                calls[part]()
+        return call
+    return {'float32': partial(build, False), 'bfloat16': partial(build, True)}
+
+
 COARSE = (256, 128, 64, 32)  # the first is the dense evaluation
 
 
@@ -421,11 +451,12 @@ def samplers(args):
 
 
 TABLES = dict(readout=readout_cases, vae=vae_cases, unet=unet_cases, stage=stage_cases,
-              mesh=mesh_cases, metrics=metric_cases)
+              mesh=mesh_cases, metrics=metric_cases, video=video_cases)
 BENCHES = dict(readout=readout, vae=lambda args: report(args, 'vae'),
                unet=lambda args: [report(args, t) for t in ('unet step', 'unet evaluation')],
                stage=lambda args: report(args, 'stage'), mesh=mesh, metrics=costs,
-               samplers=samplers)
+               video=lambda args: [report(args, f'video {part}') for part in (
+                   'encoder', 'decoder', 'read-out', 'evaluation')], samplers=samplers)
 
 
 def main():
