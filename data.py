@@ -113,7 +113,7 @@ TOY_RANGES = dict(  # each drawn uniformly; hour and paint run round closed loop
     hill=(0.06, 0.2), hill_amp=(0.1, 0.22), hill_phase=(0, 6.28), terrace_tilt=(-0.35, 0.35),
     terrace_phase=(0, 6.28), ripple_phase=(0, 6.28), boat_x=(-0.6, 0.6), boat_y=(0.16, 0.4),
     boat_size=(0.42, 0.62), boat_lean=(-0.16, 0.16), paint=(0, 1))
-TOY_CLIPS = dict(train=(0, 4_000), test=(2 ** 30, 200))
+TOY_CLIPS = dict(train=(0, 2_000), test=(2 ** 30, 200))
 TOY_MOTION = dict(  # toy_video has these besides, or in place of those; speeds are per unit of t
     hour=(0.25, 0.6), hours=(0.08, 0.16), sun_fall=(0.15, 0.3), boat_x=(-0.2, 0.2),
     heading=(-1, 1), boat_speed=(0.3, 0.7), swell=(4, 8), swell_phase=(0, 6.28), waves=(4, 8),
@@ -220,6 +220,11 @@ def toy_picture(p, size, box):
     (x0, x1), (y0, y1) = np.array([[-1, 1], [-1, 1]] if box is None else box, float)
     x = (x0 + (x1 - x0) * (np.arange(width) + 0.5) / width).astype('float32')
     y = (y0 + (y1 - y0) * (np.arange(height) + 0.5) / height).astype('float32')[:, None]
+    return toy_painted(p, x, y)
+
+
+def toy_painted(p, x, y):
+    """(B,3,H,W): exact colours at x and y, both broadcast to (B,H,W)."""
     picture = toy_shore(p, x, y, *round_loop(TOY_HOURS, p.hour[:, 0, 0]))
     toy_boat(p, x, y, picture, *round_loop(TOY_PAINT, p.paint[:, 0, 0]))
     return torch.from_numpy(picture.clip(-1, 1))
@@ -234,9 +239,23 @@ def toy_image(seeds, size, box=None):
 
 def toy_video(seeds, size, times, box=None):
     """(B,3,T,H,W), one a seed, at T times of [-1, 1]: the sun sets, boat, clouds and waves move."""
+    t = np.tile(np.asarray(times, 'float32'), len(seeds))
+    p = toy_moments(seeds, len(times), t)
+    return toy_picture(p, size, box).unflatten(0, (len(seeds), -1)).transpose(1, 2)
+
+
+def toy_colours(seed, points):
+    """(N,3): exact colours of a toy video at points (N,3), rows (x, y, t)."""
+    x, y, t = points.astype('float32').T
+    painted = toy_painted(toy_moments([seed], len(t), t), x[:, None, None], y[:, None, None])
+    return painted[..., 0, 0]
+
+
+def toy_moments(seeds, count, t):
+    """What toy_picture paints `count` moments of each video from: those of video b follow in t."""
     drawn = toy_values('toy_video', seeds, TOY_RANGES | TOY_MOTION)
-    p = SimpleNamespace(**{k: v.repeat(len(times), 0) for k, v in vars(drawn).items()})
-    t = np.tile(np.asarray(times, 'float32'), len(seeds))[:, None, None]  # (B T,1,1), like all of p
+    p = SimpleNamespace(**{k: v.repeat(count, 0) for k, v in vars(drawn).items()})
+    t = t[:, None, None]  # like all of p
     p.hour, p.sun_y = p.hour + p.hours * t, p.sun_y + p.sun_fall * t
     p.heading, p.roll = np.sign(p.heading), p.waves * t
     way, swell = -p.heading * t, p.swell * t + p.swell_phase  # the bow of heading 1 is on the left
@@ -244,7 +263,7 @@ def toy_video(seeds, size, times, box=None):
     p.boat_lean = p.boat_lean + 0.1 * np.cos(swell)
     p.clouds = [(p.cloud_x + 0.8 * k + p.wind * way, 0.4 * ((p.cloud_y + 0.618 * k) % 1) - 0.85,
                  0.16 + 0.1 * ((p.cloud_r + 0.618 * k) % 1)) for k in (-1, 0, 1)]
-    return toy_picture(p, size, box).unflatten(0, (len(seeds), -1)).transpose(1, 2)
+    return p
 
 
 # ---- toy_shape: five families of solids, as functions of (x, y, z), y up ------------------------
@@ -1362,21 +1381,26 @@ class Videos(Items):
         return int(self.starts(i) * ((0.5 + j / self.clips) % 1))
 
     def item(self, i, rng=None):
-        """video (3,T,r,r), coords (M,3) of M of its cells, target (M,3), their colours, `known`.
+        """video (3,T,r,r), coords (M,3) in [-1,1], target (M,3), the colours there, and `known`.
 
-        The clip starts anywhere. Without an rng the cells depend on the video's name alone.
+        The clip starts anywhere. Without an rng the points depend on the video's name alone.
         """
         i, mirrored = self.stand_in(i), self.draw_view(rng) % (1 + self.flip)
         known = self.known(i, rng)
         start = int(rng.integers(self.starts(i))) if rng else self.start(i, 0)
         video, rng = self.clip(i, start), rng or common.seeded('video', self.names[i])
-        video = video.flip(-1) if mirrored else video
+        coords, target = self.points(i, video, rng)
+        if mirrored:
+            video, coords = video.flip(-1), coords * torch.tensor([-1.0, 1.0, 1.0])
+        return dict(video=video, coords=coords, target=target, **known)
+
+    def points(self, i, video, rng):
+        """Coordinates (M,3) and colours (M,3) of random cells of a clip, none twice."""
         _, *size = video.shape
         cells = rng.choice(math.prod(size), min(self.pixels, math.prod(size)), replace=False)
         places = np.stack(np.unravel_index(cells, size)[::-1], axis=1)  # (M,3): x, y, t
         coords = ((2 * places + 1) / size[::-1] - 1).astype('float32')
-        return dict(video=video, coords=torch.from_numpy(coords), **known,
-                    target=video.flatten(1)[:, cells].T.contiguous())
+        return torch.from_numpy(coords), video.flatten(1)[:, cells].T.contiguous()
 
     def draw_view(self, rng):
         return int(rng.integers(self.views)) if rng else 0
@@ -1412,6 +1436,11 @@ class ToyVideos(Computed, Videos):
 
     def clip(self, i, start):
         return self.cache.get(i, lambda: self.truth(i, self.resolution))
+
+    def points(self, i, video, rng):
+        """Coordinates anywhere in the clip and the exact colours there."""
+        coords = rng.uniform(-1, 1, (self.pixels, 3)).astype('float32')
+        return torch.from_numpy(coords), toy_colours(self.numbers[i], coords)
 
     def truth(self, i, R, frames=None):
         """Video i at R x R cells and T or other `frames` times, all of it: (3,frames,R,R)."""

@@ -99,7 +99,7 @@ def build_parser():
                         help='K pictures from each seed to the next')
     parser.add_argument('--reconstruct', default='', metavar='PATH',
                         help='encode this instead of sampling: a picture or a folder of them; a '
-                        'mesh or point cloud')
+                        'mesh or point cloud; an animated file or a folder of videos')
     parser.add_argument('--amp', action='store_true', help='the diffusion model in bfloat16')
     parser.add_argument('--batch', type=int, default=16, help='samples denoised at a time')
     parser.add_argument('--device', default='auto', help='cpu, cuda, ...')
@@ -163,13 +163,18 @@ def encode_items(items, vae, device):
 # ---- pictures ----------------------------------------------------------------------------------
 
 @dataclass
-class PictureFlags:
-    """Flags of runs that make pictures."""
+class FrameFlags:
+    """Flags of runs that make pictures or videos."""
     box: tuple = flag((), 'x_lo,x_hi,y_lo,y_hi in -1..1: render this region only '
                       '(--box=-1,0,-1,0 is the upper left quarter)', low=-1)
+    antialias: bool = flag(True, 'below the training resolution, average instead of point-sampling')
+
+
+@dataclass
+class PictureFlags(FrameFlags):
+    """Flags of runs that make pictures."""
     zoom: tuple = flag((), 'X,Y,FACTOR: a GIF of each, from the whole to FACTOR times as large at '
                        'the point X,Y in -1..1', low=-1)
-    antialias: bool = flag(True, 'below the training resolution, average instead of point-sampling')
 
 
 def check_pictures(args, sizes):
@@ -286,9 +291,8 @@ def write_meshes(vae, z, names, sizes, args, place):
 # ---- videos ------------------------------------------------------------------------------------
 
 @dataclass
-class VideoFlags:
+class VideoFlags(FrameFlags):
     """Flags of runs that make videos."""
-    box: tuple = PictureFlags.__dataclass_fields__['box']
     frames: int = flag(0, 'of a video, evenly spaced over its time; 0 = as many as in training')
     slow: int = flag(1, 'slow motion: so many times as many frames, at the same frame rate')
     time: tuple = flag((), 'LO,HI in -1..1: this part of the time only', low=-1)

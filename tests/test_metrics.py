@@ -1132,7 +1132,7 @@ def test_a_diverged_run_has_no_number(toy_run, colour_network, monkeypatch):
 
 @pytest.mark.mutation('metrics.py', 'made], dim=1) / 2 + 0.5', 'made], dim=1) / 2')
 @pytest.mark.mutation('metrics.py', 'dataset.largest(i) >= R', 'True')
-@pytest.mark.mutation('metrics.py', 'torch.ones_like(mean)', 'torch.zeros_like(mean)')
+@pytest.mark.mutation('metrics.py', 'white_picture=torch.ones_like', 'white_picture=torch.zeros_like')
 def test_psnr_and_rfid_of_a_run(capsys, toy_run, colour_network):
     manifest, _ = result(capsys, 'psnr', toy_run, '--res', 20, '--batch', 2)
     close(manifest['psnr'], 20, 1e-4)
@@ -1237,26 +1237,6 @@ def test_a_run_is_measured_by_what_its_domain_has(capsys, toy_run, colour_networ
         text = str(caught.value)
         assert f'the domain image, which has no {thing}s' in text and '\n' not in text, text
         assert 'fid, rfid, nfe, pr, nn, psnr, spectrum' in text
-
-    def clip(x):
-        return metrics.quantise(x)[:, :, None].expand(-1, -1, 9, -1, -1)
-    class VideoRun(metrics.PictureRun):
-        thing = 'clip'
-
-        def true(self, dataset, i):
-            return clip(dataset.truth(i, 8)[None])[0]
-
-        def made(self, z, numbers):
-            return clip(self.vae.signal(self.vae.decode(z), 8))
-    monkeypatch.setitem(metrics.DOMAINS, 'video', VideoRun)
-    monkeypatch.setattr(Model, 'domain', 'video')
-    net = FirstLogit()
-    monkeypatch.setattr(metrics, 'load_network', lambda kind, path: net)
-    manifest, _ = result(capsys, 'rfvd', toy_run)
-    close(manifest['rfvd'], 6 * 25.5 ** 2, 80)
-    assert result(capsys, 'fvd', toy_run, '--num', 4)[0]['n_fake'] == 4
-    with pytest.raises(ValueError, match='no pictures to measure; .* by fvd, rfvd, nfe'):
-        metrics.main(['fid', str(toy_run)])
 
 
 @pytest.mark.mutation('metrics.py', 'except Exception as error:  # a decoder may',

@@ -880,6 +880,51 @@ def test_metrics_of_shapes(shapes, tmp_path):
     assert json.loads(again[-1]) == result
 
 
+# ---- videos --------------------------------------------------------------------------------------
+
+CLIPS = (f'{TINY} --resolution 8 --frames 5 --pixels 60 --patch 2 --vit_width 16 --vit_depth 1 '
+         '--vit_heads 1 --plane_depth 1 --plane_hidden 16 --decoder_ch 8 --field_channels 4 '
+         '--mlp_width 16 --z_channels 4 --dataset video --data set --flip')
+
+
+@pytest.fixture(scope='module')
+def clips(tmp_path_factory, one_thread):
+    """A folder with videos of 5 to 12 frames, and a run of both stages on them."""
+    folder = tmp_path_factory.mktemp('clips')
+    for k in range(8):
+        film = data.toy_video([k], (12, 10 + k), np.linspace(-1, 1, 5 + k))[0]
+        data.save_animation(folder / 'set' / f'{k}.webp', data.to_uint8(film).unbind(1))
+    done(folder, 'train_vae.py', CLIPS, '--name films')
+    done(folder, 'train_ldm.py', LDM, '--vae films')
+    return SimpleNamespace(folder=folder, run=folder / 'runs' / 'films')
+
+
+@pytest.mark.mutation('vae.py', "domain, reads = 'video', 'video'", "domain, reads = 'video', 'image'")
+def test_videos_end_to_end(clips, tmp_path, repo):
+    """Training, resuming, samples longer and larger than it, reconstructions, PSNR."""
+    folder = Path(shutil.copytree(clips.folder, tmp_path / 'copy'))
+    try:
+        interrupted(folder, 'train_vae.py', f'{CLIPS} --name broken', 5, repo)
+        done(tmp_path, 'sample.py', f'--run {clips.run} --num 2 --steps 2 --sweep 8,12x10 '
+             '--frames 7 --slow 2 --animation png', repo=repo)
+        done(tmp_path, 'sample.py', f'--run {clips.run} --reconstruct {clips.folder}/set --res 16 '
+             '--out back', repo=repo)
+    except ScriptCrashed as error:
+        pytest.fail(str(error))
+    assert_same(folder / 'runs/broken/vae.pt', clips.run / 'vae.pt')
+    for size in ('8x8', '12x10'):
+        assert len([*(tmp_path / 'out' / size / '000001').iterdir()]) == 14
+        assert (tmp_path / 'out' / size / '000001.png').is_file()
+    assert {p.name for p in (tmp_path / 'back' / '16x16').iterdir() if p.is_dir()} == {
+        f'{k}_webp' for k in range(8)}
+    with contextlib.chdir(clips.folder), contextlib.redirect_stdout(io.StringIO()) as out:
+        metrics.main(['psnr', str(clips.run)])
+    found = json.loads(out.getvalue().splitlines()[-1])
+    lines = map(json.loads, (clips.run / 'log.jsonl').read_text().splitlines())
+    last = [v['psnr_8'] for v in lines if 'psnr_8' in v][-1]
+    assert found['psnr'] == pytest.approx(last, abs=1e-3)
+
+
 def test_metrics_of_two_processes_are_those_of_one(toy, shapes, tmp_path):
     """What runs make is shared out; line for line the manifests are the same."""
     solid = [shapes.run, '--device', 'cpu']

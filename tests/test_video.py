@@ -1,12 +1,19 @@
 """Clips: the axes of their planes, decoding, whole signals, what a run of them makes."""
-import math
+import json
+import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+import data
 import inr
 import ldm
+import metrics
+import sample
 import vae
 
 TINY = dict(domain='video', frames=5, resolution=8, patch=2, vit_width=16, vit_depth=1, vit_heads=1,
@@ -17,6 +24,11 @@ TINY = dict(domain='video', frames=5, resolution=8, patch=2, vit_width=16, vit_d
 
 def tiny(**changes):
     return vae.D2CVAE(vae.VAEConfig(**{**TINY, **changes}))
+
+
+def times(n):
+    """The middles of n equal parts of [-1, 1]."""
+    return inr.cell_centres(n, torch.tensor([-1.0, 1.0]))
 
 
 def decoded(model, batch=1):
@@ -131,3 +143,219 @@ def test_equal_planes_of_a_clip_are_told_apart():
     a, b = model.unet(z, t).chunk(3, 2)[1:]
     d, c = model.unet(torch.cat([xy, xt, yt], 2), t).chunk(3, 2)[1:]
     assert (a - c).abs().max() > 1e-3 and (b - d).abs().max() > 1e-3
+
+
+# ---- what is measured of clips ------------------------------------------------------------------
+
+class Clips(data.Items):
+    """Clip i is 0.1 i + t in the cell of time t, everywhere."""
+
+    names, resolution = list('abcd'), 8
+
+    def __init__(self):
+        pass
+
+    def truth(self, i, R, frames=None):
+        t = times(frames or 5)
+        return (0.1 * i + 0.5 * t)[None, :, None, None].expand(3, -1, R, R)
+
+    def view(self, i, k):
+        return dict(video=self.truth(i, 8))
+
+    def item(self, i, rng=None):
+        return self.view(i, 0)
+
+    def preview(self, i, size):
+        return self.truth(i, size)[:, 0]
+
+
+class Reader(torch.nn.Module):
+    """A VAE that knows a clip by its mean, and is 0.2 too bright."""
+    config, domain = vae.VAEConfig(**TINY), 'video'
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def encode(self, batch):
+        return types.SimpleNamespace(mean=batch['video'].mean((1, 2, 3, 4))[:, None, None])
+
+    def decode(self, z):
+        return z
+
+    def signal(self, xi, R, frames=None):
+        t = times(frames or 5)[:, None, None]
+        return (xi[..., None, None] + 0.5 * t + 0.2).expand(-1, 3, -1, R, R)
+
+    def show(self, xi, size):
+        return self.signal(xi, size)[:, :, 0]
+
+
+@pytest.fixture
+def clip_run(tmp_path, monkeypatch):
+    info = dict(args={}, step=7, splits=None)
+    (tmp_path / 'vae.pt').touch()
+    monkeypatch.setattr(ldm, 'load_vae', lambda path, device: (Reader(), info))
+    monkeypatch.setattr(ldm, 'load', lambda path, device: (Reader(), None, info))
+    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: Clips())
+    return str(tmp_path)
+
+
+def measure(capsys, *argv):
+    metrics.main([str(a) for a in argv])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.mutation('metrics.py', 'psnr_each(pictures_of(truth), pictures_of(made))',
+                      'psnr_each(truth[:, :, 0], made[:, :, 0] + 0.1)')
+@pytest.mark.mutation('metrics.py', 'first_frame=x[:, :, :1]', 'first_frame=x[:, :, -1:]')
+@pytest.mark.mutation('metrics.py', 'middle = x.shape[2] // 2', 'middle = 0')
+@pytest.mark.mutation('metrics.py', 'return dataset.truth(i, R, self.frames)', 'return dataset.truth(i, R)')
+def test_psnr_of_clips_is_that_of_their_frames(capsys, clip_run):
+    """Beside the mean clip and repeated frames; errors in [0, 1] are half of those in [-1, 1]."""
+    def expected(errors):
+        return -20 * np.log10(np.abs(errors) / 2).mean()
+    for frames in (5, 10):
+        try:
+            found = measure(capsys, 'psnr', clip_run, '--frames', frames, '--res', 16)
+        except RuntimeError as error:
+            pytest.fail(str(error))
+        assert (found['n'], found['frames'], found['resolution']) == (4 * frames, frames, 16)
+        assert found['psnr'] == pytest.approx(20, abs=1e-4)
+        t = 0.5 * times(frames).double().numpy()
+        assert found['first_frame'] == pytest.approx(expected(t[1:] - t[0]), abs=1e-4)
+        others = np.delete(t, frames // 2) - t[frames // 2]
+        assert found['middle_frame'] == pytest.approx(expected(others), abs=1e-4)
+        off = np.array([-0.15, -0.05, 0.05, 0.15])
+        assert found['mean_clip'] == pytest.approx(expected(off), abs=1e-4)
+    assert measure(capsys, 'psnr', clip_run)['frames'] == 5
+    values, strips = metrics.held_out(Reader(), Clips())
+    assert values == {'psnr_8': pytest.approx(20, abs=1e-4)} and strips.shape == (8, 3, 8, 8)
+
+
+@pytest.mark.mutation('metrics.py', "mode='trilinear'", "mode='nearest'")
+def test_the_interpolated_baseline_of_clips_is_linear_between_their_frames(capsys, clip_run):
+    """Which gives back what is linear in time, but before the first frame and after the last."""
+    run = metrics.VideoRun(Reader(), args=types.SimpleNamespace(frames=10, res=0))
+    made = run.drawn(torch.zeros(1, 1, 1), 12, enlarged=True)
+    assert made.shape == (1, 3, 10, 12, 12)
+    t = 0.5 * times(10).clamp(-0.8, 0.8) + 0.2  # the middles of the outermost of five
+    torch.testing.assert_close(made[0, 0, :, 3, 3], t)
+
+
+@pytest.mark.mutation('metrics.py', "run.thing == 'clip', f'--frames", "True, f'--frames")
+@pytest.mark.mutation('metrics.py', "not args.frames, '--frames: folders", "True, '--frames: folders")
+def test_frames_are_for_clips(tmp_path, clip_run, monkeypatch):
+    with pytest.raises(ValueError, match='--frames: folders'):
+        metrics.main(['psnr', str(tmp_path / 'A'), str(tmp_path / 'B'), '--frames', '3'])
+    with pytest.raises(ValueError, match='which has no pictures to measure; .*fvd, rfvd, nfe, psnr'):
+        metrics.main(['fid', clip_run])
+    reader = Reader()
+    reader.domain = 'image'
+    monkeypatch.setattr(ldm, 'load_vae', lambda path, device: (reader, dict(args={}, step=7)))
+    with pytest.raises(ValueError, match='--frames: .* makes no clips'):
+        metrics.main(['psnr', clip_run, '--frames', '3'])
+
+
+class Colour(torch.nn.Module):
+    """Instead of I3D: the mean level of the first and of the last frame."""
+    dim, resize, source = 2, None, dict(kind='i3d', weights='w', sha256='s', publisher='p')
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.zeros(1)), []
+
+    def set_eps(self, eps):
+        pass
+
+    def forward(self, x):
+        self.seen.append(x)
+        return x[:, 0, [0, -1]].float().mean((2, 3))
+
+
+@pytest.mark.mutation('metrics.py', 'next((run.frames for', 'next((16 for')
+def test_rfvd_of_a_run(capsys, tmp_path, clip_run, monkeypatch):
+    """All too bright by 25.5 levels; a folder beside a run is cut into clips as long as its."""
+    net = Colour()
+    monkeypatch.setattr(metrics, 'load_network', lambda kind, path: net)
+    found = measure(capsys, 'rfvd', clip_run, '--split', 'test')
+    assert found['rfvd'] == pytest.approx(2 * 25.5 ** 2, abs=30)
+    assert found['real']['frames'] == found['fake']['frames'] == 5
+    assert {x.shape[1:] for x in net.seen} == {(3, 5, 8, 8)} and net.seen[0].dtype == torch.uint8
+    for k in range(3):
+        for t in range(7):
+            data.save_png(tmp_path / f'B/{k}/{t}.png', torch.full((3, 8, 8), k / 4 + t / 20))
+    net.seen.clear()
+    try:
+        measure(capsys, 'fvd', clip_run, tmp_path / 'B', '--num', 3)
+    except ValueError as error:
+        pytest.fail(str(error))
+    assert {x.shape[2] for x in net.seen} == {5}
+
+
+# ---- sample.py ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """A folder in which a tiny model of clips is a run, and that model."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = tiny()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    return model
+
+
+def shot(folder):
+    """uint8 (T,3,H,W): the frames in a folder, in order."""
+    frames = [np.asarray(Image.open(p)) for p in sorted(folder.iterdir())]
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+def flags(**changes):
+    given = dict(out='out', box=(), antialias=True, frames=0, slow=1, time=(), fps=8.0,
+                 animation='webp')
+    return types.SimpleNamespace(**{**given, **changes})
+
+
+@pytest.mark.mutation('sample.py', '(args.frames or vae.config.frames) * args.slow', '(args.frames or vae.config.frames)')
+@pytest.mark.mutation('sample.py', '(args.time or (-1, 1))', '(-1, 1)')
+@pytest.mark.mutation('data.py', 'lossless=True', 'quality=50')
+@pytest.mark.mutation('sample.py', 'frames[i * len(frames) // 8]', 'frames[i]')
+def test_written_videos_are_the_function(saved):
+    z = 5 * torch.randn(2, 4, 56)  # no two frames alike
+    sample.write_videos(saved, z, ['a', 'b'], [(12, 10)], flags(frames=4, slow=2, time=(-0.5, 0.5)),
+                        '')
+    expected = data.to_uint8(saved.signal(saved.decode(z[1:]), (12, 10), frames=8,
+                                          times=(-0.5, 0.5))[0])
+    frames = shot(Path('out/12x10/b'))
+    assert torch.equal(frames.transpose(0, 1), expected)
+    with Image.open('out/12x10/b.webp') as film:
+        assert film.n_frames == 8
+        for k in (0, 5):
+            film.seek(k)
+            assert np.array_equal(np.asarray(film.convert('RGB')), frames[k].permute(1, 2, 0))
+    assert Image.open('out/grid_12x10.png').size == (8 * 12 + 2, 2 * 14 + 2)
+    sample.write_videos(saved, z[:1], ['a'], (), flags(out='b', frames=16, box=(-1, 0, 0, 1)), '')
+    shown = np.asarray(Image.open('b/grid_8x8.png'))[2:10, 2:-2].reshape(8, 8, 10, 3)[:, :, :8]
+    corner = saved.render(saved.decode(z[:1]), (8, 8), ((-1, 0), (0, 1)), at=(-1 + 9 / 16,))
+    assert np.array_equal(shown[:, 2], data.to_uint8(corner[0]).permute(1, 2, 0))
+
+
+@pytest.mark.mutation('sample.py', "-1 <= t[0] < t[1] <= 1", 'True')
+def test_impossible_times_are_refused():
+    for time in ((0.5, -0.5), (0.0,), (-1.5, 1.0)):
+        with pytest.raises(ValueError, match='--time'):
+            sample.check_videos(flags(time=time), [])
+
+
+def test_clips_are_reconstructed_from_files(saved):
+    """Frames of an animated file, of a longer one the middle."""
+    frames = [torch.full((3, 8, 8), 30 * k, dtype=torch.uint8) for k in range(7)]
+    data.save_animation('in/long.webp', frames)
+    data.save_animation('in/short.webp', frames[1:6])
+    names, z, extra = sample.encode_videos('in', saved, dict(resolution=8, frames=5, interval=1),
+                                           torch.device('cpu'))
+    assert names == ['long_webp', 'short_webp'] and extra is None
+    x = data.to_float(torch.stack(frames[1:6], 1))[None]
+    torch.testing.assert_close(z, saved.encode(x).mean.expand(2, -1, -1))

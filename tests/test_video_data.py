@@ -75,6 +75,14 @@ def test_toy_is_a_function_of_place_and_time():
     assert torch.equal(toy.view(7, 0)['video'], toy.truth(7, 16))
 
 
+@pytest.mark.mutation('data.py', 'x, y, t = points', 'y, x, t = points')
+def test_toy_colours_are_those_of_the_clip():
+    times = inr.cell_centres(6, torch.tensor([-1.0, 1.0]))
+    clip = data.toy_video([5], (12, 9), times)[0]
+    colours = data.toy_colours(5, inr.make_grid(6, 12, 9).reshape(-1, 3).numpy())
+    assert torch.allclose(colours, clip.flatten(1).T, atol=1e-4)
+
+
 def toy_parameters(seeds):
     values = data.toy_values('toy_video', seeds, data.TOY_RANGES | data.TOY_MOTION)
     return [{k: v[b, 0, 0] for k, v in vars(values).items()} for b in range(len(seeds))]
@@ -155,7 +163,8 @@ def check_item(item, pixels):
 @pytest.mark.mutation('data.py', 'np.unravel_index(cells, size)[::-1], axis=1)',
                       'np.unravel_index(cells, size), axis=1)')
 @pytest.mark.mutation('data.py', 'math.prod(size)), replace=False)', 'math.prod(size)))')
-@pytest.mark.mutation('data.py', 'video = video.flip(-1) if mirrored else video', 'video = video')
+@pytest.mark.mutation('data.py', 'video, coords = video.flip(-1), coords * torch.tensor([-1.0, 1.0, 1.0])',
+                      'video = video.flip(-1)')
 @pytest.mark.mutation('data.py', 'dict(video=video.flip(-1) if mirrored else video)',
                       'dict(video=video.flip(-2) if mirrored else video)')
 def test_pixels_agree_with_the_clip_and_flips_mirror_both(folder):
@@ -166,13 +175,17 @@ def test_pixels_agree_with_the_clip_and_flips_mirror_both(folder):
         assert torch.equal(items.view(2, 1)['video'], plain.flip(-1))
         for k in range(12):
             item = items.item(2, common.seeded('test', k))
-            check_item(item, 300)
+            if not items.computed:
+                check_item(item, 300)
             again = items.item(2, common.seeded('test', k))
             assert all(torch.equal(item[key], again[key]) for key in item)
             view = items.draw_view(common.seeded('test', k))
             seen.add(view)
             if items.computed:  # the views are all there is
                 assert torch.equal(item['video'], items.view(2, view)['video'])
+                places = item['coords'] * torch.tensor([1 - 2 * view, 1, 1])
+                exact = data.toy_colours(items.numbers[2], places.numpy())
+                assert torch.equal(item['target'], exact) and len(exact) == 300
         assert seen == {0, 1}
 
 
@@ -494,7 +507,7 @@ def test_check_prints_lengths_and_draws_strips(tmp_path, monkeypatch, capsys):
 
 def test_check_of_the_toy(tmp_path, monkeypatch, capsys):
     check(monkeypatch, 'toy_video', '--out', tmp_path / 'toy.png', '--res', 16, '--frames', 4)
-    assert 'toy_video: computed; train seeds 0 to 3999' in capsys.readouterr().out
+    assert 'toy_video: computed; train seeds 0 to 1999' in capsys.readouterr().out
     assert Image.open(tmp_path / 'toy.png').size == (2 * (4 * 16 + 2) + 2, 6 * 18 + 2)
 
 
