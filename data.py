@@ -165,8 +165,8 @@ def cloud(x, y, r):
 
 def toy_shore(p, x, y, sky, horizon, sunlight, mountain, green, sea):
     """Sky, sun, clouds, mountains, terraced hill and rippled sea: (B,3,H,W)."""
-    down = np.clip((y + 1) / (p.shore + 1), 0, 1)[:, None]
-    picture = sky + (horizon - sky) * down * (2 - down) + np.zeros_like(x)
+    down = np.clip((y + 1) / (p.shore + 1) + 0 * x, 0, 1)[:, None]
+    picture = sky + (horizon - sky) * down * (2 - down)
     sun = np.hypot(x - p.sun_x, y - p.sun_y)
     paint(picture, 0.55 * np.exp(-(sun / (2.2 * p.sun_r)) ** 2), sunlight)
     paint(picture, cover(sun - p.sun_r), sunlight)

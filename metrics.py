@@ -1455,7 +1455,8 @@ def open_run(path, args, stage=1):
     able = [name for name, command in COMMANDS.items()
             if not command.thing or run.thing in command.thing]
     require(args.command in able, f'{path}: a run of the domain {vae.domain}, which has no '
-            f'{thing}s to measure; it can be measured by {", ".join(able)}')
+            f'{thing.replace(" or", "s or")}s to measure; it can be measured by '
+            f'{", ".join(able)}')
     require(not args.frames or run.thing == 'clip', f'--frames: {path} makes no clips')
     return run
 

@@ -37,8 +37,8 @@ SMALL_SHAPES = dict(SHAPES, resolution=32, ch=32, ch_mult=(1, 2), decoder_mult=(
 # Videos: Table 9 with the authors' basis fields, which are those that reach 256.
 VIDEOS = dict(resolution=256, decoder_mult=(8, 4, 2, 1), fields=(2, 4, 8), across=True,
               scale_injection=False, kl_weight=0.1, pixels=65_536, accumulate=5)
-SMALL_VIDEOS = dict(TINY, patch=4, vit_width=64, vit_depth=2, vit_heads=4, plane_depth=1,
-                    plane_hidden=128, across=True, scale_injection=False)
+SMALL_VIDEOS = dict(TINY, vit_width=96, vit_depth=2, vit_heads=2, plane_depth=1,
+                    plane_hidden=192, across=True, scale_injection=False, batch=8)
 PRESETS = {
     'toy_image': dict(SMALL, dataset='toy_image', resolution=32, ch=24, decoder_ch=24,
                       ch_mult=(1, 2, 3), decoder_mult=(3, 2, 1), kl_weight=0.01, steps=1850,
@@ -66,9 +66,10 @@ PRESETS = {
     'text2shape': dict(SHAPES, dataset='text2shape', steps=8_000),
     'shapenet_chair_code': dict(SHAPES, dataset='shapenet_chair', decoder_ch=64, sn_start=5.0,
                                 steps=3_000),
-    'toy_video': dict(SMALL_VIDEOS, dataset='toy_video', resolution=32, decoder_ch=24,
+    'toy_video': dict(SMALL_VIDEOS, dataset='toy_video', resolution=32, patch=4, decoder_ch=24,
                       decoder_mult=(3, 2, 1), kl_weight=0.01, lr=2e-3, steps=1500),
-    'video_small': dict(SMALL_VIDEOS, dataset='video', resolution=64, kl_weight=0.02, steps=3000),
+    'video_small': dict(SMALL_VIDEOS, dataset='video', resolution=64, decoder_mult=(4, 3, 2, 1),
+                        fields=(2, 4, 8), pixels=4096, kl_weight=0.02, lr=2e-3, steps=2500),
     'skytimelapse': dict(VIDEOS, dataset='skytimelapse', batch=80, steps=6_000),
 }
 PRESETS.update(image=PRESETS['image_64'], shape=PRESETS['shape_small'],

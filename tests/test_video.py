@@ -337,7 +337,7 @@ def test_written_videos_are_the_function(saved):
             assert np.array_equal(np.asarray(film.convert('RGB')), frames[k].permute(1, 2, 0))
     assert Image.open('out/grid_12x10.png').size == (8 * 12 + 2, 2 * 14 + 2)
     sample.write_videos(saved, z[:1], ['a'], (), flags(out='b', frames=16, box=(-1, 0, 0, 1)), '')
-    shown = np.asarray(Image.open('b/grid_8x8.png'))[2:10, 2:-2].reshape(8, 8, 10, 3)[:, :, :8]
+    shown = np.asarray(Image.open('b/grid_8x8.png'))[2:10, 2:].reshape(8, 8, 10, 3)[:, :, :8]
     corner = saved.render(saved.decode(z[:1]), (8, 8), ((-1, 0), (0, 1)), at=(-1 + 9 / 16,))
     assert np.array_equal(shown[:, 2], data.to_uint8(corner[0]).permute(1, 2, 0))
 
