@@ -23,7 +23,7 @@ GPUS, GPU_MEMORY = 8, 80e9  # what the paper's presets are for
 # Millions of parameters of both stages, without text; presets in one row have the same networks.
 PARAMETERS = {
     ('celebahq_code',): ('70.6', '1015'),
-    ('toy_image',): ('1.1', '4.7'),
+    ('toy_image',): ('1.1', '2.6'),
     ('image_64', 'image'): ('2.9', '11.1'),
     ('image_256', 'afhq_cat', 'afhq_dog', 'celebahq'): ('32.7', '358'),
     ('lsun_church',): ('32.7', '358'),
