@@ -141,7 +141,7 @@ def test_samples_of_shapes_are_whole(shape_run, capsys):
     assert whole >= 56
 
 
-@pytest.mark.parametrize('finer', [('--frames', '32'), ('--res', '64')])
+@pytest.mark.parametrize('finer', [('--frames', '16'), ('--res', '64')])
 def test_reconstructions_of_videos_beat_interpolation(video_run, capsys, finer):
     """At the training grid 28 dB, and between its frames and pixels 0.5 dB more than it gives."""
     at_r, fine, between = (psnr(video_run, capsys, *flags) for flags in (

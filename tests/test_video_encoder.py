@@ -69,15 +69,17 @@ def test_products_depend_on_the_difference_of_places_only():
 
 @pytest.mark.mutation('encoders.py', 'rotate(q, angles), rotate(k, angles)', 'rotate(q, angles), k')
 @pytest.mark.mutation('encoders.py', 'permute(2, 0, 3, 1, 4)', 'permute(3, 0, 2, 1, 4)')
-@pytest.mark.mutation('encoders.py', 'return x + self.out(h.tr', 'return self.out(h.tr')
+@pytest.mark.mutation('encoders.py', 'return x + self.out(attend', 'return self.out(attend')
+@pytest.mark.mutation('encoders.py', 'k.transpose(-1, -2) * d ** -0.5)', 'k.transpose(-1, -2) * n ** -0.5)')
 @pytest.mark.mutation('encoders.py', 'self.qkv(self.norm(x))', 'self.qkv(x)')
-def test_attention_equals_a_slow_loop():
-    layer, angles = encoders.TokenAttention(12, heads=3, head_channels=8), torch.randn(5, 8)
-    x = 3 * torch.randn(2, 5, 12)
+@pytest.mark.parametrize('tokens', [5, 11])  # fewer and more than the channels of a head
+def test_attention_equals_a_slow_loop(tokens):
+    layer, angles = encoders.TokenAttention(12, heads=3, head_channels=8), torch.randn(tokens, 8)
+    x = 3 * torch.randn(2, tokens, 12)
     q, k, v = layer.qkv(F.layer_norm(x, (12,))).split(24, dim=2)
     slow = torch.empty_like(q)
     for b in range(2):
-        for n in range(5):
+        for n in range(tokens):
             for own in torch.arange(24).split(8):
                 query = encoders.rotate(q[b, n:n + 1, own], angles[n:n + 1])[0]
                 keys = encoders.rotate(k[b][:, own], angles)
