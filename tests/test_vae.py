@@ -139,7 +139,10 @@ def test_flags_of_other_domains_are_refused():
                     dict(SHAPE, scale_injection=True)):
         with pytest.raises(ValueError, match='--'):
             tiny(**changes)
-    assert tiny(**SHAPE, threshold=0.2).config.n_ref == 2048
+    try:
+        assert tiny(**SHAPE, threshold=0.2).config.n_ref == 2048
+    except ValueError as error:
+        pytest.fail(str(error))
 
 
 # ---- objective ---------------------------------------------------------------------------------

@@ -163,8 +163,9 @@ def check_item(item, pixels):
 @pytest.mark.mutation('data.py', 'np.unravel_index(cells, size)[::-1], axis=1)',
                       'np.unravel_index(cells, size), axis=1)')
 @pytest.mark.mutation('data.py', 'math.prod(size)), replace=False)', 'math.prod(size)))')
-@pytest.mark.mutation('data.py', 'video, coords = video.flip(-1), coords * torch.tensor([-1.0, 1.0, 1.0])',
-                      'video = video.flip(-1)')
+@pytest.mark.mutation('data.py', 'coords * torch.tensor([-1.0, 1.0, 1.0])', 'coords')
+@pytest.mark.mutation('data.py', 'video, coords = video.flip(-1), coords',
+                      'video, coords = video, coords')
 @pytest.mark.mutation('data.py', 'dict(video=video.flip(-1) if mirrored else video)',
                       'dict(video=video.flip(-2) if mirrored else video)')
 def test_pixels_agree_with_the_clip_and_flips_mirror_both(folder):

@@ -70,7 +70,8 @@ def test_products_depend_on_the_difference_of_places_only():
 @pytest.mark.mutation('encoders.py', 'rotate(q, angles), rotate(k, angles)', 'rotate(q, angles), k')
 @pytest.mark.mutation('encoders.py', 'permute(2, 0, 3, 1, 4)', 'permute(3, 0, 2, 1, 4)')
 @pytest.mark.mutation('encoders.py', 'return x + self.out(attend', 'return self.out(attend')
-@pytest.mark.mutation('encoders.py', 'k.transpose(-1, -2) * d ** -0.5)', 'k.transpose(-1, -2) * n ** -0.5)')
+@pytest.mark.mutation('encoders.py', 'transpose(-1, -2) * d ** -0.5)',
+                      'transpose(-1, -2) * n ** -0.5)')
 @pytest.mark.mutation('encoders.py', 'self.qkv(self.norm(x))', 'self.qkv(x)')
 @pytest.mark.parametrize('tokens', [5, 11])  # fewer and more than the channels of a head
 def test_attention_equals_a_slow_loop(tokens):
