@@ -73,8 +73,12 @@ def test_products_depend_on_the_difference_of_places_only():
 @pytest.mark.mutation('encoders.py', 'transpose(-1, -2) * d ** -0.5)',
                       'transpose(-1, -2) * n ** -0.5)')
 @pytest.mark.mutation('encoders.py', 'self.qkv(self.norm(x))', 'self.qkv(x)')
-@pytest.mark.parametrize('tokens', [5, 11])  # fewer and more than the channels of a head
-def test_attention_equals_a_slow_loop(tokens):
+def test_attention_equals_a_slow_loop():
+    for tokens in (5, 11):  # fewer and more than the channels of a head
+        check_attention(tokens)
+
+
+def check_attention(tokens):
     layer, angles = encoders.TokenAttention(12, heads=3, head_channels=8), torch.randn(tokens, 8)
     x = 3 * torch.randn(2, tokens, 12)
     q, k, v = layer.qkv(F.layer_norm(x, (12,))).split(24, dim=2)
