@@ -690,6 +690,7 @@ def reader(name):
 
 
 def look_picture(files, name):
+    """Frames, (width, height) and frames a second, or None, of a file that Pillow reads."""
     with files.open(name) as image:
         count = getattr(image, 'n_frames', 1)
         if count > 1:
@@ -699,6 +700,7 @@ def look_picture(files, name):
 
 
 def moving_frames(files, video, numbers):
+    """Yields the frames of these numbers of an animated file, PIL pictures."""
     with files.open(video.name) as image:
         for k in numbers:
             image.seek(k)
@@ -706,6 +708,7 @@ def moving_frames(files, video, numbers):
 
 
 def still_frames(files, video, numbers):
+    """Yields those of a folder of pictures; each is closed when the next is asked for."""
     for k in numbers:
         with files.open(video.frames[k]) as image:
             yield image
@@ -721,12 +724,14 @@ def array_shape(stream):
 
 
 def look_array(files, name):
+    """Frames and (width, height) of a .npy file, which names no rate."""
     with files.stream(name) as stream:
         count, height, width = array_shape(stream)
         return count, (width, height), None
 
 
 def array_frames(files, video, numbers):
+    """Yields the frames of these numbers of a .npy file, reading no others."""
     with files.stream(video.name) as stream:
         _, height, width = array_shape(stream)
         start = stream.tell()
@@ -736,6 +741,7 @@ def array_frames(files, video, numbers):
 
 
 def look_film(files, name):
+    """Frames, (width, height) and frames a second of a film, by ffprobe; ValueError if none."""
     require((files.root / name).is_file(), 'a film in a zip cannot be read; unpack the zip')
     done = subprocess.run(
         ['ffprobe', '-v', 'error', '-select_streams', 'v:0', '-count_packets', '-show_entries',

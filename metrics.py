@@ -1451,12 +1451,11 @@ def open_run(path, args, stage=1):
     require(file, f'{path}: not a run; give a folder with vae.pt or ldm.pt')
     vae, *diffusion, info = (ldm.load if stage == 2 else ldm.load_vae)(file, args.device)
     run = DOMAINS[vae.domain](vae, *(diffusion or [None]), info, file, args)
-    thing = COMMANDS[args.command].thing
     able = [name for name, command in COMMANDS.items()
-            if not command.thing or run.thing in command.thing]
+            if not command.thing or run.thing in command.thing.split()]
+    things = ' or '.join(f'{thing}s' for thing in COMMANDS[args.command].thing.split())
     require(args.command in able, f'{path}: a run of the domain {vae.domain}, which has no '
-            f'{thing.replace(" or", "s or")}s to measure; it can be measured by '
-            f'{", ".join(able)}')
+            f'{things} to measure; it can be measured by {", ".join(able)}')
     require(not args.frames or run.thing == 'clip', f'--frames: {path} makes no clips')
     return run
 
@@ -2000,7 +1999,7 @@ FLAGS = dict(
     out=flag('', 'file to append the JSON line to'))
 
 
-# A subcommand: what it does, the thing it measures ('' = any), what it takes (RUN or SETS), its
+# A subcommand: what it does, the things it measures ('' = any), what it takes (RUN or SETS), its
 # flags, those of their defaults that are its own.
 Command = namedtuple('Command', 'function thing sets flags defaults help')
 SAMPLES = 'data split res num num_real fakes seed amp float interpolated batch '
@@ -2025,7 +2024,7 @@ COMMANDS = dict(
                'improved precision and recall'),
     nn=Command(nn_command, 'picture', SETS, 'weights resize features k picture sampler ' + SAMPLES,
                dict(num=8, k=7, picture='out/nn.png'), 'nearest reals of samples, drawn (Fig. 13)'),
-    psnr=Command(psnr_command, 'picture or clip', SETS, 'frames ' + REBUILT.replace('float', ''),
+    psnr=Command(psnr_command, 'picture clip', SETS, 'frames ' + REBUILT.replace('float', ''),
                  dict(split='test'), 'PSNR and SSIM of held-out reconstructions, of clips frame by '
                  'frame, or of two folders of pictures in pairs'),
     spectrum=Command(spectrum_command, 'picture', RUN, 'res num picture seed amp batch sampler',

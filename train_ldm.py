@@ -31,7 +31,7 @@ SMALL = dict(PAPER, accumulate=1, ch=64, ch_mult=(1, 2, 2), num_res_blocks=1, at
              mixing_init=-3.0, mixing_lr_mult=10.0, latent_norm='channel', batch=32, lr=5e-4,
              warmup=200, ema=0.999)
 # Short runs: a high rate, for which AdamW's second moments must follow sooner and the mixing logits
-# must not run ahead; with SMALL's beta2 and multiplier such runs stay where they begin.
+# must not run ahead; with SMALL's beta2 and multiplier some such runs stay where they begin.
 TOY = dict(SMALL, lr=2e-3, beta2=0.99, mixing_lr_mult=2.5, ema=0.995)
 PRESETS = {
     'toy_image': dict(TOY, ch=48, mixing_init=-1.5, steps=1000, save_every=250),  # 1.3 minutes

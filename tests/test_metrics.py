@@ -1053,7 +1053,8 @@ def toy_run(tmp_path, monkeypatch):
     (tmp_path / 'ldm.pt').touch()
     info = dict(args=dict(dataset='toy_image'), step=7, splits=None)
     monkeypatch.setattr(metrics, 'ldm', SimpleNamespace(
-        SAMPLERS=metrics.ldm.SAMPLERS, ETA=1.5, generate=generate, load=lambda path, device: (Model(), 'ldm', info),
+        SAMPLERS=metrics.ldm.SAMPLERS, ETA=1.5, generate=generate,
+        load=lambda path, device: (Model(), 'ldm', info),
         load_vae=lambda path, device: (Model(), info)))
     monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: Signals())
     monkeypatch.chdir(tmp_path)
