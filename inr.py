@@ -1,8 +1,10 @@
-"""The continuous function: planes and coordinates, bilinear read-out, the CFC MLP, surfaces.
+"""The continuous function: planes and coordinates, bilinear read-out, the CFC MLP, surfaces, rays.
 
     p^i = gamma(c; Xi^i)                      bilinear look-up of basis field i at c, Section 3.1
     h = Block_1(p^1);  h = Block_i([h; p^i])  coarse-to-fine conditioning (CFC), Section 3.1
     phi_ij(s) = phi_ij A(s)_j / sqrt(sum_k (phi_ik A(s)_k)^2 + eps)       scale injection, Eq. 13
+    C = sum_k w_k c_k + (1 - sum_k w_k)                          a ray through a radiance field,
+    w_k = exp(-sum_{j<k} sigma_j delta_j) (1 - exp(-sigma_k delta_k))        Mildenhall et al., 2020
 
 Coordinates lie in [-1, 1], in the order (x, y[, z or t]). A field of n cells along an axis holds
 its values at the cells' centres; beyond the last centre it is constant (`align_corners=False` and
@@ -224,22 +226,97 @@ class MLPBlock(nn.Module):
         return torch.add(h, skip, alpha=math.sqrt(0.5))
 
 
+def with_octaves(x, count):
+    """x, then sin 2^k x and cos 2^k x for k = 0 .. count - 1: (...,D) -> (...,D + 2 D count)."""
+    angles = x[..., None, :] * 2.0 ** torch.arange(count, device=x.device)[:, None]
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (..., count, 2D)
+    return torch.cat([x, waves.flatten(-2)], dim=-1)
+
+
+class LowerBound(torch.autograd.Function):
+    """max(x, bound), with gradients also below the bound where descent would raise x."""
+
+    @staticmethod
+    def forward(ctx, x, bound):
+        ctx.save_for_backward(x >= bound)
+        return x.clamp(min=bound)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        above, = ctx.saved_tensors
+        return gradient * (above | (gradient < 0)), None
+
+
+class RadianceHead(nn.Module):
+    """Features h (B,N,width) -> density and colours, (B,N,channels), of which the first is density.
+
+    Density, per unit of length in the box [-1, 1], is `scale` times the softplus of a linear map,
+    which starts at -4, or the scene would be fog that hides itself; less the softplus of -6, below
+    which it is 0. Most rays meet nothing, and their L1 loss would otherwise drive all densities to
+    where softplus has no gradient, before the network can tell one place from another.
+
+    Colours in [0, 1] come from one layer of `hidden` features, which also reads the direction of
+    sight, of length 1, with sines and cosines of so many `octaves`; None leaves directions out.
+    dirs (B,K,3) has one direction for each N / K successive points, such as those of a ray. Where
+    dirs is None, the colours are the mean of those along the six directions of the axes.
+    """
+
+    lowest = -6.0
+
+    def __init__(self, width, channels, hidden, octaves, scale):
+        super().__init__()
+        self.octaves, self.scale = octaves, scale
+        self.raw = nn.Linear(width, 1)
+        nn.init.constant_(self.raw.bias, -4.0)
+        self.features = nn.Linear(width, hidden)
+        self.directions = None
+        if octaves is not None:
+            self.directions = nn.Linear(3 + 6 * octaves, hidden, bias=False)
+        self.colour = nn.Linear(hidden, channels - 1)
+
+    def density(self, h):
+        """Of features (B,N,width), (B,N,1)."""
+        raw = LowerBound.apply(self.raw(h).float(), self.lowest)
+        return self.scale * (F.softplus(raw) - math.log1p(math.exp(self.lowest)))
+
+    def colours_along(self, h, dirs):
+        """Of the hidden layer's sums h (B,N,hidden), without the directions' part."""
+        if dirs is not None:
+            seen = self.directions(with_octaves(dirs, self.octaves))  # (B, K, hidden)
+            h = (h.unflatten(1, (seen.shape[1], -1)) + seen[:, :, None]).flatten(1, 2)
+        return self.colour(F.leaky_relu(h, 0.2)).float().sigmoid()
+
+    def forward(self, h, dirs=None):
+        density, h = self.density(h), self.features(h)
+        if self.directions is None:
+            colours = self.colours_along(h, None)
+        elif dirs is not None:
+            colours = self.colours_along(h, dirs)
+        else:
+            axes = torch.cat([torch.eye(3), -torch.eye(3)]).to(density).view(6, 1, 1, 3)
+            colours = sum(self.colours_along(h, axis) for axis in axes) / len(axes)
+        return torch.cat([density, colours], dim=-1)
+
+
 class CFCMLP(nn.Module):
     """The read-out pi_theta: look-ups of all basis fields -> signal values (B,N,out_channels).
 
-    forward(pe, coords, scale): pe is the list of look-ups p^1..p^n (B,N,C_i), coarse to fine; scale
-    (B,) or (1,) is the sampling period s, by default that of the points coords (B,N,D). A network
-    needs coords for this default and for `coord_features`, and scale only for scale injection.
+    forward(pe, coords, scale, dirs): pe is the list of look-ups p^1..p^n (B,N,C_i), coarse to fine;
+    scale (B,) or (1,) is the sampling period s, by default that of the points coords (B,N,D). A
+    network needs coords for this default and for `coord_features`, and scale only for scale
+    injection; dirs (B,K,3) are for the `RadianceHead` alone.
 
     conditioning: 'cfc' feeds p^i to block i, 'concat' feeds all of them to the first block and
     'single' only the finest (rows 3, 2 and 1 of Table 8). merge: how 'cfc' joins p^i to the state
-    h, by 'concat' or 'sum'. coord_features: D to add a linear map of the coordinates after the
-    first block, 0 for none. ValueError if there are more look-ups than blocks.
+    h, by 'concat' or 'sum'. coord_features: D to add a linear map of the coordinates, and of sines
+    and cosines of `coord_octaves` of them, after the first block; 0 for none. radiance: hidden,
+    octaves and scale of a `RadianceHead` in the place of the last layer. ValueError if there are
+    more look-ups than blocks.
     """
 
     def __init__(self, pe_channels, out_channels, width=256, blocks=4, layers=2,
                  conditioning='cfc', merge='concat', scale_injection=True, resolution=256,
-                 coord_features=0):
+                 coord_features=0, coord_octaves=0, radiance=None):
         super().__init__()
         pe_channels = dict(cfc=pe_channels, concat=[sum(pe_channels)],
                            single=pe_channels[-1:])[conditioning]
@@ -253,8 +330,12 @@ class CFCMLP(nn.Module):
         inputs = [first, *joined] + [width] * (blocks - len(pe_channels))
         self.blocks = nn.ModuleList(MLPBlock(linear, n, width, width, layers) for n in inputs)
         self.project = nn.ModuleList(nn.Linear(c, width) for c in later if merge == 'sum')
-        self.coords = nn.Linear(coord_features, width) if coord_features else None
-        self.out = linear(width, out_channels, width, demodulate=False)
+        self.coord_octaves = coord_octaves
+        self.coords = None
+        if coord_features:
+            self.coords = nn.Linear(coord_features * (1 + 2 * coord_octaves), width)
+        self.radiance = RadianceHead(width, out_channels, **radiance) if radiance else None
+        self.out = None if radiance else linear(width, out_channels, width, demodulate=False)
 
     @torch.no_grad()
     def fixed_scale(self, scale):
@@ -273,7 +354,16 @@ class CFCMLP(nn.Module):
                     setattr(parent, name, folded)
         return plain.requires_grad_(False)
 
-    def forward(self, pe, coords=None, scale=None):
+    def forward(self, pe, coords=None, scale=None, dirs=None):
+        h, style = self.features(pe, coords, scale)
+        return self.radiance(h, dirs) if self.radiance is not None else self.out(h, style)
+
+    def density(self, pe, coords):
+        """The density alone, (B,N), of a network with a `RadianceHead`."""
+        return self.radiance.density(self.features(pe, coords)[0])[..., 0]
+
+    def features(self, pe, coords=None, scale=None):
+        """What the last layer reads: features (B,N,width) and the style, None without."""
         if self.style is not None and scale is None:
             scale = scale_of_points(self.resolution, coords)[None]
         style = None if self.style is None else self.style(scale)
@@ -284,14 +374,14 @@ class CFCMLP(nn.Module):
         h = self.blocks[0](pe[0], style)
         if self.coords is not None:
             with torch.autocast(h.device.type, enabled=False):  # bfloat16 blurs places
-                h = h + self.coords(coords)
+                h = h + self.coords(with_octaves(coords, self.coord_octaves))
         for i, block in enumerate(self.blocks[1:], start=1):
             if i < len(pe) and self.merge == 'sum':
                 h = h + self.project[i - 1](pe[i])
             elif i < len(pe):
                 h = torch.cat([h, pe[i]], dim=-1)
             h = block(h, style)
-        return self.out(h, style)
+        return h, style
 
 
 # ---- one sample as a function ------------------------------------------------------------------
@@ -310,23 +400,27 @@ def look_up(xi, points, domain, plane_merge):
 class Function(nn.Module):
     """One sample, omega(c) = pi(gamma(c; Xi)): f(coords (...,D)) -> values (...,C), float32.
 
-    Coordinates lie in [-1, 1], which stands for `extent` times as much in the units of the data.
-    Values are what the MLP gives: colours that fill [-1, 1], or the logit of occupancy. Gradients
-    come by autograd. `scale` is the sampling period s; None derives it from a regular grid (H,W,2)
-    and takes the training period 1 for other points.
+    Coordinates lie in [-1, 1], which stands for `extent` times as much in the units of the data,
+    around `centre`. Values are what the MLP gives: colours that fill [-1, 1], the logit of
+    occupancy, or density (per unit of length in [-1, 1]) and three colours in [0, 1], for which
+    `dirs` (...,3) are the directions of sight, see `RadianceHead`. Gradients come by autograd.
+    `scale` is the sampling period s; None derives it from a regular grid (H,W,2) and takes the
+    training period 1 for other points.
 
-    about: `domain`, `extent`, `plane_merge` and `read_out`, the arguments of the MLP.
+    about: `domain`, `extent`, `centre`, `plane_merge` and `read_out`, the arguments of the MLP.
     """
 
     def __init__(self, about, xi, mlp):
         super().__init__()
         self.about, self.xi, self.mlp, self.extent = about, xi, mlp, about['extent']
+        self.centre = about.get('centre', (0.0, 0.0, 0.0))
 
-    def forward(self, coords, scale=None):
+    def forward(self, coords, scale=None, dirs=None):
         points = coords.reshape(1, -1, coords.shape[-1])
         scale = None if scale is None else points.new_tensor([scale])
+        dirs = None if dirs is None else dirs.expand(*coords.shape[:-1], 3).reshape(1, -1, 3)
         p = look_up(self.xi, points, self.about['domain'], self.about['plane_merge'])
-        return self.mlp(p, points, scale).view(*coords.shape[:-1], -1)
+        return self.mlp(p, points, scale, dirs).view(*coords.shape[:-1], -1)
 
 
 def save_function(path, f):
@@ -658,3 +752,166 @@ def draw_mesh(vertices, faces, size=128, azimuth=30.0):
     """A picture (3,S,S), in [-1,1], of a mesh within [-1,1]^3."""
     shade = render_mesh(vertices, faces, size, azimuth=azimuth, distance=4.0)['shade']
     return shade.expand(3, -1, -1) * 2 - 1
+
+
+# ---- radiance fields ---------------------------------------------------------------------------
+
+def box_range(rays_o, rays_d):
+    """Where rays (...,3) enter and leave the box [-1, 1]^3: near, far (...), in lengths of rays_d.
+
+    near is at least 0, where the ray begins. For a ray that misses the box far = near.
+    """
+    inverse = 1 / torch.where(rays_d.abs() < 1e-12, 1e-12, rays_d)
+    ends = torch.stack([(-1 - rays_o) * inverse, (1 - rays_o) * inverse])
+    near, far = ends.amin(0).amax(-1).clamp(min=0), ends.amax(0).amin(-1)
+    return near, torch.maximum(near, far)
+
+
+def bin_edges(near, far, samples):
+    """Edges (...,samples + 1) of equal bins between near and far (...)."""
+    return near[..., None] + (far - near)[..., None] * torch.linspace(
+        0, 1, samples + 1, device=near.device)
+
+
+def ray_weights(sigma, t):
+    """Share (...,S) of a ray that ends in each bin; sigma (...,S) and edges t (...,S+1)."""
+    thickness = sigma * t.diff(dim=-1)
+    before = F.pad(thickness.cumsum(-1)[..., :-1], (1, 0))  # a difference would round
+    return (-before).exp() * -torch.expm1(-thickness)
+
+
+def finer_edges(t, weights, count):
+    """The edges t (...,S+1) and `count` more, where the `weights` (...,S) are: (...,S+1+count).
+
+    The new ones lie at equal steps of the sum of the weights, taken as constant in each bin; a
+    hundredth of the sum is spread evenly, so that nothing is missed for good.
+    """
+    share = weights + 0.01 * weights.mean(-1, keepdim=True) + 1e-6
+    total = F.pad((share / share.sum(-1, keepdim=True)).cumsum(-1), (1, 0))  # (..., S+1)
+    u = ((torch.arange(count, device=t.device) + 0.5) / count).expand(*t.shape[:-1], count)
+    k = torch.searchsorted(total, u.contiguous()).clamp(1, weights.shape[-1])
+    (a, b), (lo, hi) = ((x.gather(-1, k - 1), x.gather(-1, k)) for x in (t, total))
+    return torch.cat([t, a + (b - a) * (u - lo) / (hi - lo)], dim=-1).sort(-1).values
+
+
+def volume_render(sigma, rgb, t, white_background=True):
+    """dict(rgb (R,3), depth (R,), opacity (R,)) of rays cut into S bins of constant density.
+
+    sigma (R,S) is density per unit of t, at least 0, rgb (R,S,3) in [0, 1], and t (R,S+1) are the
+    bins' edges along directions of length 1. What passes all bins sees white, or black without
+    `white_background`, at the depth of the last edge: there is no infinite last bin, which would
+    make every ray opaque. Any other leading shape than (R) will do.
+    """
+    w = ray_weights(sigma, t)
+    opacity = -torch.expm1(-(sigma * t.diff(dim=-1)).sum(-1))
+    centres = (t[..., 1:] + t[..., :-1]) / 2
+    background = float(white_background) * (1 - opacity)[..., None]
+    return dict(rgb=(w[..., None] * rgb).sum(-2) + background, opacity=opacity,
+                depth=(w * centres).sum(-1) + (1 - opacity) * t[..., -1])
+
+
+def march(field, rays_o, rays_d, samples, importance=0, place=0.5):
+    """`volume_render` of rays (...,3), of unit directions, through a field in the box [-1, 1]^3.
+
+    field(points (...,S,3), dirs (...,1,3)) -> sigma (...,S), rgb (...,S,3). It is read once in each
+    of the `samples` bins of a ray, at the share `place` of the bin, a number or (...,samples +
+    importance) of them. With `importance`, a first reading, without gradients, tells where so many
+    further edges lie.
+    """
+    def read(t, place):
+        depth = t[..., :-1] + place * t.diff(dim=-1)
+        dirs = rays_d[..., None, :]
+        return field(rays_o[..., None, :] + depth[..., None] * dirs, dirs)
+
+    t = bin_edges(*box_range(rays_o, rays_d), samples)
+    if importance:
+        with torch.no_grad():
+            sigma, _ = read(t, 0.5)
+        t = finer_edges(t, ray_weights(sigma, t), importance)
+    return volume_render(*read(t, place), t)
+
+
+def scattered(rays_d, count):
+    """Numbers (B,R,count) evenly spread over [0, 1), which look random, for rays_d (B,R,3).
+
+    They are a function of the bits of the item's directions alone. Items are drawn by their
+    position in the stream of data, so these numbers are the same after a resume and on any number
+    of processes, which a device's own generator would not give. A 32-bit integer hash.
+    """
+    key = rays_d.contiguous().view(torch.int32).long().sum((1, 2))[:, None, None]
+    number = torch.arange(rays_d.shape[1] * count, device=rays_d.device).view(-1, count)
+    x = (key * 0x9E3779B1 + number) & 0xFFFFFFFF
+    for _ in range(2):
+        x = ((x >> 16 ^ x) * 0x45D9F3B) & 0xFFFFFFFF
+    return (x >> 16 ^ x).double().mul(2.0 ** -32).float().clamp(max=1 - 2.0 ** -24)
+
+
+@torch.no_grad()
+def occupied_cells(density, cells, least=0.1, chunk=65536, device=None):
+    """Which cells of a grid over [-1, 1]^3 may hold a density above `least`: (z, y, x) bools.
+
+    density maps points (N,3) to (N,) and gets `chunk` of them at a time. It is read at the nodes of
+    the grid, `cells` a side, and a cell is empty only if all nodes of it and its neighbours are.
+    Of what a trained field leaves in the air, 0.1 keeps pictures to a fifth of a grey level.
+    """
+    line = torch.linspace(-1, 1, cells + 1, device=device)
+    nodes = torch.cartesian_prod(line, line, line).flip(1)  # x first, changing fastest
+    values = torch.cat([density(part) for part in nodes.split(chunk)])
+    values = values.float().view(1, 1, *[cells + 1] * 3)
+    return F.max_pool3d(values, kernel_size=4, stride=1, padding=1)[0, 0] > least
+
+
+def where_occupied(field, occupied):
+    """The `field` of `march`, read in the occupied cells (z, y, x) of the box only, 0 elsewhere."""
+    cells = len(occupied)
+
+    def sparse(points, dirs):
+        x, y, z = ((points + 1) * (cells / 2)).long().clamp(0, cells - 1).unbind(-1)
+        keep = occupied[z, y, x] & (points.abs() <= 1).all(-1)
+        sigma, rgb = points.new_zeros(keep.shape), torch.zeros_like(points)
+        if keep.any():
+            sigma[keep], rgb[keep] = field(points[keep], dirs.expand_as(points)[keep])
+        return sigma, rgb
+    return sparse
+
+
+# ---- cameras -----------------------------------------------------------------------------------
+
+# What the world of `camera_axes`, where y is up, is turned by: columns are where x, y, z come.
+UPWARDS = {'y': [[1, 0, 0], [0, 1, 0], [0, 0, 1]], 'z': [[1, 0, 0], [0, 0, -1], [0, 1, 0]],
+           '-y': [[1, 0, 0], [0, -1, 0], [0, 0, -1]], '-z': [[1, 0, 0], [0, 0, 1], [0, -1, 0]]}
+
+
+def orbit(azimuth, elevation=20.0, distance=4.0, up='y'):
+    """Pose (4,4), camera to world, of a camera that looks at the origin; angles in degrees.
+
+    The camera's axes are those of OpenCV: x right, y down, z forwards. With y upwards it stands at
+    +z for azimuth 0 and at +x for 90, as in `render_mesh`; `up` is one of `UPWARDS`.
+    """
+    axes = camera_axes(elevation, azimuth) @ torch.tensor(UPWARDS[up]).float().T
+    pose = torch.eye(4)
+    pose[:3, :3] = (axes * torch.tensor([[1.0], [-1.0], [-1.0]])).T
+    pose[:3, 3] = distance * axes[2]
+    return pose
+
+
+def focal_length(fov, size):
+    """In pixels, of a camera that sees `fov` degrees along the shorter side of (height, width)."""
+    return min(size) / 2 / math.tan(math.radians(fov) / 2)
+
+
+def camera_rays(pose, focal, size, centre=None):
+    """Rays of a pinhole camera through the centres of its pixels: rays_o, rays_d (H,W,3).
+
+    pose (4,4) takes the camera's axes, OpenCV's (x right, y down, z forwards), to the world; poses
+    of OpenGL and Blender are multiplied by diag(1, -1, -1, 1) from the right first. focal, a number
+    or (fx, fy), and centre, (cx, cy), by default the middle, are in pixels; `size` is (H, W). The
+    corner of the first pixel is at (0, 0), its centre at (0.5, 0.5). Directions have length 1.
+    """
+    (h, w), pose = size, torch.as_tensor(pose, dtype=torch.float32)
+    fx, fy = (focal, focal) if isinstance(focal, (int, float)) else focal
+    cx, cy = (w / 2, h / 2) if centre is None else centre
+    y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing='ij')
+    view = torch.stack([(x - cx) / fx, (y - cy) / fy, torch.ones_like(x)], dim=-1).to(pose.device)
+    rays_d = F.normalize(view @ pose[:3, :3].T, dim=-1)
+    return pose[:3, 3].expand_as(rays_d), rays_d

@@ -17,6 +17,7 @@ paper).
 """
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import product
 
 import torch
@@ -26,8 +27,9 @@ from torch import nn
 from common import evenly_spaced, flag, require
 from encoders import (Attention, ConvEncoder, LocalPoolPointNet, PlaneAttention, ResBlock, Upsample,
                       VideoEncoder, conv3x3, norm)
-from inr import (CFCMLP, Function, cell_centres, draw_mesh, extract_mesh, grid_scale, look_up, pack,
-                 plane_sizes, sample_grid, unpack, PLANES)
+from inr import (CFCMLP, Function, camera_rays, cell_centres, draw_mesh, extract_mesh, focal_length,
+                 grid_scale, look_up, march, occupied_cells, orbit, pack, plane_sizes, sample_grid,
+                 scattered, unpack, where_occupied, PLANES, UPWARDS)
 
 LOSSES = dict(l1=F.l1_loss, l2=F.mse_loss, bce=F.binary_cross_entropy_with_logits)
 
@@ -38,6 +40,8 @@ class VAEConfig:
     domain: str = 'image'
     channels: int = 3  # values of the signal at a point
     extent: float = 1.0  # half the side of the data's box, which [-1, 1] stands for
+    centre: tuple = (0.0, 0.0, 0.0)  # of that box, in the data's units
+    up: str = 'y'  # axis of the data that points upwards, one of inr.UPWARDS
     frames: int = 16  # of a clip
     resolution: int = flag(256, 'r: pixels a side the encoder sees and the anchor s = 1; of point '
                            'clouds, cells a side of the planes they are pooled into')
@@ -70,7 +74,15 @@ class VAEConfig:
     plane_merge: str = flag('concat', 'how the look-ups in the planes of one field are joined',
                             choices=('concat', 'sum'))
     coord_input: bool = flag(False, "add the coordinate, linearly, after the MLP's first block")
+    coord_octaves: int = flag(0, 'with the coordinate, its sines and cosines at so many octaves')
     scale_injection: bool = flag(True, 'modulate the MLP by the sampling period s, Eq. 13')
+    ray_samples: int = flag(64, 'equal bins of a ray within the box, each read at one point')
+    ray_importance: int = flag(0, 'more bins, where a first reading of the ray found density')
+    density_scale: float = flag(25.0, 'density is so many times the softplus of a linear map',
+                                low=1e-3)
+    colour_width: int = flag(128, 'width of the layer that makes colour of features and direction')
+    view_dirs: bool = flag(True, 'colour depends on the direction from which it is seen')
+    view_octaves: int = flag(4, 'sines and cosines of the direction that enter, in octaves')
     loss: str = flag('l1', 'reconstruction loss; bce for occupancy', choices=('l1', 'l2', 'bce'))
     threshold: float = flag(0.5, 'occupancy at which surfaces are drawn')
     n_ref: int = flag(0, 'N_ref, values of a full training signal; 0 = the usual of the domain')
@@ -93,6 +105,9 @@ class VAEConfig:
             f'--fields {self.fields}: increasing powers of two that end at {top}, '
             f'the factor of {len(self.decoder_mult)} decoder levels')
         require(0 < self.threshold < 1, f'--threshold {self.threshold}: between 0 and 1')
+        require(self.coord_input or not self.coord_octaves,
+                f'--coord_octaves {self.coord_octaves}: has no effect without --coord_input')
+        require(self.up in UPWARDS, f'up {self.up}: one of {", ".join(UPWARDS)}')
         DOMAINS[self.domain].check(self)
         self.n_ref = self.n_ref or DOMAINS[self.domain].values_of_signal(self)
 
@@ -231,6 +246,7 @@ class D2CVAE(nn.Module):
         show(xi, size=...)  what an item's preview shows, of it: (B,3,size,W) in [-1,1]
         values_of_signal(c) N_ref where the preset gives none
         feature_channels(c) channels of `features`, 2 z_channels if nothing else is said
+        head(c)             arguments of the MLP that say what its last layer is
 
     and, as class attributes, `stretch`, how much a level of the decoder enlarges (height, width) of
     a plane where that is not (2, 2): yt=(1, 2) keeps t; `allowed`, the values that a flag may have;
@@ -259,7 +275,8 @@ class D2CVAE(nn.Module):
             width=c.mlp_width, blocks=c.mlp_blocks, layers=c.mlp_layers,
             conditioning=c.conditioning, merge=c.cfc_merge, scale_injection=c.scale_injection,
             resolution=c.resolution,
-            coord_features=1 + max(map(max, axes.values())) if c.coord_input else 0)
+            coord_features=1 + max(map(max, axes.values())) if c.coord_input else 0,
+            coord_octaves=c.coord_octaves, **self.head(c))
         self.mlp = CFCMLP(**self.read_out)
         scope = [self.encoder, self.quant]
         if c.sn_scope == 'all':
@@ -283,6 +300,10 @@ class D2CVAE(nn.Module):
     @staticmethod
     def feature_channels(c):
         return 2 * c.z_channels
+
+    @staticmethod
+    def head(c):
+        return {}
 
     def latent_cells(self):
         """Cells of the latent along x, y, z or t, for a signal of the training resolution.
@@ -338,7 +359,7 @@ class D2CVAE(nn.Module):
 
     def function(self, xi):
         """The `inr.Function` of one sample, which takes (...,D) and nothing of this network."""
-        about = dict(domain=self.domain, extent=self.config.extent,
+        about = dict(domain=self.domain, extent=self.config.extent, centre=self.config.centre,
                      plane_merge=self.config.plane_merge, read_out=self.read_out)
         return Function(about, xi, self.mlp)
 
@@ -499,7 +520,19 @@ class ShapeVAE(D2CVAE):
 
     def predict(self, xi, batch):
         """Logits at the items' coordinates, (B,M), and their occupancy."""
-        return self.query(xi, batch['coords'])[..., 0], batch['target']
+        return self.inside(xi, batch['coords']), batch['target']
+
+    def inside(self, xi, points):
+        """What is higher inside of the surfaces, (B,N), at points (B,N,3): the logit."""
+        return self.query(xi, points)[..., 0]
+
+    def in_data(self, points):
+        """Points (N,3) of the box [-1, 1] in the units of the data."""
+        return points * self.config.extent + points.new_tensor(self.config.centre)
+
+    def in_box(self, points):
+        """The inverse of `in_data`."""
+        return (points - points.new_tensor(self.config.centre)) / self.config.extent
 
     def signal(self, xi, R, threshold=None, coarse=64, chunk=None):
         """The surfaces where the occupancy is `threshold`, in the units of the data.
@@ -507,18 +540,22 @@ class ShapeVAE(D2CVAE):
         A list of (vertices (V,3), faces (F,3)), one for each sample; R is cells along each side of
         the box; `coarse` and `chunk` as for `inr.extract_mesh`.
         """
-        threshold, found = threshold or self.config.threshold, []
-        device = xi[0]['xy'].device
+        threshold = threshold or self.config.threshold
+        return self.meshes(xi, R, math.log(threshold / (1 - threshold)), coarse, chunk)
+
+    def meshes(self, xi, R, level, coarse, chunk):
+        """(vertices, faces) of each sample where `inside` is `level`, in the units of the data."""
+        found, device = [], xi[0]['xy'].device
         for own in one_by_one(xi):
             vertices, faces = extract_mesh(
-                lambda p: self.query(own, p[None]), R, math.log(threshold / (1 - threshold)), None,
-                coarse, chunk or points_at_a_time(device), device)
-            found.append((vertices * self.config.extent, faces))
+                lambda p: self.inside(own, p[None]), R, level, None, coarse,
+                chunk or points_at_a_time(device), device)
+            found.append((self.in_data(vertices), faces))
         return found
 
     def show(self, xi, size=128, cells=64):
         """The surfaces, drawn; `cells` along each side of the box."""
-        drawn = [draw_mesh(vertices / self.config.extent, faces, size)
+        drawn = [draw_mesh(self.in_box(vertices), faces, size)
                  for vertices, faces in self.signal(xi, cells, coarse=32)]
         return torch.stack(drawn)
 
@@ -527,10 +564,142 @@ class ShapeVAE(D2CVAE):
         """Unit normals (V,3) at points of one sample's surface, against its field's gradient."""
         parts = []
         for part in vertices.split(points_at_a_time(vertices.device)):
-            points = (part / self.config.extent).requires_grad_()
-            slope, = torch.autograd.grad(self.query(xi, points[None]).sum(), points)
+            points = self.in_box(part).requires_grad_()
+            slope, = torch.autograd.grad(self.inside(xi, points[None]).sum(), points)
             parts.append(F.normalize(-slope, dim=1))
         return torch.cat(parts) if parts else torch.zeros_like(vertices)
+
+
+class FieldVAE(ShapeVAE):
+    """Coloured points (B,N,6), positions and colours in [-1,1]: a radiance field; three planes.
+
+    Density and colour are functions of (x, y, z), colour also of the direction of sight, and what
+    is compared with the truth are rays of cameras, which are rendered.
+    """
+
+    domain, point_features = 'nerf', 6
+    allowed = dict(loss=('l1', 'l2'), scale_injection=(False,))
+    own_flags = ('ch', 'ch_mult', 'point_hidden', 'point_blocks', 'point_channels', 'point_local',
+                 'ray_samples', 'ray_importance', 'density_scale', 'colour_width', 'view_dirs',
+                 'view_octaves')
+
+    @staticmethod
+    def values_of_signal(c):
+        """Those of the 5,000 pixels that the authors' code draws."""
+        return 15000
+
+    @staticmethod
+    def head(c):
+        return dict(radiance=dict(hidden=c.colour_width, scale=c.density_scale,
+                                  octaves=c.view_octaves if c.view_dirs else None))
+
+    def predict(self, xi, batch):
+        """Colours of the items' rays, (B,R,3) in [-1,1], and the targets.
+
+        In training a ray is read at random places of its bins, otherwise at their centres.
+        """
+        c, rays_d, place = self.config, batch['rays_d'], 0.5
+        if self.training:
+            place = scattered(rays_d, c.ray_samples + c.ray_importance)
+        seen = march(partial(self.field, xi), batch['rays_o'], rays_d, c.ray_samples,
+                     c.ray_importance, place)
+        return 2 * seen['rgb'] - 1, batch['target']
+
+    def field(self, xi, points, dirs=None):
+        """Density (B,...) and colours (B,...,3) in [0,1] at points (B,...,3), seen along dirs.
+
+        dirs (B,...,3) are unit vectors, as many as points or one for each row (B,R,1,3) of points
+        (B,R,S,3); None gives the mean over six directions.
+        """
+        flat, dirs = points.flatten(1, -2), None if dirs is None else dirs.flatten(1, -2)
+        values = self.mlp(self.look_up(xi, flat), flat, dirs=dirs)
+        values = values.unflatten(1, points.shape[1:-1])
+        return values[..., 0], values[..., 1:]
+
+    def density(self, xi, points):
+        """Density (B,N) at points (B,N,3), without the work for colours."""
+        return self.mlp.density(self.look_up(xi, points), points)
+
+    def inside(self, xi, points):
+        """log(1 + density), which is smoother than the density, (B,N), at points (B,N,3)."""
+        return self.density(xi, points).log1p()
+
+    def read_some(self, xi, points, dirs=None):
+        """`field` of one sample at points (...,3) of any number, some at a time: (...), (...,3)."""
+        n, flat = points_at_a_time(points.device), points.reshape(1, -1, 3)
+        dirs = [None] * flat.shape[1] if dirs is None else dirs.reshape(1, -1, 3).split(n, 1)
+        sigma, rgb = zip(*[self.field(xi, p, d) for p, d in zip(flat.split(n, 1), dirs)])
+        return torch.cat(sigma, 1).view(points.shape[:-1]), torch.cat(rgb, 1).view(points.shape)
+
+    @torch.no_grad()
+    def occupied(self, xi):
+        """The cells of each sample's finest field that hold density: (B,G,G,G) bools, (z, y, x)."""
+        device, cells = xi[0]['xy'].device, max(xi[-1]['xy'].shape[2:])
+        return torch.stack([occupied_cells(
+            lambda p: self.density(own, p[None])[0], cells, chunk=points_at_a_time(device),
+            device=device) for own in one_by_one(xi)])
+
+    @torch.no_grad()
+    def render_rays(self, xi, rays_o, rays_d, occupied=None, skip=True, chunk=4096):
+        """Pictures along rays (B,R,3): dict(rgb (B,R,3) in [0,1], depth (B,R), opacity (B,R)).
+
+        Rays begin at rays_o, in the box's coordinates, along rays_d, of length 1; those that miss
+        the box are white. `chunk` of them are rendered at a time, so that memory beyond the result
+        does not grow with R. Bins in cells that are not `occupied`, by default as the method of
+        this name has it, are not evaluated; `skip=False` evaluates all within the box.
+        """
+        c, result = self.config, []
+        if not skip:
+            occupied = torch.ones(len(rays_o), 1, 1, 1, dtype=torch.bool, device=rays_o.device)
+        elif occupied is None:
+            occupied = self.occupied(xi)
+        for i, own in enumerate(one_by_one(xi)):
+            field = where_occupied(partial(self.read_some, own), occupied[i])
+            parts = [march(field, o, d, c.ray_samples, c.ray_importance)
+                     for o, d in zip(rays_o[i].split(chunk), rays_d[i].split(chunk))]
+            result.append({k: torch.cat([p[k] for p in parts]) for k in parts[0]})
+        return {k: torch.stack([r[k] for r in result]) for k in result[0]}
+
+    def render_views(self, xi, poses, size, fov=40.0, **options):
+        """Pictures from poses (V,4,4), see `inr.orbit`, in the box's coordinates.
+
+        dict(rgb (B,V,3,h,w) in [0,1], depth, opacity (B,V,h,w)) for size (h, w); `fov` degrees fill
+        the shorter side. The options are those of `render_rays`.
+        """
+        device, batch = xi[0]['xy'].device, len(xi[0]['xy'])
+        rays = [camera_rays(pose, focal_length(fov, size), size) for pose in poses]
+        rays_o, rays_d = (torch.stack(r).to(device).flatten(0, 2).expand(batch, -1, 3)
+                          for r in zip(*rays))
+        seen = {k: v.unflatten(1, (len(poses), *size))
+                for k, v in self.render_rays(xi, rays_o, rays_d, **options).items()}
+        return dict(seen, rgb=seen['rgb'].movedim(-1, 2))
+
+    def signal(self, xi, R, views=8, azimuth=30.0, elevation=20.0, distance=4.0, fov=40.0):
+        """Views (B,V,3,R,R) or, for R = (h, w), (B,V,3,h,w), in [-1,1], from a circle of cameras.
+
+        They look at the centre of the box from `distance`, in half sides of it, with the first at
+        `azimuth`; see `inr.orbit` for the angles.
+        """
+        size = (R, R) if isinstance(R, int) else tuple(R)
+        poses = [orbit(azimuth + 360 * k / views, elevation, distance, self.config.up)
+                 for k in range(views)]
+        return self.render_views(xi, poses, size, fov)['rgb'] * 2 - 1
+
+    def show(self, xi, size=None, views=4):
+        """So many views side by side: (B,3,size,views size)."""
+        return torch.cat(self.signal(xi, size or 64, views).unbind(1), dim=3)
+
+    @torch.no_grad()
+    def surface(self, xi, cells, level=10.0, coarse=64, chunk=None):
+        """Where the density, per half side of the box, is `level`: a coloured mesh of each sample.
+
+        A list of (vertices (V,3), faces (F,3), colours (V,3) in [0,1]), in the units of the data;
+        colours are those of `field` without a direction. The rest as in `ShapeVAE.signal`.
+        """
+        meshes = self.meshes(xi, cells, math.log1p(level), coarse, chunk)
+        return [(vertices, faces, self.read_some(own, self.in_box(vertices))[1]
+                 if len(vertices) else torch.zeros_like(vertices))
+                for own, (vertices, faces) in zip(one_by_one(xi), meshes)]
 
 
 class VideoVAE(D2CVAE):
@@ -593,5 +762,6 @@ class VideoVAE(D2CVAE):
 DOMAINS = dict(
     image=PictureVAE,
     shape=ShapeVAE,
+    nerf=FieldVAE,
     video=VideoVAE,
 )

@@ -107,7 +107,7 @@ def counted(f):
 
 
 def report(args, table, only=None, flops=None):
-    """Measure a table's cases (or those in `only`), print a row and a JSON line for each.
+    """Measure a table's cases (or those in `only`), print a row and a JSON line for each: the rows.
 
     `flops` is what one call must compute; counted case by case if not given.
     """
@@ -117,6 +117,7 @@ def report(args, table, only=None, flops=None):
     flops = {name: flops or counted(f) for name, f in cases.items()}
     times, rate = paired(cases, args.repeats, device)
     base, first = fresh(args)[0], next(iter(times.values()))
+    rows = []
     print(f'\n{table}: matrix product {rate / 1e9:.0f} GFLOP/s, {args.threads} threads, {device}, '
           f'{args.repeats} rounds\n{"case":30s}   seconds  speed  GFLOP/s % of mm peak MiB  '
           "authors' code, quoted")
@@ -129,6 +130,8 @@ def report(args, table, only=None, flops=None):
                    quoted=QUOTED.get(table, '') if t is first else '')
         print('{case:30s} {seconds:9.4f} {speed:6.2f} {gflops:8.1f} {share:7.1f} {mib:8.0f}  '
               '{quoted}\n'.format(**row) + json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
 
 
 # ---- the read-out ----------------------------------------------------------------------------
@@ -403,6 +406,76 @@ def mesh(args):
             f'{share:.3%} from {n}' for n, share in missed(args.run, args.device).items()))
 
 
+# A network as wide as that of a small run of radiance fields.
+SMALL_FIELD = dict(
+    domain='nerf', channels=4, resolution=32, point_blocks=3, ch=32, ch_mult=(1, 2),
+    num_res_blocks=1, z_channels=16, decoder_ch=32, decoder_mult=(2, 1), fields=(1, 2),
+    field_channels=32, mlp_width=64, colour_width=64, coord_input=True, coord_octaves=6,
+    scale_injection=False)
+STEP_ITEMS, STEP_RAYS = 8, 512
+
+
+def chair(points):
+    """Signed distance (...) from a chair of six boxes, at points (...,3), negative inside."""
+    boxes = [((0, 0, 0), (0.45, 0.06, 0.45)), ((0, 0.4, -0.4), (0.45, 0.4, 0.05))]
+    boxes += [((x, -0.4, z), (0.06, 0.4, 0.06)) for x in (-0.38, 0.38) for z in (-0.38, 0.38)]
+    return torch.stack([((points - points.new_tensor(middle)).abs() - points.new_tensor(
+        half)).amax(-1) for middle, half in boxes]).amin(0)
+
+
+def field_model(device):
+    """A network with random weights, whose density is that of a chair, in place of its own."""
+    torch.manual_seed(0)
+    model = vae.D2CVAE(vae.VAEConfig(**SMALL_FIELD)).to(device)
+    density, field = model.density, model.field
+
+    def solid(points):
+        return 100 * (-60 * chair(points)).sigmoid()
+    model.density = lambda xi, p: 0 * density(xi, p) + solid(p)
+    model.field = lambda xi, p, dirs=None: (solid(p), field(xi, p, dirs)[1])
+    return model
+
+
+def field_cases(table, device, size=512):
+    """'rays training', a step, and 'rays rendering RUN', a picture of one scene, of a chair without.
+    """
+    _, kind, *run = table.split(maxsplit=2)
+
+    def training(bf16):
+        torch.manual_seed(0)
+        model = vae.D2CVAE(vae.VAEConfig(**SMALL_FIELD)).to(device)
+        rays_d = F.normalize(torch.randn(STEP_ITEMS, STEP_RAYS, 3, device=device), dim=2)
+        batch = dict(points=torch.rand(STEP_ITEMS, 2048, 6, device=device) * 2 - 1, rays_d=rays_d,
+                     rays_o=-3 * rays_d, target=torch.rand_like(rays_d))
+        return training_step(model, lambda: model(batch)['total'], device, bf16)
+
+    def rendering(skip):
+        model = field_model(device) if not run else None
+        with torch.no_grad():
+            if run:
+                model, (xi,) = held_out_fields(run[0], 1, device)
+            else:
+                sizes = model.latent_sizes().values()
+                xi = model.decode(torch.randn(1, 16, sum(h * w for h, w in sizes), device=device))
+        pose = [inr.orbit(30.0, 20.0, 4.0, model.config.up)]
+        return lambda: model.render_views(xi, pose, (size, size), skip=skip)
+    if kind == 'training':
+        return {'float32': partial(training, False), 'bfloat16': partial(training, True)}
+    return {'dense': partial(rendering, False), 'skipping': partial(rendering, True)}
+
+
+def rays(args):
+    """Rays a second in training and in rendering, and by how much skipping changes a picture."""
+    run = args.run if 'rays' in args.names else ''  # the other tables take runs of other kinds
+    rendering = f'rays rendering {run}'.strip()
+    for table, count in (('rays training', STEP_ITEMS * STEP_RAYS), (rendering, 512 ** 2)):
+        print(', '.join(f'{row["case"]} {count / row["seconds"]:,.0f} rays a second'
+                        for row in report(args, table)))
+    dense, skipping = (build()()['rgb'] for build in field_cases(
+        rendering, torch.device(args.device), size=128).values())
+    print(f'mean difference {(dense - skipping).abs().mean() * 255:.3f} / 255')
+
+
 def metric_cases(table, device):
     """The metrics at full size; no time depends on the values of weights, pictures or features."""
     def fid():
@@ -451,12 +524,12 @@ def samplers(args):
 
 
 TABLES = dict(readout=readout_cases, vae=vae_cases, unet=unet_cases, stage=stage_cases,
-              mesh=mesh_cases, metrics=metric_cases, video=video_cases)
+              mesh=mesh_cases, metrics=metric_cases, video=video_cases, rays=field_cases)
 BENCHES = dict(readout=readout, vae=lambda args: report(args, 'vae'),
                unet=lambda args: [report(args, t) for t in ('unet step', 'unet evaluation')],
                stage=lambda args: report(args, 'stage'), mesh=mesh, metrics=costs,
                video=lambda args: [report(args, f'video {part}') for part in (
-                   'encoder', 'decoder', 'read-out', 'evaluation')], samplers=samplers)
+                   'encoder', 'decoder', 'read-out', 'evaluation')], samplers=samplers, rays=rays)
 
 
 def main():
@@ -466,7 +539,9 @@ def main():
     parser.add_argument('--repeats', type=int, default=5, help='rounds the medians are over')
     parser.add_argument('--sizes', type=common.parse_tuple(int), default=(256, 512, 1024),
                         help='sides of the pictures read out')
-    parser.add_argument('--run', default='', help='run of shapes for mesh, of pictures for samplers')
+    parser.add_argument('--run', default='', help='run of shapes for mesh, of pictures for '
+                        'samplers, of radiance fields for rays, if this is named'
+                        )
     parser.add_argument('--full', action='store_true', help='the plain form above 512 on CPU, too')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--child', nargs=2, metavar=('TABLE', 'CASE'), help='run this case once '

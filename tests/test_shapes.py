@@ -236,7 +236,7 @@ def test_planes_know_their_axes():
 
 
 @pytest.mark.mutation('inr.py', "sum(p) if plane_merge == 'sum'", "p[0] if plane_merge == 'sum'")
-@pytest.mark.mutation('inr.py', 'h = h + self.coords(coords)', 'pass')
+@pytest.mark.mutation('inr.py', 'h = h + self.coords(with_octaves(coords, self.coord_octaves))', 'pass')
 @pytest.mark.mutation('vae.py', 'bce=F.binary_cross_entropy_with_logits', 'bce=F.mse_loss')
 def test_objective_of_shapes():
     """Mean cross-entropy, + (kl sum KL + sn SN) / N_ref, of logits looked up by hand."""
@@ -295,7 +295,7 @@ def test_impossible_shape_configurations_are_refused():
 
 
 @pytest.mark.mutation('vae.py', 'math.log(threshold / (1 - threshold))', 'threshold')
-@pytest.mark.mutation('vae.py', 'vertices * self.config.extent', 'vertices')
+@pytest.mark.mutation('vae.py', 'points * self.config.extent', 'points')
 def test_surfaces_lie_where_the_occupancy_is_the_threshold():
     model = tiny(extent=0.55).eval()
     model.query = lambda xi, p: 8 * (0.5 - p.norm(dim=-1, keepdim=True))  # a ball, logit 8 (1/2 - r)

@@ -246,7 +246,7 @@ def test_weights_of_the_objective_end_at_the_configured_ones():
     torch.testing.assert_close(model(batch, noise=noise)['total'], expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.mutation('vae.py', '@torch.no_grad()\n    def render', 'def render')
+@pytest.mark.mutation('vae.py', '@torch.no_grad()\n    def render(', 'def render(')
 @pytest.mark.mutation('inr.py', 'return plain.requires_grad_(False)', 'return plain')
 def test_render_keeps_no_graph():
     model = tiny()
