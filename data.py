@@ -1,14 +1,15 @@
-"""Every data set: closed-form toys, folders and zips of pictures and videos, CIFAR-10, meshes.
+"""Every data set: closed-form toys, pictures, videos, CIFAR-10, shapes and meshes, posed pictures.
 
     python data.py check DATASET_OR_PATH        # counts, sizes, bad files, a preview
     python data.py mesh FOLDER --out FOLDER     # points and occupancies of .obj, .ply, .off, .stl
 
-`Items` is what every data set offers; `Pictures`, `Shapes` and `Videos` say what an item of their
-domain is, their subclasses where it comes from. `DATASETS` at the end names them all.
+`Items` is what every data set offers; `Pictures`, `Videos`, `Shapes` and `Scenes` say what an item
+of their domain is, their subclasses where it comes from. `DATASETS` at the end names them all.
 
 Pictures are uint8 outside and float32 in [-1, 1] inside; a box ((x_lo, x_hi), (y_lo, y_hi)) is the
 extent of a crop of the frame [-1, 1]^2, y down.
 """
+import copy
 import csv
 import hashlib
 import io
@@ -32,8 +33,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from scipy import interpolate
+from PIL import Image, ImageDraw, ImageOps
+from scipy import interpolate, ndimage
 from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
@@ -268,8 +269,21 @@ def toy_moments(seeds, count, t):
 
 # ---- toy_shape: five families of solids, as functions of (x, y, z), y up ------------------------
 
+def interval(*pairs):
+    """Where all pairs (t from, t to) of (N,) overlap at t >= 0; (inf, -inf) where they do not."""
+    start = np.maximum.reduce([np.minimum(a, b) for a, b in pairs]).clip(0)
+    end = np.minimum.reduce([np.maximum(a, b) for a, b in pairs])
+    met = start < end
+    return np.where(met, start, np.inf), np.where(met, end, -np.inf)
+
+
+def not_zero(x):
+    """x with a sign and at least 1e-9 away from 0, to divide by."""
+    return np.where(np.abs(x) < 1e-9, 1e-9, x).astype(x.dtype)
+
+
 class Block:
-    """Box with its sides along the axes: `area` of its surface, and the two methods of Lathe."""
+    """Box with its sides along the axes: `area` of its surface, and the three methods of Lathe."""
 
     def __init__(self, centre, half):
         self.centre, self.half = np.array(centre, float), np.array(half, float)
@@ -279,6 +293,11 @@ class Block:
     def distance(self, p):
         q = np.abs(p - self.centre) - self.half
         return np.linalg.norm(np.maximum(q, 0), axis=1) + np.minimum(q.max(1), 0)
+
+    def crossing(self, o, d, margin):
+        near, far = ((self.centre + side * (self.half + margin) - o) / not_zero(d)
+                     for side in (-1, 1))
+        return interval(*zip(near.T, far.T))
 
     def surface(self, n, rng):
         p, rows = rng.uniform(-1, 1, (n, 3)), np.arange(n)
@@ -300,6 +319,7 @@ class Lathe:
         radii = 2 * self.profile[:, 0] + self.side[:, 0]
         self.areas = np.pi * radii * np.linalg.norm(self.side, axis=1)  # on the axis 0: no surface
         self.area = self.areas.sum()
+        self.reach = self.profile[:, 1].min(), self.profile[:, 1].max()
 
     def distance(self, p):
         """Signed distance (N,) of points (N,3), negative inside."""
@@ -313,7 +333,20 @@ class Lathe:
         above = height[:, None] >= h
         crossed, left = above != np.roll(above, -1, axis=1), dr * y > dh * x
         inside = (crossed & (left == (dh > 0))).sum(1) % 2 == 1
-        return np.where(inside, -1, 1) * np.sqrt(squared)
+        return np.where(inside, -1, 1).astype(p.dtype) * np.sqrt(squared)
+
+    def crossing(self, o, d, margin):
+        """From which t to which rays o + t d (N,3) are in the cylinder about it, `margin` wider."""
+        rise, slope = (o - self.foot) @ self.axis, d @ self.axis
+        start = o - self.foot - rise[:, None] * self.axis
+        step = d - slope[:, None] * self.axis
+        a, b = np.maximum((step ** 2).sum(1), 1e-12), (start * step).sum(1)
+        radius, (low, high) = self.profile[:, 0].max() + margin, self.reach
+        squared = b ** 2 - a * ((start ** 2).sum(1) - radius ** 2)
+        half = np.where(squared > 0, np.sqrt(np.maximum(squared, 0)), -1)  # -1: they pass it by
+        return interval(((-b - half) / a, np.where(half < 0, -np.inf, (half - b) / a)),
+                        ((low - margin - rise) / not_zero(slope),
+                         (high + margin - rise) / not_zero(slope)))
 
     def surface(self, n, rng):
         """n points uniform on the surface, (n,3)."""
@@ -442,6 +475,246 @@ def toy_surface(shape, n, rng):
         p = np.concatenate([part.surface(k, rng) for part, k in zip(shape.parts, counts)])
         found.append(rng.permutation(p[toy_distance(shape, p) > -1e-6]))
     return np.concatenate(found)[:n]
+
+
+# ---- toy_nerf: the same solids in colours, as a density and a colour of (x, y, z) ---------------
+
+TOY_SCENES = dict(train=(0, 400), test=(2 ** 30, 100))
+TOY_DENSITY = 200.0  # per unit of length within a solid: 1/50 of the box hides all but 1/2900
+TOY_CAMERA = dict(distance=4.0, fov=36.0)
+TOY_COLOURS = (colours('d1495b edae49 30638e 00a0a0 8d5a97 6a994e f2784b 6c757d c9a27e 3d5a80')[0]
+               + 1) / 2
+TOY_LIGHT = np.array([0.4, 0.8, 0.45], 'float32') / np.float32(1.0025)
+TOY_POINTS = 16384  # of a scene, out of which items draw
+TOY_RENDERS = Path('cache/toy_nerf')
+
+
+def single(part):
+    """A part of a solid whose arrays are float32, which takes half the time."""
+    made = copy.copy(part)
+    vars(made).update({k: v.astype('float32') for k, v in vars(part).items()
+                       if isinstance(v, np.ndarray)})
+    return made
+
+
+def toy_scene(seed):
+    """The `solid` of a seed, its parts in single precision, their colours `paint` (parts,3).
+
+    Colours are in [0, 1]; parts of the same area, such as legs, have the same.
+    """
+    solid, rng = toy_shape(seed), common.seeded('toy_nerf', seed)
+    kinds = np.unique([round(part.area, 4) for part in solid.parts], return_inverse=True)[1]
+    paint = TOY_COLOURS[rng.permutation(len(TOY_COLOURS))][kinds]
+    return SimpleNamespace(solid=solid, parts=[*map(single, solid.parts)], paint=paint,
+                           bands=rng.uniform(0, 2 * np.pi))
+
+
+def toy_field(scene, p, active=None):
+    """Density (N,) per unit of length and colour (N,3) in [0, 1] at p (N,3).
+
+    The density is TOY_DENSITY inside, with the edges of `cover`. Where parts overlap, so do their
+    colours, which are lit from TOY_LIGHT and have bands in y. active (N,parts): parts not asked.
+    """
+    p, reach = p.astype('float32'), 0.06
+    active = np.ones((len(p), len(scene.parts)), bool) if active is None else active
+    weight, total = np.zeros(active.shape, 'float32'), np.zeros((len(p), 3), 'float32')
+    for k, part in enumerate(scene.parts):
+        rows = np.flatnonzero(active[:, k])
+        near = part.distance(p[rows])
+        rise = (part.distance(p[rows] + reach * TOY_LIGHT) - near) / reach  # 1 where it faces light
+        weight[rows, k] = cover(near)
+        shade = weight[rows, k] * (0.72 + 0.28 * rise.clip(-1, 1))
+        total[rows] += shade[:, None] * scene.paint[k]
+    bands = 0.9 + 0.1 * np.sin(20 * p[:, 1] + scene.bands)
+    colour = bands[:, None] * total / np.maximum(weight.sum(1), 1e-12)[:, None]
+    return TOY_DENSITY * weight.max(1), colour
+
+
+def toy_distances(scene, p, active):
+    """Distances (N,parts) of p (N,3) to the parts, infinite where they are not active."""
+    found = np.full(active.shape, np.inf, 'float32')
+    for k, part in enumerate(scene.parts):
+        rows = np.flatnonzero(active[:, k])
+        found[rows, k] = part.distance(p[rows])
+    return found
+
+
+def toy_stride(scene, o, d, t, enter, leave, step):
+    """The next stretch of each ray: its length h (N,), where to sample it, whether to (N,) bool.
+
+    A stretch is either empty and ends where matter may begin, or inside a solid, where the density
+    is constant and samples lie at the middle of what is seen of it, or one `step` through an edge.
+    """
+    at = t + step / 2
+    active = (enter <= at[:, None]) & (leave >= at[:, None])
+    free = toy_distances(scene, o + at[:, None] * d, active) - TOY_EDGE / 2
+    free = np.where(at[:, None] < enter, enter - at[:, None], free).min(1)
+    deep = -free - TOY_EDGE
+    empty, solid = free > step / 2, deep > step / 2
+    h = np.where(empty, step / 2 + free, np.where(solid, np.minimum(step / 2 + deep, 0.01), step))
+    x = TOY_DENSITY * np.where(empty, step, h)
+    return h, np.where(solid, h * (1 / x - 1 / np.expm1(x)), h / 2), ~empty
+
+
+def toy_render(scene, o, d, step=TOY_EDGE / 6):
+    """The volume rendering integral of rays o + t d, unit d, (N,3) each, over white.
+
+    dict of rgb (N,3) in [0, 1], depth (N,) = integral of w t + (1 - opacity) t_far, where a ray
+    leaves the box [-1,1]^3, and opacity (N,); their errors are below 1/1000.
+    """
+    o, d = np.asarray(o, 'float32'), np.asarray(d, 'float32')
+    bounds = [part.crossing(o, d, TOY_EDGE / 2) for part in scene.parts]
+    enter, leave = (np.stack(b, 1).astype('float32') for b in zip(*bounds))
+    far = np.maximum(box_crossing(o, d)[1], 0)
+    t, last = enter.min(1), leave.max(1)
+    rgb, depth, clear = np.zeros_like(o), np.zeros_like(t), np.ones_like(t)
+    rows = np.flatnonzero(t < last)
+    while len(rows):
+        a, b = enter[rows], leave[rows]
+        h, middle, matter = toy_stride(scene, o[rows], d[rows], t[rows], a, b, step)
+        on, at = rows[matter], (t[rows] + middle)[matter]
+        active = (a[matter] <= at[:, None]) & (b[matter] >= at[:, None])
+        density, colour = toy_field(scene, o[on] + at[:, None] * d[on], active)
+        seen = clear[on] * -np.expm1(-density * h[matter])
+        rgb[on] += seen[:, None] * colour
+        depth[on] += seen * at
+        clear[on] -= seen
+        t[rows] += h
+        rows = rows[(t[rows] < last[rows]) & (clear[rows] > 1e-4)]
+    return dict(rgb=rgb + clear[:, None], depth=depth + clear * far, opacity=1 - clear)
+
+
+def box_crossing(o, d):
+    """From which t to which rays (N,3) are in the box [-1,1]^3; (inf, -inf) for never."""
+    return interval(*zip(((-1 - o) / not_zero(d)).T, ((1 - o) / not_zero(d)).T))
+
+
+def toy_pose(seed, k):
+    """Pose (4,4) of view k: on the upper two thirds of a sphere, any views in a row far apart."""
+    u, v = (common.seeded('toy_nerf pose', seed).random(2) + k * np.array([0.4142, 0.618])) % 1
+    height, turn = -0.3 + 1.2 * u, 2 * np.pi * v
+    flat = np.sqrt(1 - height ** 2)
+    return look_at(TOY_CAMERA['distance'] * np.array([flat * np.sin(turn), height,
+                                                      flat * np.cos(turn)]))
+
+
+def toy_lens(size):
+    """The lens of a square picture of `size` pixels; see pixel_rays."""
+    focal = size / 2 / np.tan(np.radians(TOY_CAMERA['fov']) / 2)
+    return np.array([focal, focal, size / 2, size / 2, 0, 0, 0, 0])
+
+
+# ---- cameras ------------------------------------------------------------------------------------
+
+def look_at(eye, target=(0, 0, 0), up=(0, 1, 0)):
+    """Pose (4,4) of a camera at `eye`: camera to world, OpenCV axes x right, y down, z forward."""
+    ahead = np.subtract(target, eye) / np.linalg.norm(np.subtract(target, eye))
+    right = np.cross(ahead, up) / np.linalg.norm(np.cross(ahead, up))
+    pose = np.eye(4)
+    pose[:3] = np.stack([right, np.cross(ahead, right), ahead, eye], axis=1)
+    return pose
+
+
+def bent(x, y, bend):
+    """Where a lens (k1, k2, p1, p2) shows directions (x, y, 1): OpenCV's radial and tangential."""
+    k1, k2, p1, p2 = bend
+    r2 = x * x + y * y
+    grow = 1 + r2 * (k1 + r2 * k2)
+    return (x * grow + 2 * p1 * x * y + p2 * (r2 + 2 * x * x),
+            y * grow + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y)
+
+
+def straight(x, y, bend, rounds=30):
+    """The inverse of `bent`, by iteration; it converges for lenses without a fold."""
+    u, v = x, y
+    for _ in range(rounds if np.any(bend) else 0):
+        a, b = bent(u, v, bend)
+        u, v = u + x - a, v + y - b
+    return u, v
+
+
+def pixel_rays(pose, lens, x, y):
+    """Origins and unit directions, (...,3) each, of rays through places x, y (...) of a picture.
+
+    x and y count pixels from the top left corner, so that the first one's centre is (0.5, 0.5);
+    pose (4,4) is camera to world in OpenCV axes; lens (8,): fx, fy, cx, cy in pixels, then k1, k2,
+    p1, p2.
+    """
+    fx, fy, cx, cy, *bend = lens
+    u, v = straight((x - cx) / fx, (y - cy) / fy, bend)
+    d = np.stack([u, v, np.ones_like(u)], axis=-1) @ pose[:3, :3].T
+    return np.broadcast_to(pose[:3, 3], d.shape), d / np.linalg.norm(d, axis=-1, keepdims=True)
+
+
+def project_points(pose, lens, points):
+    """Places x, y in the picture and depths along the view, (N,) each, of points (N,3) in space.
+
+    The inverse of `pixel_rays`; what is not in front of the camera has a depth <= 0 and no place.
+    """
+    fx, fy, cx, cy, *bend = lens
+    a, b, depth = ((points - pose[:3, 3]) @ pose[:3, :3]).T
+    front = np.where(depth > 1e-9, depth, np.inf)
+    x, y = bent(a / front, b / front, bend)
+    return x * fx + cx, y * fy + cy, depth
+
+
+def pixels_of(pose, lens, size, points):
+    """Row, column and depth (N,) of points (N,3), whether they are in the picture of (w, h)."""
+    x, y, depth = project_points(pose, lens, points)
+    framed = (depth > 1e-9) & (x >= 0) & (x < size[0]) & (y >= 0) & (y < size[1])
+    column, row = (np.where(framed, v, 0).astype(int) for v in (x, y))
+    return row, column, depth, framed
+
+
+def resized_lens(lens, size, new, corner=(0, 0), part=None):
+    """The lens of a picture of `size` cropped to `part` (w, h) from a corner, then made `new`."""
+    factor = np.divide(new, size if part is None else part)
+    return np.concatenate([lens[:2] * factor, (lens[2:4] - corner) * factor, lens[4:]])
+
+
+@dataclass
+class Cameras:
+    """The views of one scene: poses (V,4,4), lenses (V,8) (see pixel_rays), sizes (V,2) (w, h)."""
+    poses: np.ndarray
+    lenses: np.ndarray
+    sizes: np.ndarray
+
+    def __len__(self):
+        return len(self.poses)
+
+    def reduced(self, side):
+        """The same for pictures whose longest side is at most `side`."""
+        factor = np.minimum(1, side / self.sizes.max(1, keepdims=True))
+        sizes = np.maximum(np.round(self.sizes * factor), 1).astype(int)
+        factor = sizes / self.sizes
+        lenses = self.lenses * np.hstack([factor, factor, np.ones((len(self), 4))])
+        return Cameras(self.poses, lenses, sizes)
+
+    def square(self, k, R):
+        """The lens of the centred square of view k, made R pixels a side."""
+        side = min(self.sizes[k])
+        corner = (self.sizes[k] - side) // 2
+        return resized_lens(self.lenses[k], self.sizes[k], (R, R), corner, (side, side))
+
+
+def common_ball(many):
+    """Centre (3,) and radius of the ball that many `Cameras` look at: what the median one shows.
+
+    The centre is the place closest to all their axes. ValueError if they have none, or look away.
+    """
+    poses = np.concatenate([c.poses for c in many])
+    eye, ahead = poses[:, :3, 3], poses[:, :3, 2]
+    across = np.eye(3) - ahead[:, :, None] * ahead[:, None]  # projection along each axis
+    if np.linalg.eigvalsh(across.mean(0))[0] < 1e-3:
+        raise ValueError('the cameras look the same way, past no common object; give the box of '
+                         'the scene with --box')
+    centre = np.linalg.solve(across.sum(0), (across @ eye[:, :, None]).sum(0)[:, 0])
+    if np.mean(((centre - eye) * ahead).sum(1) > 0) < 0.5:
+        raise ValueError('the cameras look away from where their axes meet: their axes are not '
+                         'what this layout has; try --axes opencv or --axes opengl')
+    half = np.concatenate([(c.sizes / c.lenses[:, :2]).min(1) / 2 for c in many])  # tan of angles
+    radius = np.median(np.linalg.norm(centre - eye, axis=1) * half / np.hypot(1, half))
+    return centre, float(radius)
 
 
 # ---- files of pictures ---------------------------------------------------------------------------
@@ -912,7 +1185,7 @@ class Items(Dataset):
                          of each, and draw_view(rng) is the number of the one `item` would show
         truth(i, n)      what a reconstruction is measured against: the picture at n x n pixels,
                          the frames of a clip at that, n points of the box and whether they are
-                         inside
+                         inside, views of a scene that were held out and their rays
         picture(i, size) (3,size,size) in [-1, 1], to look at; preview(i, size) may be several side
                          by side, (3,size,k size)
         facts()          lines for `python data.py check`
@@ -952,6 +1225,10 @@ class Items(Dataset):
 
     def preview(self, i, size):
         return self.picture(i, size)
+
+    def inspect(self, i, size):
+        """What `python data.py check` draws of an item."""
+        return self.preview(i, size)
 
     def draw_view(self, rng):
         """The number of a view; of the first without an rng."""
@@ -2194,6 +2471,769 @@ def text2shape(name, root, selection, **options):
     return FileShapes(name, root, replace(selection, captions=captions), [CHAIR, TABLE], **options)
 
 
+# ---- files of posed pictures --------------------------------------------------------------------
+
+WHITE = 250  # channels above are background where neither opacity nor a mask says what is
+
+
+def with_opacity(im, mask, where):
+    """A picture as RGBA whose opacity is that of the object; `mask`: a PIL picture of it, or None.
+
+    Without either, all that is not white is object; ValueError if most of the border is not.
+    """
+    if mask is not None:
+        im = im.convert('RGB')
+        im.putalpha(mask.convert('L').resize(im.size))
+        return im
+    if im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info:
+        rgba = im.convert('RGBA')
+        if rgba.getextrema()[3][0] < 255:
+            return rgba
+    rgb = im.convert('RGB')
+    white = (np.asarray(rgb) > WHITE).all(2)
+    border = np.concatenate([white[0], white[-1], white[:, 0], white[:, -1]])
+    require(border.mean() > 0.5, f'{where}: no transparency, no mask and no white background, so '
+            'no silhouette can be had; give RGBA pictures, mask_path or masks/NAME.png')
+    rgb.putalpha(Image.fromarray(np.where(white, 0, 255).astype('uint8')))
+    return rgb
+
+
+def as_pose(values, axes, where):
+    """Camera to world (4,4) in OpenCV axes, of a matrix in `axes`; ValueError if it is none."""
+    try:
+        pose = np.eye(4)
+        pose[:3] = np.asarray(values, float).reshape(-1, 4)[:3]
+    except (ValueError, TypeError):
+        raise ValueError(f'{where}: not a matrix of 4 x 4 numbers; export it again') from None
+    require(np.isfinite(pose).all(), f'{where}: not finite; leave this view out')
+    turn = pose[:3, :3]
+    scale = np.linalg.norm(turn, axis=0).mean()
+    unit = turn / max(scale, 1e-12)
+    require(np.abs(unit.T @ unit - np.eye(3)).max() < 0.02 and np.linalg.det(unit) > 0,
+            f'{where}: not a rotation and a place; export it again')
+    pose[:3, :3] = unit * (1, -1, -1) if axes == 'opengl' else unit
+    return pose
+
+
+class SrnScene:
+    """SCENE/{rgb/NAME.png,pose/NAME.txt,intrinsics.txt}, as scene representation networks have it.
+
+    intrinsics.txt: `focal cx cy 0.` in the first line, `height width` in the last.
+    """
+
+    pattern, axes, cloud = 'intrinsics.txt', 'opencv', None
+
+    def __init__(self, path):
+        self.file, self.folder = path, path.parent
+
+    @staticmethod
+    def applies(path):
+        return (path.parent / 'pose').is_dir()
+
+    @staticmethod
+    def numbers(path):
+        try:
+            return [[float(w) for w in line.split()] for line in path.read_text().split('\n')
+                    if line.strip()]
+        except (OSError, ValueError):
+            raise ValueError(f'{path.parent.name}/{path.name}: missing, or not numbers; unpack '
+                             'the data again') from None
+
+    def cameras(self, axes):
+        """The `Cameras`; ValueError naming the file that is not as it should be."""
+        self.files = picture_names(p.name for p in self.folder.glob('rgb/*'))
+        require(self.files, 'rgb: no pictures in it')
+        rows = self.numbers(self.file)
+        require(len(rows) > 1 and len(rows[0]) > 2 and len(rows[-1]) == 2 and rows[0][0] > 0
+                and min(rows[-1]) > 0, 'intrinsics.txt: not `focal cx cy 0.` and `height width`')
+        focal, cx, cy = rows[0][:3]
+        with Image.open(self.folder / 'rgb' / self.files[0]) as im:
+            size = im.size
+        lens = resized_lens(np.array([focal, focal, cx, cy, 0, 0, 0, 0]), rows[-1][::-1], size)
+        texts = [self.folder / 'pose' / f'{Path(f).stem}.txt' for f in self.files]
+        poses = [as_pose(sum(self.numbers(t), []), axes, f'pose/{t.name}') for t in texts]
+        count = len(poses)
+        return Cameras(np.stack(poses), np.tile(lens, (count, 1)), np.tile(size, (count, 1)))
+
+    def pictures(self, numbers):
+        for k in numbers:
+            with Image.open(self.folder / 'rgb' / self.files[k]) as im:
+                yield with_opacity(im, None, f'rgb/{self.files[k]}')
+
+
+class ArrayScene:
+    """A .npz of points2nerf: images (n,H,W,3 or 4), cam_poses (n,4,4), data (m,6) = xyz, rgb."""
+
+    pattern, axes, angle = '*.npz', 'opengl', 0.6911112070083618
+
+    def __init__(self, path):
+        self.file, self.folder = path, path.parent
+
+    @staticmethod
+    def applies(path):
+        try:
+            with zipfile.ZipFile(path) as file:
+                return {'images.npy', 'cam_poses.npy', 'data.npy'} <= {*file.namelist()}
+        except (OSError, zipfile.BadZipFile):
+            return False
+
+    def cameras(self, axes):
+        with zipfile.ZipFile(self.file) as file, file.open('images.npy') as stream:
+            np.lib.format.read_magic(stream)
+            count, height, width = np.lib.format.read_array_header_1_0(stream)[0][:3]
+        matrices = self.array('cam_poses')
+        require(len(matrices) == count, f'{len(matrices)} cam_poses for {count} images')
+        poses = [as_pose(m, axes, f'cam_poses[{k}]') for k, m in enumerate(matrices)]
+        focal = width / 2 / np.tan(self.angle / 2)
+        lens = np.array([focal, focal, width / 2, height / 2, 0, 0, 0, 0])
+        return Cameras(np.stack(poses), np.tile(lens, (count, 1)),
+                       np.tile((width, height), (count, 1)))
+
+    def array(self, name):
+        with np.load(self.file) as file:
+            return file[name]
+
+    def pictures(self, numbers):
+        images = self.array('images')
+        for k in numbers:
+            im = images[k] if images.dtype == np.uint8 else (images[k] * 255).round().clip(0, 255)
+            yield with_opacity(Image.fromarray(im.astype('uint8')), None, f'images[{k}]')
+
+    def cloud(self):
+        """(m,6): places in the units of the poses, and colours in [-1, 1]."""
+        points = self.array('data').astype(float)
+        require(points.ndim == 2 and points.shape[1] == 6 and np.isfinite(points).all(),
+                f'data: {points.shape} where finite (points, 6) are needed')
+        colour = points[:, 3:] / (255 if points[:, 3:].max() > 1 else 1)
+        return np.hstack([points[:, :3], 2 * colour - 1])
+
+
+class JsonScene:
+    """SCENE/transforms.json, as instant-ngp, nerfstudio and Blender's data sets write it."""
+
+    pattern, axes, cloud = 'transforms.json', 'opengl', None
+    FOCAL = ('fl_x', 'camera_angle_x', 'fl_y', 'camera_angle_y')
+    REFUSED = ('k3', 'k4', 'k5', 'k6', 'is_fisheye')
+
+    def __init__(self, path):
+        self.file, self.folder = path, path.parent
+
+    @staticmethod
+    def applies(path):
+        return True
+
+    def cameras(self, axes):
+        """The `Cameras`; ValueError naming the key that is not as it should be."""
+        try:
+            about = json.loads(self.file.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f'{self.pattern}: not JSON ({reason(error)}); export it again'
+                             ) from None
+        frames = about.get('frames') if isinstance(about, dict) else None
+        require(isinstance(frames, list) and frames and all(isinstance(f, dict) for f in frames),
+                f'{self.pattern}: no list `frames`; export it again')
+        self.files = [self.find(f.get('file_path'), k) for k, f in enumerate(frames)]
+        self.masks = [self.find_mask(*pair) for pair in zip(frames, self.files)]
+        views = []
+        for k, (frame, file) in enumerate(zip(frames, self.files)):
+            with Image.open(file) as im:
+                size = im.size
+            first = next((k // 2 * 2 for k, key in enumerate(self.FOCAL) if key in frame), 4)
+            shared = {key: v for key, v in about.items() if key not in self.FOCAL[first:]}
+            views.append((as_pose(frame.get('transform_matrix'), axes,
+                                  f'{self.pattern}: transform_matrix of frame {k}'),
+                          self.lens(shared | frame, size), size))
+        return Cameras(*map(np.array, zip(*views)))
+
+    def find(self, name, k):
+        """The file that frame k calls `name`, with or without a suffix."""
+        require(isinstance(name, str) and name, f'{self.pattern}: frame {k} has no file_path')
+        path = self.folder / name.replace('\\', '/')
+        known = (path.with_name(path.name + suffix) for suffix in ('', *SUFFIXES))
+        found = next((p for p in known if p.is_file()), None)
+        require(found, f'{self.pattern}: no picture {name} (frame {k}); put it there, or leave the '
+                'frame out')
+        return found
+
+    def find_mask(self, frame, file):
+        if frame.get('mask_path'):
+            return self.find(frame['mask_path'], 'mask_path')
+        return next((p for folder in ('masks', 'mask') for p in (
+            self.folder / folder / f'{file.stem}.png', self.folder / folder / f'{file.name}.png')
+            if p.is_file()), None)
+
+    def lens(self, about, size):
+        """The lens (8,) for a picture of this size, see pixel_rays."""
+        def number(key, default=None):
+            value = about.get(key, default)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f'{self.pattern}: {key} is {value}, not a number; give '
+                                 'camera_angle_x, or fl_x in pixels')
+            return value
+        refused = [key for key in self.REFUSED if about.get(key)]
+        model = str(about.get('camera_model', ''))
+        require(not refused and 'FISHEYE' not in model and 'EQUI' not in model,
+                f'{self.pattern}: lens {model} {" ".join(refused)} is more than k1, k2, p1, p2; '
+                'undistort the pictures first')
+        width, height = number('w', size[0]), number('h', size[1])
+
+        def focal(side, key, angle, default=None):
+            if key in about or angle not in about:
+                return number(key, default)
+            return side / 2 / math.tan(number(angle) / 2)
+        fx = focal(width, 'fl_x', 'camera_angle_x')
+        fy = focal(height, 'fl_y', 'camera_angle_y', fx)
+        require(min(fx, fy, width, height) > 0, f'{self.pattern}: fl_x, fl_y, w, h: above 0')
+        lens = np.array([fx, fy, number('cx', width / 2), number('cy', height / 2),
+                         *(number(key, 0) for key in ('k1', 'k2', 'p1', 'p2'))], float)
+        self.check_bend(lens, (width, height))
+        return resized_lens(lens, (width, height), size)
+
+    def check_bend(self, lens, size):
+        """ValueError unless `straight` finds the corners' directions."""
+        corner = (np.array([[0, 0, 1, 1], [0, 1, 0, 1]]).T * size - lens[2:4]) / lens[:2]
+        with np.errstate(over='ignore', invalid='ignore'):
+            again = bent(*straight(*corner.T, lens[4:]), lens[4:])
+        require(np.allclose(again, corner.T, atol=1e-4), f'{self.pattern}: the lens k1, k2, p1, p2 '
+                'folds the picture over and cannot be undone; undistort the pictures first')
+
+    def pictures(self, numbers):
+        for k in numbers:
+            mask = self.masks[k] and Image.open(self.masks[k])
+            with Image.open(self.files[k]) as im:
+                yield with_opacity(im, mask, self.files[k].name)
+
+
+LAYOUTS = JsonScene, SrnScene, ArrayScene
+
+
+def scenes_at(root, glance=False):
+    """Yield name and scene of what lies at, in or two folders below a folder.
+
+    With a glance only the first file of each kind tells whether it is a scene.
+    """
+    for layout, depth in product(LAYOUTS, range(3)):
+        for path in sorted(root.glob('*/' * depth + layout.pattern)):
+            if layout.applies(path):
+                place = path.relative_to(root).with_suffix('')
+                yield (place if layout is ArrayScene else place.parent).as_posix(), layout(path)
+            elif glance:
+                break
+
+
+def find_scenes(root):
+    """{name: scene} at a folder, and its official split or None; FileNotFoundError, ValueError."""
+    if not root.is_dir():
+        raise FileNotFoundError(f'{root}: no such folder; put the scenes there or name the place '
+                                'with --data PATH')
+    found = {root.resolve().name if name == '.' else name: s for name, s in scenes_at(root)}
+    require(found, f'{root}: no scenes; each is a folder with transforms.json, or with rgb, pose '
+            'and intrinsics.txt, or an .npz of images, cam_poses and data')
+    names = sorted(found, key=natural)
+    sides = {side: [n for n in names if n.split('/')[0].endswith(f'_{side}')]
+             for side in ('train', 'test')}
+    if all(isinstance(s, ArrayScene) for s in found.values()) and len(found) > 1:
+        order = sorted(names, key=lambda n: n.split('/')[-1].split('_')[-1])
+        sides = dict(train=order[:len(order) * 4 // 5], test=order[len(order) * 4 // 5:])
+    return found, sides if all(sides.values()) else None
+
+
+# ---- points from silhouettes: a visual hull -----------------------------------------------------
+
+HULL_CELLS = 32, 4  # cells a side of the box, and how many a side each of those left is cut into
+HULL_SHARE = 0.98  # of the silhouettes, in which a cell must lie
+HULL_POINTS = 8192  # that are kept
+
+
+def away(mask):
+    """Distance in pixels, (h,w), to the nearest pixel of a mask; inf if it is empty."""
+    return ndimage.distance_transform_edt(~mask) if mask.any() else np.full(mask.shape, np.inf)
+
+
+def silhouette_share(p, reach, cameras, distances):
+    """Share (N,) of the views that show p (N,3) in which it is within `reach` of the silhouette.
+
+    distances: `away` of each. Places behind a camera count as outside, those beside the picture
+    not at all; 0 where fewer than half of the views tell.
+    """
+    told, hits = np.zeros(len(p)), np.zeros(len(p))
+    for pose, lens, size, distance in zip(cameras.poses, cameras.lenses, cameras.sizes, distances):
+        row, column, depth, framed = pixels_of(pose, lens, size, p)
+        pixels = reach * lens[0] / np.where(framed, depth, 1)
+        told += framed | (depth <= 0)
+        hits += framed & (distance[row, column] <= pixels)
+    return np.where(told >= len(cameras) / 2, hits / np.maximum(told, 1), 0)
+
+
+def visual_hull(cameras, masks, centre, extent):
+    """The cells of the box whose middles lie in nearly all silhouettes.
+
+    (cells (n,3) of integers, cells a side, the share of the silhouettes that they lie in). Where
+    no cell is in HULL_SHARE of them, those in the most of them stand in.
+    """
+    distances, (coarse, parts) = [away(m) for m in masks], HULL_CELLS
+    cells = np.stack(np.indices((coarse,) * 3), -1).reshape(-1, 3)
+    for n, reach in ((coarse, math.sqrt(3) * extent / coarse), (coarse * parts, 0)):
+        if n > coarse:
+            inner = np.stack(np.indices((parts,) * 3), -1).reshape(-1, 3)
+            cells = (cells[:, None] * parts + inner).reshape(-1, 3)
+        p = ((cells + 0.5) * 2 / n - 1) * extent + centre
+        share = silhouette_share(p, reach, cameras, distances)
+        needed = min(HULL_SHARE, share.max(initial=0))
+        cells = cells[(share >= needed) & (share > 0)]
+    return cells, n, needed
+
+
+def hull_skin(cells, n):
+    """Those of the cells (m,3) of n a side that have a neighbour which is not one."""
+    full = np.zeros((n,) * 3, bool)
+    full[tuple(cells.T)] = True
+    return np.argwhere(full & ~ndimage.binary_erosion(full))
+
+
+def projected_colours(p, cell, cameras, pictures):
+    """Mean colour (N,3), of pictures (h,w,4), where p (N,3) are visible; and weights (N,), 0: none.
+
+    Visible is what no other point is in front of, by 3 cells; pixels deep inside of a silhouette
+    count more, as those at its border show something else besides.
+    """
+    total, weights = np.zeros((len(p), 3)), np.zeros(len(p))
+    for pose, lens, size, shot in zip(cameras.poses, cameras.lenses, cameras.sizes, pictures):
+        row, column, depth, framed = pixels_of(pose, lens, size, p)
+        nearest = np.full(shot.shape[:2], np.inf)
+        np.minimum.at(nearest, (row[framed], column[framed]), depth[framed])
+        nearest = ndimage.minimum_filter(nearest, 3)
+        inside = ndimage.distance_transform_edt(np.pad(shot[..., 3] > 127, 1))[1:-1, 1:-1]
+        seen = framed & (depth <= nearest[row, column] + 3 * cell)
+        weight = seen * np.minimum(inside[row, column], 3) ** 2
+        total += weight[:, None] * shot[row, column, :3]
+        weights += weight
+    return total / np.maximum(weights, 1e-9)[:, None], weights
+
+
+def hull_points(cameras, pictures, centre, extent, rng):
+    """Coloured points (n,6), all in [-1,1], of the hull in the box, and the share of `visual_hull`.
+
+    pictures: uint8 (h,w,4) each, colours over white and opacity. ValueError if there is no hull.
+    """
+    cells, n, share = visual_hull(cameras, [s[..., 3] > 127 for s in pictures], centre, extent)
+    require(len(cells), 'no place of the box is in a silhouette: wrong --axes or --box, or empty '
+            'pictures')
+    skin = hull_skin(cells, n)
+    p = (skin + rng.random(skin.shape)) * 2 / n - 1
+    colour, weights = projected_colours(p * extent + centre, 2 * extent / n, cameras, pictures)
+    points = np.hstack([p, colour / 127.5 - 1])[weights > 0]
+    return points[rng.permutation(len(points))[:HULL_POINTS]], share
+
+
+# ---- data sets of scenes ------------------------------------------------------------------------
+
+@dataclass
+class NerfConfig:
+    """What stage 1 sees of a scene at a time."""
+    points: int = flag(3000, 'coloured points that the encoder sees')
+    clouds: int = flag(4, 'point clouds of each scene that stage 2 keeps latents of')
+    rays: int = flag(1024, 'rays whose colour is asked for')
+    ray_views: int = flag(4, 'views of a scene that these rays are taken from')
+    focus: float = flag(0.0, 'share of the rays drawn where the object is; the others anywhere')
+    test_views: int = flag(2, 'last views of each scene, which neither rays nor points come from')
+    side: int = flag(128, 'longest side of the pictures that rays are taken from; larger ones are '
+                     'reduced', low=4)
+    toy_views: int = flag(32, 'views of a scene of toy_nerf', low=2)
+    box: tuple = flag((), 'box of the scenes in the units of their poses: half its side, or x, y, '
+                      'z of its centre and that; empty = the ball that all cameras look at',
+                      low=-math.inf)
+    axes: str = flag('', "axes of the poses, if not those of the data's layout",
+                     choices=('', 'opencv', 'opengl'))
+
+
+class Scenes(Items):
+    """What all sets of posed pictures share: coloured points for the encoder, rays, flips along x.
+
+    Points and rays leave in coordinates of the scene box, which is [-1,1]^3 and stands for `extent`
+    to each side of `centre` in the data's units; it is the same for all scenes. A data set has
+        cameras(i)        the `Cameras` of scene i, in the data's units
+        shot(i, k)        its view k as uint8 (h,w,4): colours over white, and opacity; of the size
+                          that cameras(i).reduced(side) has
+        square(i, k, R)   the centred square of that at R x R, float32 (R,R,4) in [0, 1]
+        draw_surface(i, n, rng)    n coloured points (n,6), all in [-1,1]
+    The last `test_views` views of a scene are for `truth` alone.
+    """
+
+    domain, kind, channels, config = 'nerf', 'scenes', 4, NerfConfig
+    encoder_only = dict(rays=1, ray_views=1)
+    centre = (0.0, 0.0, 0.0)
+
+    def __init__(self, points=3000, clouds=4, rays=1024, ray_views=4, focus=0.0, test_views=2,
+                 side=128, toy_views=32, box=(), axes='', **options):
+        super().__init__(**options)
+        require(0 <= focus <= 1, f'--focus {focus}: a share, from 0 to 1')
+        require(min(points, clouds, rays, ray_views, test_views) >= 1, '--points, --clouds, '
+                '--rays, --ray_views and --test_views: at least 1')
+        require(len(box) in (0, 1, 4) and all(b > 0 for b in box[-1:]), f'--box {box}: half a side '
+                'above 0, or x,y,z of the centre and half a side (--box=X,Y,Z,HALF)')
+        self.points, self.views, self.rays, self.side = points, clouds, rays, side
+        self.ray_views, self.test_views, self.toy_views = ray_views, test_views, toy_views
+        self.box, self.axes, self.focus = tuple(map(float, box)), axes, focus
+
+    @staticmethod
+    def lies_at(path):
+        return any(True for _ in scenes_at(Path(path), glance=True))
+
+    def to_box(self, places):
+        """The data's units -> [-1,1] in the scene box, (...,3) each."""
+        return (places - np.array(self.centre)) / self.extent
+
+    def from_box(self, places):
+        return places * self.extent + np.array(self.centre)
+
+    def cloud(self, i, rng):
+        """Input of the encoder, (points,6) in [-1,1], and the sign that x was multiplied by."""
+        p = self.draw_surface(i, self.points, rng)
+        sign = np.array([1 - 2 * int(self.flip and rng.random() < 0.5), 1, 1])
+        return torch.from_numpy(np.hstack([p[:, :3] * sign, p[:, 3:]]).astype('float32')), sign
+
+    def draw_pixels(self, opacity, n, rng):
+        """Rows and columns of n pixels, `focus` of them where the opacity (h,w) is not 0."""
+        pixels, on = rng.integers(opacity.size, size=n), np.flatnonzero(opacity)
+        focused = round(self.focus * n) if len(on) else 0
+        pixels[:focused] = on[pixels[:focused] * len(on) // opacity.size]
+        return np.divmod(pixels, opacity.shape[1])
+
+    def draw_rays(self, i, rng):
+        """Origins and directions in the data's units, colours in 0..255, (rays,3) each."""
+        cameras, found = self.cameras(i).reduced(self.side), []
+        trained = len(cameras) - self.test_views
+        chosen = rng.choice(trained, min(self.ray_views, trained), replace=False)
+        for k, part in zip(chosen, np.array_split(np.arange(self.rays), len(chosen))):
+            shot = self.shot(i, k)
+            y, x = self.draw_pixels(shot[..., 3], len(part), rng)
+            rays = pixel_rays(cameras.poses[k], cameras.lenses[k], x + 0.5, y + 0.5)
+            found.append((*rays, shot[y, x, :3]))
+        return map(np.concatenate, zip(*found))
+
+    def item(self, i, rng=None):
+        """points (N,6), rays_o and rays_d (R,3), in the box, target (R,3) in [-1,1], and `known`.
+
+        Without an rng the draws depend on the scene's name alone.
+        """
+        i = self.stand_in(i)
+        rng = rng or common.seeded('scene', self.names[i])
+        cloud, sign = self.cloud(i, rng)
+        o, d, colour = self.draw_rays(i, rng)
+        o, d = (torch.from_numpy((v * sign).astype('float32')) for v in (self.to_box(o), d))
+        return dict(points=cloud, rays_o=o, rays_d=d, **self.known(i, rng),
+                    target=to_float(torch.from_numpy(colour)))
+
+    def draw_view(self, rng):
+        return int(rng.integers(self.views)) if rng else 0
+
+    def view(self, i, k):
+        i = self.stand_in(i)
+        return dict(points=self.cloud(i, common.seeded('cloud', self.names[i], k))[0])
+
+    def held_out(self, i):
+        """The numbers of the views that training does not see."""
+        count = len(self.cameras(i))
+        return range(count - self.test_views, count)
+
+    def square_rays(self, i, k, R):
+        """Origins and directions of the pixels of `square`, (R,R,3) each, in the box."""
+        x, y = np.meshgrid(np.arange(R) + 0.5, np.arange(R) + 0.5)
+        cameras = self.cameras(i)
+        o, d = pixel_rays(cameras.poses[k], cameras.square(k, R), x, y)
+        return self.to_box(o).astype('float32'), d.astype('float32')
+
+    def truth(self, i, R, views=None):
+        """Views at R x R that were held out, or those numbered `views`: V of them.
+
+        pictures (V,3,R,R) in [-1,1], origins and directions (V,R,R,3) of their pixels' rays in the
+        box, and where the object covers more than half of a pixel, bool (V,R,R).
+        """
+        i = self.stand_in(i)
+        views = self.held_out(i) if views is None else views
+        shown = torch.from_numpy(np.stack([self.square(i, k, R) for k in views]))
+        o, d = (torch.from_numpy(np.stack(r))
+                for r in zip(*(self.square_rays(i, k, R) for k in views)))
+        pictures = shown[..., :3].permute(0, 3, 1, 2).contiguous() * 2 - 1
+        return pictures, o, d, shown[..., 3] > 0.5
+
+    def picture(self, i, size):
+        """The first held-out view."""
+        return self.truth(i, size, self.held_out(self.stand_in(i))[:1])[0][0]
+
+    def preview(self, i, size):
+        """Up to four views side by side, evenly spaced."""
+        views = common.evenly_spaced(len(self.cameras(self.stand_in(i))), 4)
+        return torch.cat([*self.truth(i, size, views)[0]], dim=2)
+
+    def inspect(self, i, size):
+        """Two views, each also with the points on it, red off the object; cameras along y and z."""
+        i = self.stand_in(i)
+        points = self.draw_surface(i, 2000, common.seeded('inspect', self.names[i]))[:, :3]
+        cameras = self.cameras(i)
+        tiles = [tile for k in common.evenly_spaced(len(cameras), 2) for tile in
+                 over_picture(self.square(i, k, size), cameras.poses[k], cameras.square(k, size),
+                              self.from_box(points))]
+        eye, ahead = self.to_box(cameras.poses[:, :3, 3]), cameras.poses[:, :3, 2]
+        tiles += [plan(points[:, a], eye[:, a], ahead[:, a], size) for a in ([0, 2], [0, 1])]
+        return torch.from_numpy(np.concatenate(tiles, 1)).permute(2, 0, 1).float() * 2 - 1
+
+    def agreement(self, i):
+        """Shares, over eight views: of the points on the object, of the object near to points.
+
+        A hull's points always fall on it, but fill it only if the poses are right.
+        """
+        i, shares = self.stand_in(i), []
+        cameras = self.cameras(i).reduced(self.side)
+        points = self.draw_surface(i, 2000, common.seeded('inspect', self.names[i]))[:, :3]
+        for k in common.evenly_spaced(len(cameras), 8):
+            row, column, _, framed = pixels_of(cameras.poses[k], cameras.lenses[k],
+                                               cameras.sizes[k], self.from_box(points))
+            mask = self.shot(i, k)[..., 3] > 127
+            shown = np.zeros_like(mask)
+            shown[row[framed], column[framed]] = True
+            near = away(shown) <= max(mask.shape) / 32
+            filled = (near & mask).sum() / max(mask.sum(), 1)
+            shares.append(((framed & mask[row, column]).mean(), filled))
+        return np.mean(shares, axis=0)
+
+    def facts(self):
+        good = self.readable(range(len(self)))
+        counts = [len(self.cameras(i)) for i in good]
+        sizes = np.concatenate([self.cameras(i).sizes for i in good])
+        yield f'views     {spread(counts)} a scene; the last {self.test_views} are held out'
+        yield f'sizes     short side {spread(sizes.min(1))}'
+        yield f'box       {", ".join(f"{c:.4g}" for c in self.centre)} +- {self.extent:.4g}'
+        shares = np.stack([self.agreement(good[k]) for k in common.evenly_spaced(len(good), 24)])
+        low, middle = shares.min(0), np.median(shares, axis=0)
+        yield f'points    {low[0]:.0%} min, {middle[0]:.0%} median fall into the silhouettes'
+        yield f'          and cover {low[1]:.0%} min, {middle[1]:.0%} median of these'
+        for part, (least, what) in enumerate(((0.5, 'fewer than half of the points do'),
+                                              (0.8, 'they leave much uncovered'))):
+            if few := sum(shares[:, part] < least):
+                yield (f'warning   in {few} of {len(shares)} scenes {what}: other axes than the '
+                       'layout has (--axes), or a wrong --box?')
+
+
+def over_picture(shown, pose, lens, points):
+    """A picture (S,S,4) in [0, 1] without and with points (N,3) over it, red off the object."""
+    row, column, _, framed = pixels_of(pose, lens, shown.shape[:2], points)
+    row, column = row[framed], column[framed]
+    over = 0.5 + 0.5 * shown[..., :3]
+    over[row, column] = np.where(shown[row, column, 3:] > 0.5, (0.1, 0.3, 0.8), (0.9, 0.1, 0.1))
+    return shown[..., :3], over
+
+
+def plan(points, eye, ahead, size):
+    """Points (N,2), the box [-1,1]^2 and cameras that look `ahead`, second axis up: (S,S,3)."""
+    scale = size / 2 / max(1.1, 1.2 * np.abs(eye).max())
+    im = Image.new('RGB', (size, size), 'white')
+    draw = ImageDraw.Draw(im)
+
+    def place(p):
+        return [tuple(q) for q in p * (scale, -scale) + size / 2]
+    draw.rectangle(place(np.array([[-1, 1], [1, -1]])), outline='silver')
+    draw.point(place(points), 'gray')
+    for start, end in zip(place(eye), place(eye + 0.12 * size / scale * ahead)):
+        draw.line([start, end], 'steelblue')
+        draw.point(start, 'black')
+    return np.asarray(im) / 255
+
+
+class ToyScenes(Computed, Scenes):
+    """toy_nerf, with the family as label; the truth is exact at every resolution and pose."""
+
+    seeds = TOY_SCENES
+
+    def __init__(self, name, root, selection, **options):
+        super().__init__(**options)
+        require(not (self.box or self.axes), f'--box, --axes: {name} has its own')
+        require(self.toy_views > self.test_views, f'--test_views {self.test_views}: leaves none of '
+                f'{self.toy_views} views to train on')
+        self.numbers = self.select(name, selection)
+        self.scenes = [toy_scene(s) for s in self.numbers]
+        self.groups = self.titles = list(TOY_FAMILIES)
+        self.labels = [self.groups.index(scene.solid.family) for scene in self.scenes]
+        self.captions = [[scene.solid.caption] for scene in self.scenes]
+
+    def cameras(self, i):
+        n, seed = self.toy_views, self.numbers[i]
+        poses = self.cache.get((i, 'poses'), lambda: np.stack([toy_pose(seed, k)
+                                                               for k in range(n)]))
+        return Cameras(poses, np.tile(toy_lens(self.side), (n, 1)), np.tile(self.side, (n, 2)))
+
+    def surface(self, i):
+        """TOY_POINTS coloured points (n,6) of the surface, float32."""
+        p = toy_surface(self.scenes[i].solid, TOY_POINTS, common.seeded('surface', self.names[i]))
+        return np.hstack([p, 2 * toy_field(self.scenes[i], p)[1] - 1]).astype('float32')
+
+    def draw_surface(self, i, n, rng):
+        return some_points(self.cache.get((i, 'points'), lambda: self.surface(i)), n, rng)
+
+    def render(self, i, R, views):
+        """Views at R x R, exact: dict of rgb (V,R,R,3) and opacity in [0, 1], depth (V,R,R)."""
+        rays = [np.concatenate([v.reshape(-1, 3) for v in r])
+                for r in zip(*(self.square_rays(i, k, R) for k in views))]
+        found = toy_render(self.scenes[i], *rays)
+        return {k: v.reshape(len(views), R, R, *v.shape[1:]) for k, v in found.items()}
+
+    def square(self, i, k, R):
+        shown = self.render(i, R, [k])
+        return np.concatenate([shown['rgb'], shown['opacity'][..., None]], -1)[0]
+
+    def shots(self):
+        """Where renders are kept: they depend on the program, too."""
+        return TOY_RENDERS / f'{common.file_digest(__file__)[:12]}_{self.toy_views}_{self.side}'
+
+    def shot(self, i, k):
+        """All views of a scene are rendered once, and kept in memory and in a file."""
+        def make():
+            shown = self.render(i, self.side, range(self.toy_views))
+            values = np.concatenate([shown['rgb'], shown['opacity'][..., None]], -1)
+            return dict(shots=(255 * values).round().astype('uint8'))
+        file = self.shots() / f'{self.numbers[i]}.npz'
+        return self.cache.get(i, lambda: kept(file, make)['shots'])[k]
+
+
+def some_points(points, n, rng):
+    """n of the points (m,6), float64; none twice unless there are too few."""
+    return points[rng.choice(len(points), n, replace=len(points) < n)].astype(float)
+
+
+def kept(path, make):
+    """dict of arrays: what an .npz holds or, if it is not there, make() does, and then it is.
+
+    Where it cannot be written, it is made anew by each process.
+    """
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except Exception:  # not there, or cut short
+        arrays = make()
+    try:
+        own = path.with_name(f'{path.stem}.{os.getpid()}.npz')  # others may write it, too
+        save_npz(own, **arrays)
+        os.replace(own, path)
+    except OSError:
+        pass
+    return arrays
+
+
+class FileScenes(FileItems, Scenes):
+    """Scenes in one of the LAYOUTS; points that are not given are those of a visual hull."""
+
+    def __init__(self, name, root, selection, **options):
+        super().__init__(**options)
+        self.scenes, official = find_scenes(root)
+        self.shares = {}  # index -> of the silhouettes, that the hull lies in
+        known = sorted(self.scenes, key=natural)
+        self.views_of = self.select(known, root, selection, official)
+        self.centre, self.extent = self.find_box(known)
+        apart = len(known) - len(sum(self.sides.values(), []))
+        if apart:
+            self.notes.append(f'{apart} scenes of neither train nor test are left alone')
+
+    def read_cameras(self, name):
+        scene = self.scenes[name]
+        return scene.cameras(self.axes or scene.axes)
+
+    def header(self, name):
+        """The cameras, or why the scene is of no use."""
+        try:
+            cameras = self.read_cameras(name)
+            require(len(cameras) > self.test_views, f'only {len(cameras)} views, of which '
+                    f'--test_views {self.test_views} are held out')
+            return cameras
+        except ValueError as error:
+            return str(error)
+        except Exception as error:  # a decoder may raise anything on a broken file
+            return reason(error)
+
+    def find_box(self, names):
+        """Centre (3 floats) and half side: --box or, of all scenes alike, what cameras look at."""
+        if self.box:
+            return (*(0.0, 0.0, 0.0), *self.box)[-4:-1], self.box[-1]
+        some = [names[k] for k in common.evenly_spaced(len(names), 16)]
+        found = [c for c in map(self.header, some) if not isinstance(c, str)] or self.views_of
+        try:
+            centre, extent = common_ball(found)
+        except ValueError as error:
+            raise ValueError(f'{self.place}: {error}') from None
+        return tuple(round(float(c), 4) + 0.0 for c in centre), round(extent, 4)
+
+    def cameras(self, i):
+        return self.views_of[i]
+
+    def read(self, i, views):
+        """[uint8 (h,w,4)] of these views, reduced to `side`, each kept for the next time."""
+        missing = [k for k in views if (i, k) not in self.cache.kept]
+        made, sizes = {}, self.cameras(i).reduced(self.side).sizes
+        for k, im in zip(missing, self.scenes[self.names[i]].pictures(missing) if missing else ()):
+            require(im.size == (*self.cameras(i).sizes[k],), f'view {k} has {im.width} x '
+                    f'{im.height} pixels, unlike the first')
+            made[k] = over_white(im, (*map(int, sizes[k]),))
+        return [self.cache.get((i, k), lambda: made[k]) for k in views]
+
+    def shot(self, i, k):
+        return self.read(i, [int(k)])[0]
+
+    def square(self, i, k, R):
+        im, = self.scenes[self.names[i]].pictures([k])
+        return over_white(square(im), (R, R)).astype('float32') / 255
+
+    def largest(self, i):
+        return int(self.cameras(i).sizes.min())
+
+    def decode(self, i):
+        """The coloured points (n,6) of scene i in the box; ValueError if they cannot be had."""
+        scene = self.scenes[self.names[i]]
+        if i not in self.sound:  # for the first time: the pictures, too, must be whole
+            self.read(i, range(len(self.cameras(i))))
+        if scene.cloud:
+            p = scene.cloud()
+            return np.hstack([self.to_box(p[:, :3]), p[:, 3:]]).astype('float32')
+        key = self.centre, self.extent, self.axes, self.side, self.test_views
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=6).hexdigest()
+        stored = kept(scene.folder / f'points-{digest}.npz', lambda: self.hull(i))
+        self.shares[i] = float(stored['share'])
+        require(self.shares[i] >= 0.5 or self.tolerant, self.doubt(i))
+        return stored['points']
+
+    def doubt(self, i):
+        return (f'no place of the box is in more than {self.shares[i]:.0%} of the silhouettes: '
+                'other axes than the layout has (--axes), or a wrong --box?')
+
+    def verify(self):
+        """Decode every file; what training would refuse joins `bad`, but can be looked at."""
+        super().verify()
+        self.bad += [(self.names[i], self.doubt(i)) for i, share in sorted(self.shares.items())
+                     if share < 0.5]
+
+    def hull(self, i):
+        """dict of the points (n,6) and their `share`, see `visual_hull`."""
+        trained = range(len(self.cameras(i)) - self.test_views)
+        cameras = self.cameras(i).reduced(self.side)
+        cameras = Cameras(*(v[:len(trained)] for v in vars(cameras).values()))
+        points, share = hull_points(cameras, self.read(i, trained), np.array(self.centre),
+                                    self.extent, common.seeded('hull', self.names[i]))
+        return dict(points=points.astype('float32'), share=share)
+
+    def bytes_kept(self, points):
+        return points.nbytes
+
+    def draw_surface(self, i, n, rng):
+        return some_points(self.source(self.stand_in(i)), n, rng)
+
+
+def over_white(im, size):
+    """PIL RGBA -> uint8 (h,w,4) of `size` (w, h): colours over white, and opacity."""
+    im = im if im.size == size else im.resize(size, Image.Resampling.BICUBIC)
+    white = Image.alpha_composite(Image.new('RGBA', size, 'white'), im).convert('RGB')
+    white.putalpha(im.getchannel('A'))
+    return np.asarray(white)
+
+
 # ---- the table of data sets ---------------------------------------------------------------------
 
 # name: (base class, what opens it: (name, root, selection, **options) -> the data set); a user's
@@ -2214,6 +3254,9 @@ DATASETS = {
     'toy_video': (ToyVideos, ToyVideos),
     'video': (Videos, video_files),
     'skytimelapse': (Videos, skytimelapse),
+    'toy_nerf': (ToyScenes, ToyScenes),
+    'nerf': (Scenes, FileScenes),
+    'srn_cars': (Scenes, FileScenes),
 }
 NAMES = tuple(DATASETS)
 CONFIGS = tuple({base.config: None for base, _ in DATASETS.values()})  # each once, in order
@@ -2271,9 +3314,9 @@ def check(args):
         dataset.verify()
         print(f'{name} at {dataset.place}', *dataset.describe(), sep='\n')
     out = args.out or f'out/check_{name}.png'
-    wide = dataset.preview(0, args.res).shape[2] // args.res
+    wide = dataset.inspect(0, args.res).shape[2] // args.res
     shown = common.evenly_spaced(len(dataset), max(48 // wide, 12))
-    save_grid(out, torch.stack([dataset.preview(i, args.res) for i in shown]), 8)
+    save_grid(out, torch.stack([dataset.inspect(i, args.res) for i in shown]), 8)
     print(f'preview   {out}')
     if not dataset.computed:
         dataset.tolerant = False
