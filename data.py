@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import common
 from common import flag, require
-from inr import render_points
+from inr import UPWARDS, box_range, focal_length, orbit, rays_through, render_points
 
 # ---- pictures in and out -----------------------------------------------------------------------
 
@@ -565,7 +565,7 @@ def toy_render(scene, o, d, step=TOY_EDGE / 6):
     o, d = np.asarray(o, 'float32'), np.asarray(d, 'float32')
     bounds = [part.crossing(o, d, TOY_EDGE / 2) for part in scene.parts]
     enter, leave = (np.stack(b, 1).astype('float32') for b in zip(*bounds))
-    far = np.maximum(box_crossing(o, d)[1], 0)
+    far = box_range(torch.from_numpy(o), torch.from_numpy(d))[1].numpy()
     t, last = enter.min(1), leave.max(1)
     rgb, depth, clear = np.zeros_like(o), np.zeros_like(t), np.ones_like(t)
     rows = np.flatnonzero(t < last)
@@ -584,36 +584,20 @@ def toy_render(scene, o, d, step=TOY_EDGE / 6):
     return dict(rgb=rgb + clear[:, None], depth=depth + clear * far, opacity=1 - clear)
 
 
-def box_crossing(o, d):
-    """From which t to which rays (N,3) are in the box [-1,1]^3; (inf, -inf) for never."""
-    return interval(*zip(((-1 - o) / not_zero(d)).T, ((1 - o) / not_zero(d)).T))
-
-
 def toy_pose(seed, k):
     """Pose (4,4) of view k: on the upper two thirds of a sphere, any views in a row far apart."""
     u, v = (common.seeded('toy_nerf pose', seed).random(2) + k * np.array([0.4142, 0.618])) % 1
-    height, turn = -0.3 + 1.2 * u, 2 * np.pi * v
-    flat = np.sqrt(1 - height ** 2)
-    return look_at(TOY_CAMERA['distance'] * np.array([flat * np.sin(turn), height,
-                                                      flat * np.cos(turn)]))
+    elevation = np.degrees(np.arcsin(-0.3 + 1.2 * u))
+    return orbit(360 * v, elevation, TOY_CAMERA['distance']).double().numpy()
 
 
 def toy_lens(size):
     """The lens of a square picture of `size` pixels; see pixel_rays."""
-    focal = size / 2 / np.tan(np.radians(TOY_CAMERA['fov']) / 2)
+    focal = focal_length(TOY_CAMERA['fov'], (size, size))
     return np.array([focal, focal, size / 2, size / 2, 0, 0, 0, 0])
 
 
 # ---- cameras ------------------------------------------------------------------------------------
-
-def look_at(eye, target=(0, 0, 0), up=(0, 1, 0)):
-    """Pose (4,4) of a camera at `eye`: camera to world, OpenCV axes x right, y down, z forward."""
-    ahead = np.subtract(target, eye) / np.linalg.norm(np.subtract(target, eye))
-    right = np.cross(ahead, up) / np.linalg.norm(np.cross(ahead, up))
-    pose = np.eye(4)
-    pose[:3] = np.stack([right, np.cross(ahead, right), ahead, eye], axis=1)
-    return pose
-
 
 def bent(x, y, bend):
     """Where a lens (k1, k2, p1, p2) shows directions (x, y, 1): OpenCV's radial and tangential."""
@@ -641,9 +625,8 @@ def pixel_rays(pose, lens, x, y):
     p1, p2.
     """
     fx, fy, cx, cy, *bend = lens
-    u, v = straight((x - cx) / fx, (y - cy) / fy, bend)
-    d = np.stack([u, v, np.ones_like(u)], axis=-1) @ pose[:3, :3].T
-    return np.broadcast_to(pose[:3, 3], d.shape), d / np.linalg.norm(d, axis=-1, keepdims=True)
+    ahead = straight((x - cx) / fx, (y - cy) / fy, bend)
+    return [r.numpy() for r in rays_through(*map(torch.from_numpy, (pose, *ahead)))]
 
 
 def project_points(pose, lens, points):
@@ -667,9 +650,13 @@ def pixels_of(pose, lens, size, points):
 
 
 def resized_lens(lens, size, new, corner=(0, 0), part=None):
-    """The lens of a picture of `size` cropped to `part` (w, h) from a corner, then made `new`."""
+    """The lens (...,8) of a picture of `size` cropped to `part` from a corner, then made `new`.
+
+    All sizes are (w, h), or (...,2) of them.
+    """
     factor = np.divide(new, size if part is None else part)
-    return np.concatenate([lens[:2] * factor, (lens[2:4] - corner) * factor, lens[4:]])
+    return np.concatenate([lens[..., :2] * factor, (lens[..., 2:4] - corner) * factor,
+                           lens[..., 4:]], axis=-1)
 
 
 @dataclass
@@ -686,9 +673,7 @@ class Cameras:
         """The same for pictures whose longest side is at most `side`."""
         factor = np.minimum(1, side / self.sizes.max(1, keepdims=True))
         sizes = np.maximum(np.round(self.sizes * factor), 1).astype(int)
-        factor = sizes / self.sizes
-        lenses = self.lenses * np.hstack([factor, factor, np.ones((len(self), 4))])
-        return Cameras(self.poses, lenses, sizes)
+        return Cameras(self.poses, resized_lens(self.lenses, self.sizes, sizes), sizes)
 
     def square(self, k, R):
         """The lens of the centred square of view k, made R pixels a side."""
@@ -715,6 +700,12 @@ def common_ball(many):
     half = np.concatenate([(c.sizes / c.lenses[:, :2]).min(1) / 2 for c in many])  # tan of angles
     radius = np.median(np.linalg.norm(centre - eye, axis=1) * half / np.hypot(1, half))
     return centre, float(radius)
+
+
+def upwards(many):
+    """Which of `inr.UPWARDS` is above in the pictures of many `Cameras`, on the whole."""
+    above = -np.concatenate([c.poses for c in many])[:, :3, 1].mean(0)
+    return max(UPWARDS, key=lambda name: above @ np.array(UPWARDS[name])[:, 1])
 
 
 # ---- files of pictures ---------------------------------------------------------------------------
@@ -1191,12 +1182,13 @@ class Items(Dataset):
         facts()          lines for `python data.py check`
         lies_at(path)    whether a user's folder holds data of this domain; static, raises nothing
     and, as class attributes, its domain, what its items are called (`kind`), the `channels` of the
-    signal, half the side of the data's box (`extent`), the dataclass of its flags (`config`), and
-    `encoder_only`, options with which no more is read than the encoder needs.
+    signal, half the side of the data's box (`extent`), its `centre` and what points `up` in it, the
+    dataclass of its flags (`config`), and `encoder_only`, options with which no more is read than
+    the encoder needs.
     """
 
     domain = kind = config = None
-    channels, extent = 1, 1.0
+    channels, extent, centre, up = 1, 1.0, (0.0, 0.0, 0.0), 'y'
     encoder_only = {}
     computed = False  # from a seed and nothing else
     labels = captions = None  # a class number, a list of texts, for each item
@@ -1218,6 +1210,15 @@ class Items(Dataset):
         """Those of the flags (a dict) that such a data set takes, for `make_dataset`."""
         names = ['flip', 'seed', 'captions', *(f.name for f in fields(cls.config))]
         return {k: flags[k] for k in names if k in flags}
+
+    def settles(self):
+        """What these data decide of `vae.VAEConfig`, a dict of its fields."""
+        return {k: getattr(self, k) for k in ('domain', 'channels', 'extent', 'centre', 'up')}
+
+    @staticmethod
+    def options_of_run(vae_config):
+        """And what the configuration of a run's first stage decides of its data: options."""
+        return {}
 
     def largest(self, i):
         """The greatest n for which truth(i, n) is the truth and not enlarged."""
@@ -2862,7 +2863,6 @@ class Scenes(Items):
 
     domain, kind, channels, config = 'nerf', 'scenes', 4, NerfConfig
     encoder_only = dict(rays=1, ray_views=1)
-    centre = (0.0, 0.0, 0.0)
 
     def __init__(self, points=3000, clouds=4, rays=1024, ray_views=4, focus=0.0, test_views=2,
                  side=128, toy_views=32, box=(), axes='', **options):
@@ -2872,13 +2872,20 @@ class Scenes(Items):
                 '--rays, --ray_views and --test_views: at least 1')
         require(len(box) in (0, 1, 4) and all(b > 0 for b in box[-1:]), f'--box {box}: half a side '
                 'above 0, or x,y,z of the centre and half a side (--box=X,Y,Z,HALF)')
-        self.points, self.views, self.rays, self.side = points, clouds, rays, side
+        self.points, self.views, self.ray_count, self.side = points, clouds, rays, side
         self.ray_views, self.test_views, self.toy_views = ray_views, test_views, toy_views
         self.box, self.axes, self.focus = tuple(map(float, box)), axes, focus
 
     @staticmethod
     def lies_at(path):
         return any(True for _ in scenes_at(Path(path), glance=True))
+
+    def settles(self):
+        return dict(super().settles(), side=self.side)
+
+    @staticmethod
+    def options_of_run(vae_config):
+        return dict(box=(*vae_config['centre'], vae_config['extent']))
 
     def to_box(self, places):
         """The data's units -> [-1,1] in the scene box, (...,3) each."""
@@ -2905,7 +2912,7 @@ class Scenes(Items):
         cameras, found = self.cameras(i).reduced(self.side), []
         trained = len(cameras) - self.test_views
         chosen = rng.choice(trained, min(self.ray_views, trained), replace=False)
-        for k, part in zip(chosen, np.array_split(np.arange(self.rays), len(chosen))):
+        for k, part in zip(chosen, np.array_split(np.arange(self.ray_count), len(chosen))):
             shot = self.shot(i, k)
             y, x = self.draw_pixels(shot[..., 3], len(part), rng)
             rays = pixel_rays(cameras.poses[k], cameras.lenses[k], x + 0.5, y + 0.5)
@@ -2944,28 +2951,36 @@ class Scenes(Items):
         o, d = pixel_rays(cameras.poses[k], cameras.square(k, R), x, y)
         return self.to_box(o).astype('float32'), d.astype('float32')
 
+    def rays(self, i, R, views=None):
+        """Origins and directions (V,R,R,3), in the box, of the pixels of `truth`."""
+        i = self.stand_in(i)
+        views = self.held_out(i) if views is None else views
+        return [torch.from_numpy(np.stack(r))
+                for r in zip(*(self.square_rays(i, k, R) for k in views))]
+
     def truth(self, i, R, views=None):
         """Views at R x R that were held out, or those numbered `views`: V of them.
 
-        pictures (V,3,R,R) in [-1,1], origins and directions (V,R,R,3) of their pixels' rays in the
-        box, and where the object covers more than half of a pixel, bool (V,R,R).
+        pictures (V,3,R,R) in [-1,1], and where the object covers more than half of a pixel, bool
+        (V,R,R).
         """
         i = self.stand_in(i)
         views = self.held_out(i) if views is None else views
         shown = torch.from_numpy(np.stack([self.square(i, k, R) for k in views]))
-        o, d = (torch.from_numpy(np.stack(r))
-                for r in zip(*(self.square_rays(i, k, R) for k in views)))
-        pictures = shown[..., :3].permute(0, 3, 1, 2).contiguous() * 2 - 1
-        return pictures, o, d, shown[..., 3] > 0.5
+        return shown[..., :3].permute(0, 3, 1, 2).contiguous() * 2 - 1, shown[..., 3] > 0.5
 
     def picture(self, i, size):
         """The first held-out view."""
         return self.truth(i, size, self.held_out(self.stand_in(i))[:1])[0][0]
 
+    def shown(self, i):
+        """The numbers of four views, evenly spaced."""
+        count = len(self.cameras(self.stand_in(i)))
+        return [k * count // 4 for k in range(4)]
+
     def preview(self, i, size):
-        """Up to four views side by side, evenly spaced."""
-        views = common.evenly_spaced(len(self.cameras(self.stand_in(i))), 4)
-        return torch.cat([*self.truth(i, size, views)[0]], dim=2)
+        """Four views side by side."""
+        return torch.cat([*self.truth(i, size, self.shown(i))[0]], dim=2)
 
     def inspect(self, i, size):
         """Two views, each also with the points on it, red off the object; cameras along y and z."""
@@ -3045,6 +3060,7 @@ class ToyScenes(Computed, Scenes):
     """toy_nerf, with the family as label; the truth is exact at every resolution and pose."""
 
     seeds = TOY_SCENES
+    options_of_run = Items.options_of_run
 
     def __init__(self, name, root, selection, **options):
         super().__init__(**options)
@@ -3129,7 +3145,8 @@ class FileScenes(FileItems, Scenes):
         self.shares = {}  # index -> of the silhouettes, that the hull lies in
         known = sorted(self.scenes, key=natural)
         self.views_of = self.select(known, root, selection, official)
-        self.centre, self.extent = self.find_box(known)
+        self.centre, self.extent, self.up = self.find_box(known)
+        self.side = min(self.side, int(np.median([c.sizes.min() for c in self.views_of])))
         apart = len(known) - len(sum(self.sides.values(), []))
         if apart:
             self.notes.append(f'{apart} scenes of neither train nor test are left alone')
@@ -3151,16 +3168,20 @@ class FileScenes(FileItems, Scenes):
             return reason(error)
 
     def find_box(self, names):
-        """Centre (3 floats) and half side: --box or, of all scenes alike, what cameras look at."""
-        if self.box:
-            return (*(0.0, 0.0, 0.0), *self.box)[-4:-1], self.box[-1]
+        """Centre (3 floats), half side and what points up, of all scenes alike.
+
+        The box is --box or, without, what the cameras look at.
+        """
         some = [names[k] for k in common.evenly_spaced(len(names), 16)]
         found = [c for c in map(self.header, some) if not isinstance(c, str)] or self.views_of
+        if self.box:
+            return (*(0.0, 0.0, 0.0), *self.box)[-4:-1], self.box[-1], upwards(found)
         try:
             centre, extent = common_ball(found)
         except ValueError as error:
             raise ValueError(f'{self.place}: {error}') from None
-        return tuple(round(float(c), 4) + 0.0 for c in centre), round(extent, 4)
+        centre = tuple(round(float(c), 4) + 0.0 for c in centre)
+        return centre, round(extent, 4), upwards(found)
 
     def cameras(self, i):
         return self.views_of[i]
@@ -3286,9 +3307,10 @@ def make_dataset(name, root=None, split='train', holdout=None, group=None, seed=
 
 
 def open_run_data(info, split, root=None, **options):
-    """The data set of a run, by `args` and `splits` in its info; root: where it is, if it moved."""
+    """The data set of a run, by its info (see `ldm.load_vae`); root: where it is, if it moved."""
     args = info['args']
-    options = {**options_of(args), 'flip': args['flip'] and split == 'train', **options}
+    settled = DATASETS[args['dataset']][0].options_of_run(info['vae_config'])
+    options = {**options_of(args), **settled, 'flip': args['flip'] and split == 'train', **options}
     try:
         return make_dataset(args['dataset'], root or args['data'], split, info['splits'],
                             **options)

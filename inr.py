@@ -900,18 +900,25 @@ def focal_length(fov, size):
     return min(size) / 2 / math.tan(math.radians(fov) / 2)
 
 
-def camera_rays(pose, focal, size, centre=None):
-    """Rays of a pinhole camera through the centres of its pixels: rays_o, rays_d (H,W,3).
+def rays_through(pose, x, y):
+    """Rays through the places (x, y, 1) before a camera, x and y (...): rays_o, rays_d (...,3).
 
     pose (4,4) takes the camera's axes, OpenCV's (x right, y down, z forwards), to the world; poses
-    of OpenGL and Blender are multiplied by diag(1, -1, -1, 1) from the right first. focal, a number
-    or (fx, fy), and centre, (cx, cy), by default the middle, are in pixels; `size` is (H, W). The
-    corner of the first pixel is at (0, 0), its centre at (0.5, 0.5). Directions have length 1.
+    of OpenGL and Blender are multiplied by diag(1, -1, -1, 1) from the right first. Directions have
+    length 1.
+    """
+    rays_d = F.normalize(torch.stack([x, y, torch.ones_like(x)], dim=-1) @ pose[:3, :3].T, dim=-1)
+    return pose[:3, 3].expand_as(rays_d), rays_d
+
+
+def camera_rays(pose, focal, size, centre=None):
+    """`rays_through` the centres of the pixels of a pinhole camera: rays_o, rays_d (H,W,3).
+
+    focal, a number or (fx, fy), and centre, (cx, cy), by default the middle, are in pixels; `size`
+    is (H, W). The corner of the first pixel is at (0, 0), its centre at (0.5, 0.5).
     """
     (h, w), pose = size, torch.as_tensor(pose, dtype=torch.float32)
     fx, fy = (focal, focal) if isinstance(focal, (int, float)) else focal
     cx, cy = (w / 2, h / 2) if centre is None else centre
     y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing='ij')
-    view = torch.stack([(x - cx) / fx, (y - cy) / fy, torch.ones_like(x)], dim=-1).to(pose.device)
-    rays_d = F.normalize(view @ pose[:3, :3].T, dim=-1)
-    return pose[:3, 3].expand_as(rays_d), rays_d
+    return rays_through(pose, *(v.to(pose.device) for v in ((x - cx) / fx, (y - cy) / fy)))

@@ -625,14 +625,14 @@ def first_stage(state, device, path):
     vae = restore(lambda: D2CVAE(VAEConfig(**state['vae_config'])), state.get('vae', {}), device,
                   path)
     return vae, dict(args=state.get('vae_args', state['args']), step=state['step'],
-                     splits=state['splits'])
+                     splits=state['splits'], vae_config=state['vae_config'])
 
 
 def load_vae(path, device='cpu'):
     """The first stage of a run or checkpoint (see `common.find_checkpoint`): (vae, info), frozen.
 
-    info: `args`, the flags of stage 1, its `step` and the data set's `splits`. ValueError or
-    FileNotFoundError, one line, for anything else.
+    info: `args`, the flags of stage 1, its `step` and `vae_config`, and the data set's `splits`.
+    ValueError or FileNotFoundError, one line, for anything else.
     """
     path = Path(find_checkpoint(path, 'vae.pt', 'ldm.pt') or path)
     return first_stage(load_checkpoint(path), device, path)

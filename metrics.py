@@ -232,12 +232,17 @@ def precision_recall(real, fake, k=3, chunk=2048):
     return fake_inside.double().mean().item(), real_inside.double().mean().item()
 
 
-def psnr_each(x, y):
-    """Peak signal-to-noise ratio in dB of each pair of (B,...) in [0, 1]: (B,), inf if equal."""
+def psnr_each(x, y, where=None):
+    """Peak signal-to-noise ratio in dB of each pair of (B,...) in [0, 1]: (B,), inf if equal.
+
+    `where`, of the same shape and 0 or 1, says which values count; of none the ratio is inf.
+    """
     x, y = (torch.as_tensor(v) for v in (x, y))
     require(x.shape == y.shape, f'pictures of different sizes: {tuple(x.shape)}, {tuple(y.shape)}')
     require(x.is_floating_point() and y.is_floating_point(), 'PSNR takes floats in [0, 1]')
-    mse = (x.double() - y.double()).square().flatten(1).mean(1)
+    weights = torch.ones_like(x) if where is None else where
+    error = weights * (x.double() - y.double()).square()
+    mse = error.flatten(1).sum(1) / weights.flatten(1).double().sum(1).clamp(min=1)
     return -10 * mse.log10()
 
 
@@ -1192,17 +1197,19 @@ DIVERGED = 'it holds NaN: the run has diverged'
 class Run:
     """A trained model, its data, and what can be measured of both. A subclass for a domain has
 
-        thing                              what is measured: picture, clip or cloud
+        thing                              what is measured: picture, view, clip or cloud
         encoded_together                   how many items; 0: as many as --batch says
+        joined(things)                     a batch of them
         fits(dataset, i, R)                whether item i is a truth at resolution R
         true(dataset, i)                   item i as a thing
         made(z, numbers)                   things that latents (B,C,L) stand for, a batch
         settings()                         what a manifest says of how they are made
-        compared(z, dataset, part, size)   items beside their reconstructions, (B,2,...)
-        likeness(truth, made)              how well those (B,...) agree: (B,)
+        compared(z, dataset, part, size)   items beside their reconstructions, (B,2,...), and maybe
+                                           beside what else is compared with them, or where
+        likeness(truth, made, ...)         how well those (B,...) agree: (B,)
         sizes(dataset)                     ({name: size} of what training measures, a side to draw)
     """
-    thing, encoded_together = '', 0
+    thing, encoded_together, joined = '', 0, staticmethod(torch.stack)
 
     def __init__(self, vae, ldm=None, info=None, path='', args=None):
         self.vae, self.ldm, self.info, self.path, self.args = vae, ldm, info, str(path), args
@@ -1249,7 +1256,7 @@ class Run:
                            self.encoded_together or self.args.batch, split=split)
 
     def reals(self, split, limit):
-        return self.items(split, limit, 'data', lambda dataset, part: torch.stack(
+        return self.items(split, limit, 'data', lambda dataset, part: self.joined(
             [self.true(dataset, i) for i in part]))
 
     def train(self):
@@ -1258,6 +1265,11 @@ class Run:
     def reconstructions(self):
         return self.items(self.args.split, self.args.num, 'reconstructions',
                           lambda dataset, part: self.made(self.encoded(dataset, part), part))
+
+    def previews(self, z, dataset, part, side):
+        """[(3,S,W), (3,S,W)] of each item: how it looks, and how what its latent stands for does."""
+        return zip((dataset.preview(i, side) for i in part),
+                   self.vae.show(self.vae.decode(z), side).cpu())
 
     def pairs(self, size, **options):
         """--num items of --split beside their reconstructions; `options` are of `compared`."""
@@ -1310,10 +1322,18 @@ class PictureRun(Run):
         require(made.isfinite().all(), f'a reconstruction cannot be measured, {DIVERGED}')
         return torch.stack([truth, made], dim=1) / 2 + 0.5
 
-    @staticmethod
-    def guesses(x, mean):
-        """What reconstructions of x must beat, given the mean of the training data."""
-        return dict(mean_picture=mean.expand_as(x), white_picture=torch.ones_like(x))
+    def guesses(self):
+        """x -> {name: what reconstructions of x must beat, (B,...)}."""
+        mean = self.mean()
+        return lambda x: dict(mean_picture=mean.expand_as(x), white_picture=torch.ones_like(x))
+
+    def mean(self):
+        """The mean of up to 1,000 of the training data, in [0, 1]."""
+        train = self.data('train')
+        seen = evenly_spaced(len(train), 1000)
+        sums = shared(lambda part: torch.stack([self.truth(train, i, self.R) for i in part]).sum(0),
+                      pieces(seen, self.args.batch), 'mean of the training data')
+        return sum(sums) / len(seen) / 2 + 0.5
 
     def sizes(self, dataset):
         sizes = sorted({dataset.resolution, max(dataset.sizes)})
@@ -1370,11 +1390,10 @@ class VideoRun(PictureRun):
         return F.interpolate(self.vae.signal(self.vae.decode(z), self.vae.config.resolution),
                              (self.frames, R, R), mode='trilinear')
 
-    @staticmethod
-    def guesses(x, mean):
-        middle = x.shape[2] // 2
-        return dict(mean_clip=mean.expand_as(x), first_frame=x[:, :, :1].expand_as(x),
-                    middle_frame=x[:, :, middle:middle + 1].expand_as(x))
+    def guesses(self):
+        mean = self.mean()
+        return lambda x: dict(mean_clip=mean.expand_as(x), first_frame=x[:, :, :1].expand_as(x),
+                              middle_frame=x[:, :, [x.shape[2] // 2]].expand_as(x))
 
     @staticmethod
     def likeness(truth, made):
@@ -1384,10 +1403,61 @@ class VideoRun(PictureRun):
         return {f'psnr_{dataset.resolution}': dataset.resolution}, dataset.resolution
 
 
+class FieldRun(PictureRun):
+    """Held-out views of scenes, several of each; reconstructions are compared where it is covered.
+
+    Samples are rendered from the cameras of the scenes of --split in turn, so that reals and fakes
+    are seen alike.
+    """
+    thing, joined, likeness = 'view', staticmethod(torch.cat), staticmethod(psnr_each)
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.R, self.cameras = self.args and self.args.res or self.vae.config.side, None
+
+    def fits(self, dataset, i, R):
+        return R <= dataset.largest(i)
+
+    def true(self, dataset, i):
+        return quantise(dataset.truth(i, self.R)[0])
+
+    def rendered(self, z, dataset, part, R, enlarged=False, views=None):
+        """What latents make of the views of items, (B V,3,R,R) in [0, 1]."""
+        rays = [dataset.rays(i, self.vae.config.side if enlarged else R, views) for i in part]
+        made = self.vae.render_pictures(self.vae.decode(z), *map(torch.stack, zip(*rays)))['rgb']
+        require(made.isfinite().all(), f'a scene cannot be measured, {DIVERGED}')
+        made = made.flatten(0, 1).cpu()
+        return bicubic(made, R).clamp(0, 1) if enlarged else made
+
+    def made(self, z, numbers):
+        self.cameras = self.cameras or self.data(self.args.split)
+        part = [k % len(self.cameras) for k in numbers]
+        pictures = self.rendered(z, self.cameras, part, self.R, self.args.interpolated)
+        return quantise(pictures * 2 - 1, self.args.float)
+
+    def compared(self, z, dataset, part, R, enlarged=False, views=None):
+        """(B V,3,3,R,R): views and what is made of them in [0, 1], whether a pixel is covered."""
+        truth, covered = map(torch.cat, zip(*(dataset.truth(i, R, views) for i in part)))
+        made = self.rendered(z, dataset, part, R, enlarged, views)
+        return torch.stack([truth / 2 + 0.5, made, covered[:, None].expand_as(made)], dim=1)
+
+    def previews(self, z, dataset, part, side):
+        for i, own in zip(part, z.split(1)):
+            pairs = self.compared(own, dataset, [i], side, views=dataset.shown(i))
+            yield torch.cat([*pairs[:, :2] * 2 - 1], dim=-1)  # the views side by side
+
+    def guesses(self):
+        return lambda x: dict(white_picture=torch.ones_like(x))
+
+    def sizes(self, dataset):
+        return {f'covered_psnr_{dataset.side}': dataset.side}, dataset.side
+
+
 DOMAINS = dict(
     image=PictureRun,
     shape=ShapeRun,
-    video=VideoRun)
+    video=VideoRun,
+    nerf=FieldRun)
 
 
 def pictures_of(x):
@@ -1425,15 +1495,14 @@ def held_out(vae, dataset, count=64):
     sizes, side = run.sizes(dataset)
     values = {name: [] for name in sizes}
     for part in pieces(evenly_spaced(len(dataset), count), run.encoded_together or 16):
-        z = vae.encode(move(default_collate([dataset[i] for i in part]), device)).mean
+        z = vae.encode(move(default_collate([dataset.view(i, 0) for i in part]), device)).mean
         for name, size in sizes.items():
             fit = [k for k, i in enumerate(part) if run.fits(dataset, i, size)]
             if fit:
                 pairs = run.compared(z[fit], dataset, [part[k] for k in fit], size)
                 values[name].append(run.likeness(*pairs.unbind(1)))
         if len(tiles) < 32:
-            for i, made in zip(part, vae.show(vae.decode(z), side).cpu()):
-                tiles += [dataset.preview(i, side), made]
+            tiles += [tile for pair in run.previews(z, dataset, part, side) for tile in pair]
     return ({name: finite_mean(torch.cat(found)) for name, found in values.items() if found},
             torch.stack(tiles))
 
@@ -1466,7 +1535,7 @@ def real_and_fake(args):
     They are A and B, or a run's own data and what it makes. A folder is read as the run is.
     """
     command, alone = COMMANDS[args.command], args.b is None
-    folder = FOLDERS[command.thing]
+    folder = FOLDERS[command.thing.split()[0]]
     paired, limit = args.fakes == 'reconstructions', args.num_real or args.num
     require(not alone or is_run(args.a),
             f'{args.a}: not a run; give a second folder or run to compare it with')
@@ -1612,18 +1681,19 @@ def psnr_command(args):
         source, guesses = folder_pairs(args), lambda x: {}
     else:
         run = open_run(args.a, args)
-        source, train = run.pairs(run.R, enlarged=args.interpolated), run.data('train')
-        seen = evenly_spaced(len(train), 1000)
-        sums = shared(lambda part: torch.stack([run.truth(train, i, run.R) for i in part]).sum(0),
-                      pieces(seen, args.batch), 'mean of the training data')
-        guesses = partial(run.guesses, mean=sum(sums) / len(seen) / 2 + 0.5)
+        source, guesses = run.pairs(run.R, enlarged=args.interpolated), run.guesses()
 
     def likenesses(pairs):
-        x, y = pairs.unbind(1)
-        others = {k: psnr_each(pictures_of(v), pictures_of(x)) for k, v in guesses(x).items()}
+        x, y, *covered = pairs.unbind(1)
+        others = {k: pictures_of(v) for k, v in guesses(x).items()}
         x, y = pictures_of(x), pictures_of(y)
         similar = ssim_each(x, y) if min(x.shape[2:]) >= 11 else torch.full((len(x),), math.nan)
-        return dict(psnr=psnr_each(x, y), ssim=similar, **others)
+        found = dict(psnr=psnr_each(x, y), ssim=similar)
+        found |= {k: psnr_each(v, x) for k, v in others.items()}
+        for where in covered:
+            found |= {f'covered_{k}': psnr_each(v, x, where)
+                      for k, v in dict(psnr=y, **others).items()}
+        return found
     parts = measured(source, likenesses)
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     values = {name: finite_mean(v) for name, v in found.items()}
@@ -1636,7 +1706,8 @@ def psnr_command(args):
 LABELS = dict(psnr='PSNR in dB', ssim='SSIM', mean_picture='of the mean training picture',
               white_picture='of white', iou='IoU', mean_shape='of the mean training shape',
               mean_clip='of the mean training clip', first_frame='of the first frame, repeated',
-              middle_frame='of the middle one',
+              middle_frame='of the middle one', covered_psnr='where covered',
+              covered_white_picture='of white there',
               tmd='TMD', accuracy='accuracy in %', clip_s='CLIP-S', nfe='NFE')
 
 
@@ -2009,9 +2080,9 @@ FVD = 'weights reference ddof preset eps frames interval '
 RUN, SETS = 'RUN', 'A [B]'
 FVD_DEFAULTS = dict(features='i3d', resize=None, ddof=None, eps=None, num=2048, batch=8)
 COMMANDS = dict(
-    fid=Command(frechet_command, 'picture', SETS, FID + SAMPLES + 'samplers', dict(
+    fid=Command(frechet_command, 'picture view', SETS, FID + SAMPLES + 'samplers', dict(
         features='inception'), 'Frechet Inception distance'),
-    rfid=Command(frechet_command, 'picture', SETS, FID + REBUILT, dict(
+    rfid=Command(frechet_command, 'picture view', SETS, FID + REBUILT, dict(
         features='inception', fakes='reconstructions'), 'the same of pictures and reconstructions'),
     fvd=Command(frechet_command, 'clip', SETS, FVD + SAMPLES + 'samplers', FVD_DEFAULTS,
                 'Frechet video distance'),
@@ -2020,11 +2091,11 @@ COMMANDS = dict(
     nfe=Command(nfe_command, '', RUN, 'num seed amp batch samplers', dict(
         num=32, samplers='ddpm:1000,ddim:50,dpmpp:20,sde-dpmpp:20,rk45:1e-3,rk45:1e-5'),
         'network calls of samplers; fid --samplers adds their FID'),
-    pr=Command(pr_command, 'picture', SETS, 'weights resize features k sampler ' + SAMPLES, {},
+    pr=Command(pr_command, 'picture view', SETS, 'weights resize features k sampler ' + SAMPLES, {},
                'improved precision and recall'),
-    nn=Command(nn_command, 'picture', SETS, 'weights resize features k picture sampler ' + SAMPLES,
+    nn=Command(nn_command, 'picture view', SETS, 'weights resize features k picture sampler ' + SAMPLES,
                dict(num=8, k=7, picture='out/nn.png'), 'nearest reals of samples, drawn (Fig. 13)'),
-    psnr=Command(psnr_command, 'picture clip', SETS, 'frames ' + REBUILT.replace('float', ''),
+    psnr=Command(psnr_command, 'picture view clip', SETS, 'frames ' + REBUILT.replace('float', ''),
                  dict(split='test'), 'PSNR and SSIM of held-out reconstructions, of clips frame by '
                  'frame, or of two folders of pictures in pairs'),
     spectrum=Command(spectrum_command, 'picture', RUN, 'res num picture seed amp batch sampler',

@@ -25,15 +25,22 @@ AUTHORS = dict(PAPER, decoder_ch=128, mlp_layers=3, sn_start=5.0)
 TINY = dict(num_res_blocks=1, decoder_ch=32, z_channels=16, field_channels=32, mlp_width=64,
             batch=16, lr=1e-3, warmup=100)
 SMALL = dict(TINY, ch=32)
-# Shapes: Table 9, and the authors' code where the paper is silent (PointNet, n_ref, KL weight).
-SHAPES = dict(resolution=64, ch=64, decoder_ch=32, plane_merge='sum', coord_input=True,
-              scale_injection=False, loss='bce', n_ref=2048, kl_weight=0.01, threshold=0.2,
-              point_hidden=256, point_blocks=7, accumulate=5, batch=480)
-SMALL_SHAPES = dict(SHAPES, resolution=32, ch=32, ch_mult=(1, 2), decoder_mult=(2, 1),
-                    fields=(1, 2), threshold=0.5, num_res_blocks=1, z_channels=16,
+# Points: Table 9, and the authors' code where the paper is silent (PointNet, n_ref, KL weight).
+POINTS = dict(resolution=64, ch=64, coord_input=True, scale_injection=False, point_hidden=256,
+              point_blocks=7, accumulate=5)
+SMALL_POINTS = dict(POINTS, resolution=32, ch=32, ch_mult=(1, 2), decoder_mult=(2, 1),
+                    fields=(1, 2), num_res_blocks=1, decoder_ch=32, z_channels=16,
                     field_channels=32, mlp_width=64, point_hidden=32, point_blocks=3,
-                    point_local=True, plane_merge='concat', near=0.5, queries=1536, accumulate=1,
-                    batch=8, warmup=100, eval_every=1000)
+                    point_local=True, accumulate=1, batch=8, warmup=100, eval_every=1000)
+SHAPES = dict(POINTS, decoder_ch=32, plane_merge='sum', loss='bce', n_ref=2048, kl_weight=0.01,
+              threshold=0.2, batch=480)
+SMALL_SHAPES = SHAPES | SMALL_POINTS | dict(threshold=0.5, plane_merge='concat', near=0.5,
+                                            queries=1536)
+# Radiance fields, of which Tables 9 and 10 have no column: the authors' code.
+FIELDS = dict(POINTS, decoder_ch=64, field_channels=32, coord_octaves=10, kl_weight=0.05,
+              sn_start=0.1, lr=5e-5, points=2048, rays=5000, ray_samples=256, batch=40)
+SMALL_FIELDS = dict(SMALL_POINTS, coord_octaves=4, colour_width=32, points=2000, rays=512,
+                    ray_samples=48, side=64, focus=0.5, lr=2e-3)
 # Videos: Table 9 with the authors' basis fields, which are those that reach 256.
 VIDEOS = dict(resolution=256, decoder_mult=(8, 4, 2, 1), fields=(2, 4, 8), across=True,
               scale_injection=False, kl_weight=0.1, pixels=65_536, accumulate=5)
@@ -74,9 +81,13 @@ PRESETS = {
     'video_small': dict(SMALL_VIDEOS, dataset='video', resolution=64, decoder_mult=(4, 3, 2, 1),
                         fields=(2, 4, 8), pixels=4096, kl_weight=0.02, lr=2e-3, steps=2500),
     'skytimelapse': dict(VIDEOS, dataset='skytimelapse', batch=80, steps=6_000),
+    'toy_nerf': dict(SMALL_FIELDS, dataset='toy_nerf', side=32, clouds=1, points=1500,
+                     kl_weight=0.005, ray_samples=32, rays=256, lr=3e-3, steps=1500),
+    'nerf_small': dict(SMALL_FIELDS, dataset='nerf', kl_weight=0.002, steps=6000),
+    'srn_cars': dict(FIELDS, dataset='srn_cars', steps=50_000),
 }
 PRESETS.update(image=PRESETS['image_64'], shape=PRESETS['shape_small'],
-               video=PRESETS['video_small'])
+               video=PRESETS['video_small'], nerf=PRESETS['nerf_small'])
 
 
 def build_parser():
@@ -138,8 +149,7 @@ def main():
 
     # 1. data and model
     train, held_out = open_data(args, 'train'), open_data(args, 'test')
-    config = common.from_flags(args, VAEConfig, domain=train.domain, channels=train.channels,
-                               extent=train.extent)
+    config = common.from_flags(args, VAEConfig, **train.settles())
     torch.manual_seed(args.seed)
     model = D2CVAE(config).to(process.device)
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),

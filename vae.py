@@ -43,6 +43,7 @@ class VAEConfig:
     centre: tuple = (0.0, 0.0, 0.0)  # of that box, in the data's units
     up: str = 'y'  # axis of the data that points upwards, one of inr.UPWARDS
     frames: int = 16  # of a clip
+    side: int = 128  # of the pictures that rays come from, in pixels
     resolution: int = flag(256, 'r: pixels a side the encoder sees and the anchor s = 1; of point '
                            'clouds, cells a side of the planes they are pooled into')
     point_hidden: int = flag(32, 'width of the PointNet')
@@ -666,12 +667,15 @@ class FieldVAE(ShapeVAE):
         dict(rgb (B,V,3,h,w) in [0,1], depth, opacity (B,V,h,w)) for size (h, w); `fov` degrees fill
         the shorter side. The options are those of `render_rays`.
         """
-        device, batch = xi[0]['xy'].device, len(xi[0]['xy'])
         rays = [camera_rays(pose, focal_length(fov, size), size) for pose in poses]
-        rays_o, rays_d = (torch.stack(r).to(device).flatten(0, 2).expand(batch, -1, 3)
-                          for r in zip(*rays))
-        seen = {k: v.unflatten(1, (len(poses), *size))
-                for k, v in self.render_rays(xi, rays_o, rays_d, **options).items()}
+        return self.render_pictures(xi, *(torch.stack(r)[None].expand(len(xi[0]['xy']), *[-1] * 4)
+                                          for r in zip(*rays)), **options)
+
+    def render_pictures(self, xi, rays_o, rays_d, **options):
+        """The same along given rays of all pixels, (B,V,h,w,3)."""
+        flat = (r.to(xi[0]['xy'].device).flatten(1, 3) for r in (rays_o, rays_d))
+        seen = {k: v.unflatten(1, rays_d.shape[1:4])
+                for k, v in self.render_rays(xi, *flat, **options).items()}
         return dict(seen, rgb=seen['rgb'].movedim(-1, 2))
 
     def signal(self, xi, R, views=8, azimuth=30.0, elevation=20.0, distance=4.0, fov=40.0):
@@ -686,8 +690,8 @@ class FieldVAE(ShapeVAE):
         return self.render_views(xi, poses, size, fov)['rgb'] * 2 - 1
 
     def show(self, xi, size=None, views=4):
-        """So many views side by side: (B,3,size,views size)."""
-        return torch.cat(self.signal(xi, size or 64, views).unbind(1), dim=3)
+        """So many views side by side: (B,3,size,views size), by default of the training's size."""
+        return torch.cat(self.signal(xi, size or self.config.side, views).unbind(1), dim=3)
 
     @torch.no_grad()
     def surface(self, xi, cells, level=10.0, coarse=64, chunk=None):
