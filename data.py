@@ -1994,16 +1994,21 @@ def obj_bytes(vertices, faces, normals):
     return file.getvalue()
 
 
-def ply_bytes(vertices, faces, normals):
-    """A mesh as the bytes of a binary .ply file."""
+def ply_bytes(vertices, faces, normals, colours=None):
+    """A mesh as the bytes of a binary .ply file; colours (V,3) in [0, 1]."""
     columns = vertices if normals is None else np.hstack([vertices, normals])
     names = ('x', 'y', 'z', 'nx', 'ny', 'nz')[:columns.shape[1]]
+    painted = () if colours is None else ('red', 'green', 'blue')
     header = ['ply', 'format binary_little_endian 1.0', f'element vertex {len(vertices)}',
-              *(f'property float {name}' for name in names), f'element face {len(faces)}',
+              *(f'property float {name}' for name in names),
+              *(f'property uchar {name}' for name in painted), f'element face {len(faces)}',
               'property list uchar int vertex_indices', 'end_header\n']
+    points = np.empty(len(vertices), np.dtype([('place', '<f4', len(names)),
+                                               ('colour', 'u1', len(painted))]))
+    points['place'], points['colour'] = columns, (255 * colours).round() if painted else 0
     rows = np.empty(len(faces), np.dtype([('count', 'u1'), ('corners', '<i4', 3)]))
     rows['count'], rows['corners'] = 3, faces
-    return '\n'.join(header).encode() + columns.astype('<f4').tobytes() + rows.tobytes()
+    return '\n'.join(header).encode() + points.tobytes() + rows.tobytes()
 
 
 def stl_bytes(vertices, faces, normals):
@@ -2019,13 +2024,16 @@ def stl_bytes(vertices, faces, normals):
 MESH_WRITERS = {'.obj': obj_bytes, '.ply': ply_bytes, '.stl': stl_bytes}
 
 
-def write_mesh(path, vertices, faces, normals=None):
-    """Write vertices (V,3), triangles (F,3) and maybe normals (V,3; not to .stl) by the suffix."""
+def write_mesh(path, vertices, faces, normals=None, **more):
+    """Write vertices (V,3), triangles (F,3) and maybe normals (V,3; not to .stl) by the suffix.
+
+    To .ply, `colours` (V,3) in [0, 1], too.
+    """
     path = Path(path)
     if path.suffix.lower() not in MESH_WRITERS:
         raise ValueError(f'{path}: a mesh is written as one of {" ".join(MESH_WRITERS)}')
     arrays = (None if a is None else np.asarray(a) for a in (vertices, faces, normals))
-    data = MESH_WRITERS[path.suffix.lower()](*arrays)
+    data = MESH_WRITERS[path.suffix.lower()](*arrays, **{k: np.asarray(a) for k, a in more.items()})
     common.replace(path, lambda temporary: temporary.write_bytes(data))
 
 
@@ -2709,10 +2717,12 @@ LAYOUTS = JsonScene, SrnScene, ArrayScene
 
 
 def scenes_at(root, glance=False):
-    """Yield name and scene of what lies at, in or two folders below a folder.
+    """Yield name and scene of what lies at, in or two folders below a folder, or is one .npz.
 
     With a glance only the first file of each kind tells whether it is a scene.
     """
+    if root.is_file() and ArrayScene.applies(root):
+        yield root.stem, ArrayScene(root)
     for layout, depth in product(LAYOUTS, range(3)):
         for path in sorted(root.glob('*/' * depth + layout.pattern)):
             if layout.applies(path):
@@ -2724,7 +2734,7 @@ def scenes_at(root, glance=False):
 
 def find_scenes(root):
     """{name: scene} at a folder, and its official split or None; FileNotFoundError, ValueError."""
-    if not root.is_dir():
+    if not root.exists():
         raise FileNotFoundError(f'{root}: no such folder; put the scenes there or name the place '
                                 'with --data PATH')
     found = {root.resolve().name if name == '.' else name: s for name, s in scenes_at(root)}

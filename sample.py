@@ -10,11 +10,13 @@
     python sample.py --run chairs --res 256 --text "a chair with four legs" --turntable
     python sample.py --run clips --frames 64 --res 512          # any number of frames, any size
     python sample.py --run clips --slow 4 --time=-0.5,0.5       # what lies between the frames
+    python sample.py --run scenes --views 12 --elevation 30 --res 256 --turntable --mesh 128
 
 Every size is rendered from the same latents. Pictures go to --out, a folder for each size with one
 PNG a sample, and a grid; surfaces likewise as meshes, and the grid shows them; videos as folders of
-frames and as animations, and the grid has a row of frames for each. `OUTPUTS` at the end
-says, for each domain, what is encoded, what is written, and which flags it has.
+frames and as animations, and the grid has a row of frames for each; radiance fields as folders of
+views with their depths and opacities, and the grid has a row of views for each. `OUTPUTS` at the
+end says, for each domain, what is encoded, what is written, and which flags it has.
 """
 import math
 import re
@@ -22,14 +24,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Callable
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 import common
 import data
 import ldm as stage2
 from common import flag
 from encoders import text_reader
-from inr import draw_mesh, save_function
+from inr import draw_mesh, focal_length, orbit, save_function
 
 DEMO = Path(__file__).parent / 'assets' / 'demo.pt'  # Fluent emoji, as in the README
 
@@ -75,7 +79,8 @@ def build_parser():
     parser.add_argument('--out', default='out', help='folder for the pictures')
     parser.add_argument('--res', default='', help='pictures: size N or HxW of the whole square '
                         'frame, stretched if they differ; empty = the training resolution. '
-                        'Surfaces: cells along each side of the box; empty = 128')
+                        'Surfaces: cells along each side of the box; empty = 128. Radiance fields: '
+                        'size of the views')
     parser.add_argument('--sweep', default='', help='several sizes of the same samples, 64,128,512')
     parser.add_argument('--num', type=int, default=16, help='samples')
     parser.add_argument('--seed', type=int, default=0, help='seed of the first; the next count up')
@@ -99,7 +104,8 @@ def build_parser():
                         help='K pictures from each seed to the next')
     parser.add_argument('--reconstruct', default='', metavar='PATH',
                         help='encode this instead of sampling: a picture or a folder of them; a '
-                        'mesh or point cloud; an animated file or a folder of videos')
+                        'mesh or point cloud; an animated file or a folder of videos; a posed '
+                        'scene or a folder of them')
     parser.add_argument('--amp', action='store_true', help='the diffusion model in bfloat16')
     parser.add_argument('--batch', type=int, default=16, help='samples denoised at a time')
     parser.add_argument('--device', default='auto', help='cpu, cuda, ...')
@@ -233,7 +239,7 @@ class SurfaceFlags:
     """Flags of runs that make surfaces."""
     format: str = flag('obj', 'of the meshes', choices=tuple(s[1:] for s in data.MESH_WRITERS))
     threshold: float = flag(0.0, "occupancy at which a surface lies; 0 = the run's own")
-    turntable: bool = flag(False, 'a GIF of the surfaces turning, too')
+    turntable: bool = flag(False, 'a GIF of what was made, turning, too')
 
 
 def check_surfaces(args, sizes):
@@ -344,6 +350,97 @@ def write_videos(vae, z, names, sizes, args, place):
     print(f'{len(names) * len(sizes)} videos and {len(sizes)} grids in {out}')
 
 
+# ---- radiance fields ---------------------------------------------------------------------------
+
+@dataclass
+class FieldFlags:
+    """Flags of runs that make radiance fields."""
+    views: int = flag(8, 'pictures of each, from a circle round it')
+    azimuth: float = flag(30.0, 'degrees about the upward axis of the first camera', low=-360)
+    elevation: float = flag(20.0, 'degrees of the cameras above the horizon', low=-90)
+    distance: float = flag(4.0, 'of the cameras from the middle of the box, in half sides of it',
+                           low=0.1)
+    fov: float = flag(40.0, 'degrees that the shorter side of a view shows', low=1)
+    turntable: bool = flag(False, 'a GIF of what was made, turning, too')
+    mesh: int = flag(0, 'a coloured mesh (.ply), too, of so many cells along each side of the box')
+    level: float = flag(10.0, "density, per half side of the box, at the mesh's surface", low=1e-3)
+
+
+def check_fields(args, sizes):
+    """ValueError for angles that no camera has."""
+    common.require(args.fov < 180, f'--fov {args.fov}: must be below 180')
+    common.require(args.elevation <= 90, f'--elevation {args.elevation}: from -90 to 90')
+
+
+def encode_scenes(path, vae, training, device):
+    """Names and posterior means of the scenes at a folder or .npz, in the box of the run."""
+    options = {f.name: training[f.name] for f in fields(data.NerfConfig)}
+    options.update(data.Scenes.options_of_run(vars(vae.config)))
+    scenes = data.FileScenes('nerf', Path(path), data.Selection('all', tolerant=True), **options)
+    return *encode_items(scenes, vae, device), None
+
+
+def poses(vae, args, count):
+    """Poses (4,4), in the box, of `count` cameras all round a field."""
+    return [orbit(args.azimuth + 360 * k / count, args.elevation, args.distance, vae.config.up)
+            for k in range(count)]
+
+
+def write_views(vae, xi, size, args, folder):
+    """Views of a field as FOLDER/00.png, its depths and opacities as pictures and in views.npz.
+
+    The latter also has the cameras: poses (V,4,4), camera to world in OpenCV axes, and focal length
+    in pixels. Places and depths are in the units of the data. Returns the pictures (V,3,h,w).
+    """
+    around, c = poses(vae, args, args.views), vae.config
+    seen = vae.render_views(xi, around, size, args.fov)
+    rgb, depth, opacity = (seen[k][0].cpu() for k in ('rgb', 'depth', 'opacity'))
+    near = 1 - (depth - args.distance + math.sqrt(3)) / math.sqrt(12)  # 1 .. 0 within the box
+    for k, maps in enumerate(zip(rgb, near[:, None], opacity[:, None])):
+        for kind, x in zip(('', '_depth', '_opacity'), maps):
+            data.save_png(folder / f'{k:02d}{kind}.png', x.expand(3, -1, -1) * 2 - 1)
+    places = torch.stack(around)
+    places[:, :3, 3] = vae.in_data(places[:, :3, 3])
+    np.savez_compressed(folder / 'views.npz', depth=depth * c.extent, opacity=opacity,
+                        poses=places, focal=focal_length(args.fov, size))
+    return rgb * 2 - 1
+
+
+def turning(vae, shown, size, args, frames=36):
+    """Frames (3,H,W), uint8, of fields (their xi) that turn, side by side in a grid."""
+    occupied = [vae.occupied(xi) for xi in shown]
+    for pose in common.tqdm(poses(vae, args, frames), desc='turntable', unit='frame'):
+        drawn = [vae.render_views(xi, [pose], size, args.fov, occupied=cells)['rgb'][0, 0].cpu()
+                 for xi, cells in zip(shown, occupied)]
+        yield data.image_grid(data.to_uint8(torch.stack(drawn) * 2 - 1))
+
+
+@torch.no_grad()
+def write_fields(vae, z, names, sizes, args, place):
+    """Views of each latent at each size to OUT/HxW/NAME/, and a grid with a row for each of 16.
+
+    With --mesh, surfaces in the units of the data to OUT/NAME.ply.
+    """
+    out, sizes = Path(args.out), sizes or [(vae.config.side,) * 2]
+    for h, w in sizes:
+        shrink, rows = min(1, 128 / max(h, w)), []
+        for name, latent in zip(common.tqdm(names, desc=f'{h}x{w}', unit='field'), z):
+            pictures = write_views(vae, vae.decode(latent[None]), (h, w), args,
+                                   out / f'{h}x{w}' / name)
+            if len(rows) < 16:
+                rows.append(F.interpolate(pictures[:8], scale_factor=shrink, mode='area'))
+        data.save_grid(out / f'grid_{h}x{w}.png', torch.cat(rows), len(rows[0]))
+    if args.turntable:
+        shown = [vae.decode(latent[None]) for latent in z[:16]]
+        data.save_animation(out / 'turntable.gif', turning(vae, shown, sizes[0], args))
+    for name, latent in zip(names, z if args.mesh else ()):
+        xi = vae.decode(latent[None])
+        (vertices, faces, colours), = vae.surface(xi, args.mesh, args.level)
+        data.write_mesh(out / f'{name}.ply', vertices.cpu(), faces.cpu(),
+                        vae.normals(xi, vertices).cpu(), colours=colours.cpu())
+    print(f'{len(names) * len(sizes)} fields and {len(sizes)} grids in {out}')
+
+
 # ---- the command line --------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -360,6 +457,7 @@ OUTPUTS = dict(
     image=Output('pictures', PictureFlags, check_pictures, encode_pictures, write_pictures),
     shape=Output('surfaces', SurfaceFlags, check_surfaces, encode_shape, write_meshes),
     video=Output('videos', VideoFlags, check_videos, encode_videos, write_videos),
+    nerf=Output('radiance fields', FieldFlags, check_fields, encode_scenes, write_fields),
 )
 
 

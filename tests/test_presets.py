@@ -35,6 +35,8 @@ PARAMETERS = {
     ('toy_video',): ('1.3', '4.7'),
     ('video_small', 'video'): ('2.9', '4.7'),
     ('skytimelapse',): ('71.0', '360'),
+    ('toy_nerf', 'nerf_small', 'nerf'): ('0.8', '4.7'),
+    ('srn_cars',): ('17.5', '358'),
 }
 
 
@@ -61,6 +63,10 @@ def batch_of(args, items):
     if domain == 'video':
         points = torch.empty(items, args.pixels, 3)
         return dict(video=torch.empty(items, 3, args.frames, r, r), coords=points, target=points)
+    if domain == 'nerf':
+        rays = torch.empty(items, args.rays, 3)
+        return dict(points=torch.empty(items, args.points, 6), rays_o=rays, rays_d=rays,
+                    target=rays)
     return dict(points=torch.empty(items, args.points, 3),
                 coords=torch.empty(items, args.queries, 3), target=torch.empty(items, args.queries))
 

@@ -925,6 +925,171 @@ def test_videos_end_to_end(clips, tmp_path, repo):
     assert found['psnr'] == pytest.approx(last, abs=1e-3)
 
 
+# ---- radiance fields -----------------------------------------------------------------------------
+
+SCENES = (f'{TINY} --preset toy_nerf --dataset nerf --data set --split 0.34 --flip --resolution 8 '
+          '--side 12 --ch 8 --decoder_ch 8 --field_channels 4 --mlp_width 8 --colour_width 8 '
+          '--z_channels 4 --points 60 --point_hidden 8 --point_blocks 2 --point_channels 8 '
+          '--rays 40 --ray_samples 8 --ray_views 2')
+
+
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory, one_thread):
+    """A folder with posed pictures of six toy scenes, and a run of both stages on them."""
+    folder = tmp_path_factory.mktemp('scenes')
+    with mock.patch.object(data, 'TOY_RENDERS', folder / 'renders'):
+        toys = data.make_dataset('toy_nerf', side=12, toy_views=6)
+        for k in range(6):
+            for part in ('rgb', 'pose'):
+                (folder / 'set' / f's{k}' / part).mkdir(parents=True)
+            for v, pose in enumerate(toys.cameras(k).poses):
+                Image.fromarray(toys.shot(k, v)[..., :3]).save(folder / f'set/s{k}/rgb/{v}.png')
+                pose[:3, 3] = 0.5 * pose[:3, 3] + (3, 0, 1)  # of another box than [-1, 1]
+                np.savetxt(folder / f'set/s{k}/pose/{v}.txt', pose)
+            focal = data.toy_lens(12)[0]
+            (folder / f'set/s{k}/intrinsics.txt').write_text(f'{focal} 6 6 0\n12 12\n')
+    done(folder, 'train_vae.py', SCENES, '--name fields')
+    done(folder, 'train_ldm.py', LDM, '--vae fields')
+    return SimpleNamespace(folder=folder, run=folder / 'runs' / 'fields')
+
+
+def test_fields_resume_bit_by_bit(scenes, tmp_path):
+    folder = Path(shutil.copytree(scenes.folder, tmp_path / 'copy'))
+    interrupted(folder, 'train_vae.py', f'{SCENES} --name broken', 5, ROOT)
+    assert_same(folder / 'runs/broken/vae.pt', scenes.run / 'vae.pt')
+    with mock.patch.object(data, 'common_ball', lambda many: (np.zeros(3), 9.0)):
+        done(folder, 'train_ldm.py', LDM, '--vae broken')  # in the box of stage 1, found no other
+    assert_same(folder / 'runs/broken/ldm.pt', scenes.run / 'ldm.pt')
+
+
+@pytest.mark.mutation('train_vae.py', '**train.settles()', "domain='nerf', channels=4")
+def test_fields_know_the_box_of_their_scenes(scenes, tmp_path, repo):
+    done(scenes.folder, 'train_vae.py', SCENES, f'--name box{repo == ROOT} --steps 2', repo=repo)
+    config = ldm.load_vae(scenes.folder / f'runs/box{repo == ROOT}')[0].config
+    np.testing.assert_allclose(config.centre, (3, 0, 1), atol=1e-3)
+    assert config.extent == pytest.approx(2 * math.sin(math.radians(18)), abs=1e-3)
+    assert config.up == 'y' and config.side == 12
+
+
+@pytest.mark.mutation('sample.py', 'args.azimuth + 360 * k / count', 'args.azimuth')
+@pytest.mark.mutation('sample.py', 'places[:, :3, 3] = vae.in_data(places[:, :3, 3])', 'pass')
+@pytest.mark.mutation('sample.py', 'depth=depth * c.extent', 'depth=depth')
+@pytest.mark.mutation('sample.py', 'in enumerate(zip(rgb, near[:, None], opacity',
+                      'in enumerate(zip(rgb, opacity[:, None], opacity')
+@pytest.mark.mutation('sample.py', 'render_views(xi, [pose], size', 'render_views(xi, [pose], (9, 9)')
+def test_fields_are_seen_from_anywhere(scenes, tmp_path, repo):
+    """Views, their maps and cameras, a turntable, a coloured mesh and a function of one sample."""
+    flags = ('--num 2 --steps 2 --sweep 8x10,6 --views 3 --elevation 35 --azimuth 10 --fov 50 '
+             '--distance 3 --turntable --mesh 8 --level 0.5')
+    done(tmp_path, 'sample.py', f'--run {scenes.run} {flags}', repo=repo)
+    done(tmp_path, 'sample.py', f'--run {scenes.run} --num 1 --steps 2 --export f.pt --out one '
+         '--views 1', repo=repo)
+    f, (vae, model, _) = inr.load_function(tmp_path / 'f.pt'), ldm.load(scenes.run)
+    xi = vae.decode(ldm.generate(vae, model, [0], steps=2))
+    kept = np.load(tmp_path / 'out/8x10/000000/views.npz')
+    o, d = (torch.stack(r) for r in zip(*(
+        inr.camera_rays(pose, float(kept['focal']), (8, 10)) for pose in kept['poses'])))
+    seen = vae.render_pictures(xi, vae.in_box(o)[None], d[None])
+    np.testing.assert_allclose(kept['depth'], seen['depth'][0] * f.extent, atol=1e-4)
+    np.testing.assert_allclose(kept['opacity'], seen['opacity'][0], atol=1e-4)
+    assert len({*map(tuple, kept['poses'][:, :3, 3])}) == 3
+    np.testing.assert_allclose(kept['poses'][:, 1, 3],
+                               3 * f.extent * math.sin(math.radians(35)), atol=1e-4)
+    for kind, x in (('', seen['rgb'][0, 1]), ('_opacity', seen['opacity'][0, 1]),
+                    ('_depth', 0.5 - (seen['depth'][0, 1] - 3) / math.sqrt(12))):
+        shown = np.asarray(Image.open(tmp_path / f'out/8x10/000000/01{kind}.png')) / 255
+        np.testing.assert_allclose(shown, x.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1),
+                                   atol=4e-3)
+    assert Image.open(tmp_path / 'out/grid_6x6.png').size == (3 * 8 + 2, 2 * 8 + 2)
+    with Image.open(tmp_path / 'out/turntable.gif') as film:
+        assert film.n_frames == 36 and film.size == (26, 12)
+    assert f(torch.zeros(5, 3), dirs=torch.tensor([0.0, 0, 1])).shape == (5, 4)
+    header = (tmp_path / 'out/000001.ply').read_bytes().split(b'end_header')[0]
+    assert b'property uchar blue' in header
+    assert len(data.read_mesh(tmp_path / 'out/000001.ply')[1]) > 0
+
+
+@pytest.mark.mutation('sample.py', 'options.update(data.Scenes.options_of_run(vars(vae.config)))',
+                      '')
+def test_scenes_are_reconstructed_in_the_box_of_the_run(scenes, tmp_path, repo):
+    shutil.copytree(scenes.folder / 'set/s0', tmp_path / 'more/s0')
+    lens = tmp_path / 'more/s0/intrinsics.txt'
+    lens.write_text(f'{2 * float(lens.read_text().split()[0])} 6 6 0\n12 12\n')  # they see less
+    made, find_box = [], data.FileScenes.find_box
+    with mock.patch.object(data.FileScenes, 'find_box', lambda *args: made.append(
+            find_box(*args)) or made[-1]):
+        done(tmp_path, 'sample.py', f'--run {scenes.run} --reconstruct more --res 8 --views 2',
+             repo=repo)
+    config = ldm.load_vae(scenes.run)[0].config
+    assert made == [(tuple(config.centre), config.extent, 'y')]
+    assert (tmp_path / 'out/8x8/s0/01.png').is_file()
+
+
+def test_misuse_of_fields_is_one_line(scenes):
+    run = f'--run {scenes.run} --num 1 --steps 2'
+    (scenes.folder / 'nothing').mkdir()
+    for script, flags, *words in (
+            ('sample.py', f'{run} --fov 180', '--fov 180'),
+            ('sample.py', f'{run} --views 0', '--views'),
+            ('sample.py', f'{run} --elevation 91', '--elevation 91'),
+            ('sample.py', f'{run} --zoom 0,0,2', '--zoom', 'radiance fields'),
+            ('sample.py', f'--run {scenes.run} --reconstruct nowhere', 'nowhere: no such'),
+            ('sample.py', f'--run {scenes.run} --reconstruct nothing', 'no scenes'),
+            ('metrics.py', f'spectrum {scenes.run}', 'no pictures to measure', 'fid, rfid, nfe, pr'),
+            ('train_vae.py', f'{SCENES} --name new --box 1,2', '--box'),
+            ('train_vae.py', f'{SCENES} --name new --axes opengl', '--axes'),
+            ('train_vae.py', f'{SCENES} --name new --focus 2', '--focus'),
+            ('train_vae.py', f'{SCENES} --name new --near 0.5', '--near'),
+            ('train_vae.py', f'{SCENES} --name new --threshold 0.2', '--threshold'),
+            ('train_vae.py', f'{SCENES} --name new --data nothing', 'no scenes'),
+            ('train_vae.py', f'{SCENES} --name new --dataset toy_nerf --data= --box 1', '--box'),
+            ('train_vae.py', f'{SCENES} --name new --scale_injection', '--scale_injection')):
+        assert_refused(call(scenes.folder, script, flags), *words)
+    assert not (scenes.folder / 'runs/new').exists() and not (scenes.folder / 'out').exists()
+
+
+class MeanColour(torch.nn.Module):
+    """In the place of Inception: the mean colour."""
+    dim, source = 3, dict(kind='inception', weights='w', sha256='s', publisher='p')
+
+    def __init__(self):
+        super().__init__()
+        self.p = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return x.float().mean((2, 3))
+
+
+def measured(folder, *argv):
+    """The JSON line that metrics.py prints in a folder."""
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
+        metrics.main([*map(str, argv), '--device', 'cpu'])
+    return json.loads(out.getvalue().splitlines()[-1])
+
+
+@pytest.mark.mutation('metrics.py', "covered_{k}': psnr_each(v, x, where)",
+                      "covered_{k}': psnr_each(v, x)")
+@pytest.mark.mutation('metrics.py', 'return quantise(dataset.truth(i, self.R)[0])',
+                      'return quantise(dataset.truth(i, self.R)[0][:1])')
+def test_metrics_of_fields(scenes):
+    """Held-out views, all of them and where they are covered, are as in training; FID of renders."""
+    found = measured(scenes.folder, 'psnr', scenes.run)
+    lines = map(json.loads, (scenes.run / 'log.jsonl').read_text().splitlines())
+    last = [v['covered_psnr_12'] for v in lines if 'covered_psnr_12' in v][-1]
+    assert found['covered_psnr'] == pytest.approx(last, abs=1e-3)
+    _, info = ldm.load_vae(scenes.run)
+    held_out = data.open_run_data(info, 'test', scenes.folder / 'set')
+    errors = [((1 - pictures[v]) / 2)[:, covered[v]] for pictures, covered in
+              (held_out.truth(i, 12) for i in range(len(held_out))) for v in range(2)]
+    assert found['n'] == len(errors)
+    white = -10 * np.log10([e.square().mean().item() for e in errors])
+    assert found['covered_white_picture'] == pytest.approx(white.mean(), abs=1e-3)
+    with mock.patch.object(metrics, 'load_network', lambda kind, path: MeanColour()):
+        fid = measured(scenes.folder, 'fid', scenes.run, '--num', 3, '--samplers', 'dpmpp:2')
+    assert (fid['n_real'], fid['n_fake'], fid['real']['resolution']) == (
+        2 * len(info['splits']['train']), 6, 12)
+
+
 def test_metrics_of_two_processes_are_those_of_one(toy, shapes, tmp_path):
     """What runs make is shared out; line for line the manifests are the same."""
     solid = [shapes.run, '--device', 'cpu']
