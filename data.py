@@ -515,24 +515,19 @@ def toy_field(scene, p, active=None):
     The density is TOY_DENSITY inside, with the edges of `cover`. Where parts overlap, so do their
     colours, which are lit from TOY_LIGHT and have bands in y. active (N,parts): parts not asked.
     """
-    p, reach = p.astype('float32'), 0.06
+    p, reach = p.astype('float32'), np.float32(0.06)
     active = np.ones((len(p), len(scene.parts)), bool) if active is None else active
-    weight, total = np.zeros(active.shape, 'float32'), np.zeros((len(p), 3), 'float32')
-    for k, part in enumerate(scene.parts):
-        rows = np.flatnonzero(active[:, k])
-        near = part.distance(p[rows])
-        rise = (part.distance(p[rows] + reach * TOY_LIGHT) - near) / reach  # 1 where it faces light
-        weight[rows, k] = cover(near)
-        shade = weight[rows, k] * (0.72 + 0.28 * rise.clip(-1, 1))
-        total[rows] += shade[:, None] * scene.paint[k]
-    bands = 0.9 + 0.1 * np.sin(20 * p[:, 1] + scene.bands)
-    colour = bands[:, None] * total / np.maximum(weight.sum(1), 1e-12)[:, None]
-    return TOY_DENSITY * weight.max(1), colour
+    near = toy_distances(scene, p, active)
+    rise = (toy_distances(scene, p + reach * TOY_LIGHT, active) - near) / reach  # 1: faces light
+    weight = cover(near)
+    bands = 0.9 + 0.1 * np.sin(20 * p[:, 1:2] + scene.bands)
+    colour = bands * (weight * (0.72 + 0.28 * rise.clip(-1, 1))) @ scene.paint
+    return TOY_DENSITY * weight.max(1), colour / np.maximum(weight.sum(1), 1e-12)[:, None]
 
 
 def toy_distances(scene, p, active):
-    """Distances (N,parts) of p (N,3) to the parts, infinite where they are not active."""
-    found = np.full(active.shape, np.inf, 'float32')
+    """Distances (N,parts) of p (N,3) to the parts, 9 to those that are not active."""
+    found = np.full(active.shape, 9, 'float32')
     for k, part in enumerate(scene.parts):
         rows = np.flatnonzero(active[:, k])
         found[rows, k] = part.distance(p[rows])
@@ -661,10 +656,17 @@ def resized_lens(lens, size, new, corner=(0, 0), part=None):
 
 @dataclass
 class Cameras:
-    """The views of one scene: poses (V,4,4), lenses (V,8) (see pixel_rays), sizes (V,2) (w, h)."""
+    """The views of one scene: poses (V,4,4), lenses (V,8) (see pixel_rays), sizes (V,2) (w, h).
+
+    A lens (8,) or a size (2,) is that of all views.
+    """
     poses: np.ndarray
     lenses: np.ndarray
     sizes: np.ndarray
+
+    def __post_init__(self):
+        self.lenses = np.broadcast_to(self.lenses, (len(self), 8))
+        self.sizes = np.broadcast_to(self.sizes, (len(self), 2))
 
     def __len__(self):
         return len(self.poses)
@@ -1970,6 +1972,11 @@ def read_mesh(path):
     return finite_extent(vertices[used], path), faces.reshape(-1, 3)
 
 
+def some_points(points, n, rng):
+    """n of the points (m,D), float64; none twice unless there are too few."""
+    return points[rng.choice(len(points), n, replace=len(points) < n)].astype(float)
+
+
 def read_cloud(path, n, seed=0):
     """n points (n,3) on the faces of a file or, if it has none, out of its points; ValueError."""
     if not Path(path).exists():
@@ -1979,7 +1986,7 @@ def read_cloud(path, n, seed=0):
     if len(faces):
         return surface_points(*read_mesh(path), n, rng)[0]
     points = finite_extent(points, path)
-    return points[rng.choice(len(points), n, replace=len(points) < n)]
+    return some_points(points, n, rng)
 
 
 def obj_bytes(vertices, faces, normals):
@@ -2524,16 +2531,37 @@ def as_pose(values, axes, where):
     return pose
 
 
-class SrnScene:
+class SceneFiles:
+    """One scene on disk, told by a file that matches `pattern`; a layout is a subclass.
+
+    `axes` are those of its poses; cameras(axes) returns the `Cameras` or raises ValueError naming
+    what is not as it should be, and sets `files` and their `masks`, paths or None, that pictures
+    come from; cloud(), or None, is its own coloured points.
+    """
+    pattern = axes = cloud = None
+
+    def __init__(self, path):
+        self.file, self.folder = path, path.parent
+
+    @staticmethod
+    def applies(path):
+        return True
+
+    def pictures(self, numbers):
+        """Yield these pictures as PIL RGBA, see `with_opacity`."""
+        for k in numbers:
+            mask = self.masks[k] and Image.open(self.masks[k])
+            with Image.open(self.files[k]) as im:
+                yield with_opacity(im, mask, self.files[k].name)
+
+
+class SrnScene(SceneFiles):
     """SCENE/{rgb/NAME.png,pose/NAME.txt,intrinsics.txt}, as scene representation networks have it.
 
     intrinsics.txt: `focal cx cy 0.` in the first line, `height width` in the last.
     """
 
-    pattern, axes, cloud = 'intrinsics.txt', 'opencv', None
-
-    def __init__(self, path):
-        self.file, self.folder = path, path.parent
+    pattern, axes = 'intrinsics.txt', 'opencv'
 
     @staticmethod
     def applies(path):
@@ -2549,34 +2577,25 @@ class SrnScene:
                              'the data again') from None
 
     def cameras(self, axes):
-        """The `Cameras`; ValueError naming the file that is not as it should be."""
-        self.files = picture_names(p.name for p in self.folder.glob('rgb/*'))
-        require(self.files, 'rgb: no pictures in it')
+        names = picture_names(p.name for p in self.folder.glob('rgb/*'))
+        require(names, 'rgb: no pictures in it')
+        self.files, self.masks = [self.folder / 'rgb' / n for n in names], [None] * len(names)
         rows = self.numbers(self.file)
         require(len(rows) > 1 and len(rows[0]) > 2 and len(rows[-1]) == 2 and rows[0][0] > 0
                 and min(rows[-1]) > 0, 'intrinsics.txt: not `focal cx cy 0.` and `height width`')
         focal, cx, cy = rows[0][:3]
-        with Image.open(self.folder / 'rgb' / self.files[0]) as im:
+        with Image.open(self.files[0]) as im:
             size = im.size
         lens = resized_lens(np.array([focal, focal, cx, cy, 0, 0, 0, 0]), rows[-1][::-1], size)
-        texts = [self.folder / 'pose' / f'{Path(f).stem}.txt' for f in self.files]
+        texts = [self.folder / 'pose' / f'{f.stem}.txt' for f in self.files]
         poses = [as_pose(sum(self.numbers(t), []), axes, f'pose/{t.name}') for t in texts]
-        count = len(poses)
-        return Cameras(np.stack(poses), np.tile(lens, (count, 1)), np.tile(size, (count, 1)))
-
-    def pictures(self, numbers):
-        for k in numbers:
-            with Image.open(self.folder / 'rgb' / self.files[k]) as im:
-                yield with_opacity(im, None, f'rgb/{self.files[k]}')
+        return Cameras(np.stack(poses), lens, size)
 
 
-class ArrayScene:
+class ArrayScene(SceneFiles):
     """A .npz of points2nerf: images (n,H,W,3 or 4), cam_poses (n,4,4), data (m,6) = xyz, rgb."""
 
     pattern, axes, angle = '*.npz', 'opengl', 0.6911112070083618
-
-    def __init__(self, path):
-        self.file, self.folder = path, path.parent
 
     @staticmethod
     def applies(path):
@@ -2595,8 +2614,7 @@ class ArrayScene:
         poses = [as_pose(m, axes, f'cam_poses[{k}]') for k, m in enumerate(matrices)]
         focal = width / 2 / np.tan(self.angle / 2)
         lens = np.array([focal, focal, width / 2, height / 2, 0, 0, 0, 0])
-        return Cameras(np.stack(poses), np.tile(lens, (count, 1)),
-                       np.tile((width, height), (count, 1)))
+        return Cameras(np.stack(poses), lens, (width, height))
 
     def array(self, name):
         with np.load(self.file) as file:
@@ -2617,22 +2635,14 @@ class ArrayScene:
         return np.hstack([points[:, :3], 2 * colour - 1])
 
 
-class JsonScene:
+class JsonScene(SceneFiles):
     """SCENE/transforms.json, as instant-ngp, nerfstudio and Blender's data sets write it."""
 
-    pattern, axes, cloud = 'transforms.json', 'opengl', None
+    pattern, axes = 'transforms.json', 'opengl'
     FOCAL = ('fl_x', 'camera_angle_x', 'fl_y', 'camera_angle_y')
     REFUSED = ('k3', 'k4', 'k5', 'k6', 'is_fisheye')
 
-    def __init__(self, path):
-        self.file, self.folder = path, path.parent
-
-    @staticmethod
-    def applies(path):
-        return True
-
     def cameras(self, axes):
-        """The `Cameras`; ValueError naming the key that is not as it should be."""
         try:
             about = json.loads(self.file.read_text())
         except (OSError, ValueError) as error:
@@ -2705,12 +2715,6 @@ class JsonScene:
             again = bent(*straight(*corner.T, lens[4:]), lens[4:])
         require(np.allclose(again, corner.T, atol=1e-4), f'{self.pattern}: the lens k1, k2, p1, p2 '
                 'folds the picture over and cannot be undone; undistort the pictures first')
-
-    def pictures(self, numbers):
-        for k in numbers:
-            mask = self.masks[k] and Image.open(self.masks[k])
-            with Image.open(self.files[k]) as im:
-                yield with_opacity(im, mask, self.files[k].name)
 
 
 LAYOUTS = JsonScene, SrnScene, ArrayScene
@@ -3087,7 +3091,7 @@ class ToyScenes(Computed, Scenes):
         n, seed = self.toy_views, self.numbers[i]
         poses = self.cache.get((i, 'poses'), lambda: np.stack([toy_pose(seed, k)
                                                                for k in range(n)]))
-        return Cameras(poses, np.tile(toy_lens(self.side), (n, 1)), np.tile(self.side, (n, 2)))
+        return Cameras(poses, toy_lens(self.side), (self.side,) * 2)
 
     def surface(self, i):
         """TOY_POINTS coloured points (n,6) of the surface, float32."""
@@ -3120,11 +3124,6 @@ class ToyScenes(Computed, Scenes):
             return dict(shots=(255 * values).round().astype('uint8'))
         file = self.shots() / f'{self.numbers[i]}.npz'
         return self.cache.get(i, lambda: kept(file, make)['shots'])[k]
-
-
-def some_points(points, n, rng):
-    """n of the points (m,6), float64; none twice unless there are too few."""
-    return points[rng.choice(len(points), n, replace=len(points) < n)].astype(float)
 
 
 def kept(path, make):

@@ -178,6 +178,7 @@ def test_colours_of_the_toy():
     assert (scene.paint[1:] == scene.paint[1]).all() and (scene.paint[0] != scene.paint[1]).any()
     block = data.toy_scene(0)
     block.parts = [data.single(data.Block((0, 0, 0), (0.5, 0.5, 0.5)))]
+    block.paint = block.paint[:1]
     top, bottom = data.toy_field(block, np.array([[0, 0.499, 0], [0, -0.499, 0]]))[1]
     assert top.sum() > 1.3 * bottom.sum()
     density = data.toy_field(block, np.array([[0.0, 0, 0], [0, 0.5, 0], [0, 0.52, 0]]))[0]
