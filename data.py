@@ -865,10 +865,17 @@ def to_rgb(im):
         if im.mode.startswith('I;16') or peak > 255:
             scale = 1 / 257  # 65535 -> 255
         im = Image.fromarray((values * scale).round().clip(0, 255).astype('uint8'))
-    if im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info:
-        im = im.convert('RGBA')
-        im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
-    return im.convert('RGB')
+    return whitened(im.convert('RGBA')) if has_opacity(im) else im.convert('RGB')
+
+
+def has_opacity(im):
+    """Whether the pixels of a PIL picture may be transparent."""
+    return im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info
+
+
+def whitened(im):
+    """PIL RGBA laid over white: RGB."""
+    return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
 
 
 def square(im):
@@ -879,9 +886,14 @@ def square(im):
     return im if width == height else im.crop((left, top, left + side, top + side))
 
 
+def resized(im, size):
+    """A PIL picture of `size` (w, h), by PIL's bicubic, which widens to antialias."""
+    return im if im.size == size else im.resize(size, Image.Resampling.BICUBIC)
+
+
 def resize(im, R):
-    """Square PIL picture -> uint8 (R,R,3) by PIL's bicubic, which widens to antialias."""
-    return np.asarray(im if im.size == (R, R) else im.resize((R, R), Image.Resampling.BICUBIC))
+    """Square PIL picture -> uint8 (R,R,3)."""
+    return np.asarray(resized(im, (R, R)))
 
 
 def threaded(function, items, what, workers=8):
@@ -2501,10 +2513,8 @@ def with_opacity(im, mask, where):
         im = im.convert('RGB')
         im.putalpha(mask.convert('L').resize(im.size))
         return im
-    if im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info:
-        rgba = im.convert('RGBA')
-        if rgba.getextrema()[3][0] < 255:
-            return rgba
+    if has_opacity(im) and (rgba := im.convert('RGBA')).getextrema()[3][0] < 255:
+        return rgba
     rgb = im.convert('RGB')
     white = (np.asarray(rgb) > WHITE).all(2)
     border = np.concatenate([white[0], white[-1], white[:, 0], white[:, -1]])
@@ -3258,8 +3268,8 @@ class FileScenes(FileItems, Scenes):
 
 def over_white(im, size):
     """PIL RGBA -> uint8 (h,w,4) of `size` (w, h): colours over white, and opacity."""
-    im = im if im.size == size else im.resize(size, Image.Resampling.BICUBIC)
-    white = Image.alpha_composite(Image.new('RGBA', size, 'white'), im).convert('RGB')
+    im = resized(im, size)
+    white = whitened(im)
     white.putalpha(im.getchannel('A'))
     return np.asarray(white)
 

@@ -168,7 +168,7 @@ def test_nearest_neighbours_in_any_chunks():
 
 # ---- PSNR --------------------------------------------------------------------------------------
 
-@pytest.mark.mutation('metrics.py', '.square().flatten(1).mean(1)', '.square().mean()[None]')
+@pytest.mark.mutation('metrics.py', 'mse = error.flatten(1).sum(1) /', 'mse = error.sum()[None] /')
 @pytest.mark.mutation('metrics.py', '~values.isinf()', 'values < 50')
 def test_psnr():
     psnr = metrics.psnr
@@ -1133,7 +1133,8 @@ def test_a_diverged_run_has_no_number(toy_run, colour_network, monkeypatch):
 
 @pytest.mark.mutation('metrics.py', 'made], dim=1) / 2 + 0.5', 'made], dim=1) / 2')
 @pytest.mark.mutation('metrics.py', 'dataset.largest(i) >= R', 'True')
-@pytest.mark.mutation('metrics.py', 'white_picture=torch.ones_like', 'white_picture=torch.zeros_like')
+@pytest.mark.mutation('metrics.py', 'expand_as(x), white_picture=torch.ones_like',
+                      'expand_as(x), white_picture=torch.zeros_like')
 def test_psnr_and_rfid_of_a_run(capsys, toy_run, colour_network):
     manifest, _ = result(capsys, 'psnr', toy_run, '--res', 20, '--batch', 2)
     close(manifest['psnr'], 20, 1e-4)

@@ -188,7 +188,7 @@ def test_importance_puts_bins_where_the_light_ends():
 @pytest.mark.mutation('inr.py', 'torch.arange(h) + 0.5, torch.arange(w) + 0.5',
                       'torch.arange(h), torch.arange(w)')
 @pytest.mark.mutation('inr.py', '(x - cx) / fx, (y - cy) / fy', '(x - cx) / fy, (y - cy) / fx')
-@pytest.mark.mutation('inr.py', 'view @ pose[:3, :3].T', 'view @ pose[:3, :3]')
+@pytest.mark.mutation('inr.py', 'dim=-1) @ pose[:3, :3].T', 'dim=-1) @ pose[:3, :3]')
 @pytest.mark.mutation('inr.py', 'cx, cy = (w / 2, h / 2) if', 'cx, cy = (h / 2, w / 2) if')
 @pytest.mark.mutation('inr.py', 'expand_as(rays_d), rays_d', 'expand_as(rays_d), 2 * rays_d')
 def test_rays_pass_through_what_their_pixels_show():
@@ -210,9 +210,10 @@ def test_rays_pass_through_what_their_pixels_show():
             torch.meshgrid(torch.arange(4) + 0.5, torch.arange(6) + 0.5, indexing='ij'), 2))
 
 
-@pytest.mark.mutation('inr.py', '(y - cy) / fy, torch.ones', '(cy - y) / fy, torch.ones')
-@pytest.mark.mutation('inr.py', '(y - cy) / fy, torch.ones', '(y - cy) / fy, -torch.ones')
-@pytest.mark.mutation('inr.py', '[(x - cx) / fx', '[(cx - x) / fx')
+@pytest.mark.mutation('inr.py', '(y - cy) / fy)))', '(cy - y) / fy)))')
+@pytest.mark.mutation('inr.py', '[x, y, torch.ones_like(x)], dim=-1) @',
+                      '[x, y, -torch.ones_like(x)], dim=-1) @')
+@pytest.mark.mutation('inr.py', 'for v in ((x - cx) / fx', 'for v in ((cx - x) / fx')
 def test_axes_of_opencv_and_of_opengl():
     """OpenCV's camera looks along +z, with rows going along +y; Blender's looks along -z, y up."""
     _, d = inr.camera_rays(torch.eye(4), 4.0, (5, 5))

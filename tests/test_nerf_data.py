@@ -86,7 +86,8 @@ def test_a_point_is_where_opencv_and_opengl_cameras_show_it():
         assert np.linalg.det(pose[:3, :3]) == pytest.approx(1)
 
 
-@pytest.mark.mutation('data.py', '(lens[2:4] - corner) * factor', 'lens[2:4] * factor - corner')
+@pytest.mark.mutation('data.py', '(lens[..., 2:4] - corner) * factor',
+                      'lens[..., 2:4] * factor - corner')
 @pytest.mark.mutation('data.py', 'resized_lens(self.lenses[k], self.sizes[k], (R, R), corner',
                       'resized_lens(self.lenses[k], self.sizes[k], (R, R), (0, 0)')
 def test_reduced_and_square_pictures_show_points_at_the_same_place():

@@ -216,7 +216,7 @@ def measure(capsys, *argv):
 @pytest.mark.mutation('metrics.py', 'psnr_each(pictures_of(truth), pictures_of(made))',
                       'psnr_each(truth[:, :, 0], made[:, :, 0] + 0.1)')
 @pytest.mark.mutation('metrics.py', 'first_frame=x[:, :, :1]', 'first_frame=x[:, :, 1:2]')
-@pytest.mark.mutation('metrics.py', 'middle = x.shape[2] // 2', 'middle = 0')
+@pytest.mark.mutation('metrics.py', '[x.shape[2] // 2]', '[0]')
 @pytest.mark.mutation('metrics.py', 'return dataset.truth(i, R, self.frames)',
                       'return dataset.truth(i, R)')
 def test_psnr_of_clips_is_that_of_their_frames(capsys, clip_run):
