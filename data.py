@@ -1230,8 +1230,8 @@ class Items(Dataset):
         return {k: getattr(self, k) for k in ('domain', 'channels', 'extent', 'centre', 'up')}
 
     @staticmethod
-    def options_of_run(vae_config):
-        """And what the configuration of a run's first stage decides of its data: options."""
+    def options_of_run(info):
+        """And what a run (see `ldm.load_vae`) decides of its data, where it is opened: options."""
         return {}
 
     def largest(self, i):
@@ -2908,8 +2908,8 @@ class Scenes(Items):
         return dict(super().settles(), side=self.side)
 
     @staticmethod
-    def options_of_run(vae_config):
-        return dict(box=(*vae_config['centre'], vae_config['extent']))
+    def options_of_run(info):
+        return dict(box=(*info['vae_config']['centre'], info['vae_config']['extent']))
 
     def to_box(self, places):
         """The data's units -> [-1,1] in the scene box, (...,3) each."""
@@ -3328,7 +3328,7 @@ def make_dataset(name, root=None, split='train', holdout=None, group=None, seed=
 def open_run_data(info, split, root=None, **options):
     """The data set of a run, by its info (see `ldm.load_vae`); root: where it is, if it moved."""
     args = info['args']
-    settled = DATASETS[args['dataset']][0].options_of_run(info['vae_config'])
+    settled = DATASETS[args['dataset']][0].options_of_run(info)
     options = {**options_of(args), **settled, 'flip': args['flip'] and split == 'train', **options}
     try:
         return make_dataset(args['dataset'], root or args['data'], split, info['splits'],

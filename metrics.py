@@ -1267,7 +1267,7 @@ class Run:
                           lambda dataset, part: self.made(self.encoded(dataset, part), part))
 
     def previews(self, z, dataset, part, side):
-        """[(3,S,W), (3,S,W)] of each item: how it looks, and how what its latent stands for does."""
+        """(3,S,W) of each item, and how what its latent stands for looks: pairs."""
         return zip((dataset.preview(i, side) for i in part),
                    self.vae.show(self.vae.decode(z), side).cpu())
 
@@ -2093,8 +2093,9 @@ COMMANDS = dict(
         'network calls of samplers; fid --samplers adds their FID'),
     pr=Command(pr_command, 'picture view', SETS, 'weights resize features k sampler ' + SAMPLES, {},
                'improved precision and recall'),
-    nn=Command(nn_command, 'picture view', SETS, 'weights resize features k picture sampler ' + SAMPLES,
-               dict(num=8, k=7, picture='out/nn.png'), 'nearest reals of samples, drawn (Fig. 13)'),
+    nn=Command(nn_command, 'picture view', SETS, 'weights resize features k picture sampler '
+               + SAMPLES, dict(num=8, k=7, picture='out/nn.png'),
+               'nearest reals of samples, drawn (Fig. 13)'),
     psnr=Command(psnr_command, 'picture view clip', SETS, 'frames ' + REBUILT.replace('float', ''),
                  dict(split='test'), 'PSNR and SSIM of held-out reconstructions, of clips frame by '
                  'frame, or of two folders of pictures in pairs'),

@@ -375,7 +375,7 @@ def check_fields(args, sizes):
 def encode_scenes(path, vae, training, device):
     """Names and posterior means of the scenes at a folder or .npz, in the box of the run."""
     options = {f.name: training[f.name] for f in fields(data.NerfConfig)}
-    options.update(data.Scenes.options_of_run(vars(vae.config)))
+    options['box'] = (*vae.config.centre, vae.config.extent)
     scenes = data.FileScenes('nerf', Path(path), data.Selection('all', tolerant=True), **options)
     return *encode_items(scenes, vae, device), None
 

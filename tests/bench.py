@@ -437,7 +437,7 @@ def field_model(device):
 
 
 def field_cases(table, device, size=512):
-    """'rays training', a step, and 'rays rendering RUN', a picture of one scene, of a chair without.
+    """'rays training', a step, and 'rays rendering RUN', a picture of a scene, without RUN a chair.
     """
     _, kind, *run = table.split(maxsplit=2)
 

@@ -1009,8 +1009,7 @@ def test_fields_are_seen_from_anywhere(scenes, tmp_path, repo):
     assert len(data.read_mesh(tmp_path / 'out/000001.ply')[1]) > 0
 
 
-@pytest.mark.mutation('sample.py', 'options.update(data.Scenes.options_of_run(vars(vae.config)))',
-                      '')
+@pytest.mark.mutation('sample.py', "options['box'] = (*vae.config.centre, vae.config.extent)", '')
 def test_scenes_are_reconstructed_in_the_box_of_the_run(scenes, tmp_path, repo):
     shutil.copytree(scenes.folder / 'set/s0', tmp_path / 'more/s0')
     lens = tmp_path / 'more/s0/intrinsics.txt'

@@ -259,7 +259,7 @@ def test_frames_are_for_clips(tmp_path, clip_run, monkeypatch):
         data.save_png(tmp_path / name / '0.png', torch.zeros(3, 12, 12))
     with pytest.raises(ValueError, match='--frames: folders'):
         metrics.main(['psnr', str(tmp_path / 'A'), str(tmp_path / 'B'), '--frames', '3'])
-    with pytest.raises(ValueError, match='no pictures to measure; .* fvd, rfvd, nfe, psnr'):
+    with pytest.raises(ValueError, match='no pictures or views to measure; .* fvd, rfvd, nfe, psnr'):
         metrics.main(['fid', clip_run])
     reader = Reader()
     reader.domain = 'image'
