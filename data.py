@@ -485,7 +485,7 @@ TOY_CAMERA = dict(distance=4.0, fov=36.0)
 TOY_COLOURS = (colours('d1495b edae49 30638e 00a0a0 8d5a97 6a994e f2784b 6c757d c9a27e 3d5a80')[0]
                + 1) / 2
 TOY_LIGHT = np.array([0.4, 0.8, 0.45], 'float32') / np.float32(1.0025)
-TOY_POINTS = 16384  # of a scene, out of which items draw
+TOY_POINTS = 8192  # of a scene, out of which items draw
 TOY_RENDERS = Path('cache/toy_nerf')
 
 
@@ -3113,27 +3113,24 @@ class ToyScenes(Computed, Scenes):
 
     def render(self, i, R, views):
         """Views at R x R, exact: dict of rgb (V,R,R,3) and opacity in [0, 1], depth (V,R,R)."""
-        rays = [np.concatenate([v.reshape(-1, 3) for v in r])
-                for r in zip(*(self.square_rays(i, k, R) for k in views))]
-        found = toy_render(self.scenes[i], *rays)
+        found = toy_render(self.scenes[i], *(r.view(-1, 3).numpy() for r in self.rays(i, R, views)))
         return {k: v.reshape(len(views), R, R, *v.shape[1:]) for k, v in found.items()}
 
-    def square(self, i, k, R):
-        shown = self.render(i, R, [k])
-        return np.concatenate([shown['rgb'], shown['opacity'][..., None]], -1)[0]
+    def squares(self, i, R, views):
+        shown = self.render(i, R, views)
+        return np.concatenate([shown['rgb'], shown['opacity'][..., None]], -1)
 
-    def shots(self):
-        """Where renders are kept: they depend on the program, too."""
-        return TOY_RENDERS / f'{common.file_digest(__file__)[:12]}_{self.toy_views}_{self.side}'
+    def square(self, i, k, R):
+        return self.squares(i, R, [k])[0]
 
     def shot(self, i, k):
-        """All views of a scene are rendered once, and kept in memory and in a file."""
+        """All views are rendered once and kept, in memory and in a file that this program made."""
         def make():
-            shown = self.render(i, self.side, range(self.toy_views))
-            values = np.concatenate([shown['rgb'], shown['opacity'][..., None]], -1)
-            return dict(shots=(255 * values).round().astype('uint8'))
-        file = self.shots() / f'{self.numbers[i]}.npz'
-        return self.cache.get(i, lambda: kept(file, make)['shots'])[k]
+            digest = common.file_digest(__file__)[:12]
+            path = TOY_RENDERS / f'{digest}_{self.toy_views}_{self.side}/{self.numbers[i]}.npz'
+            return kept(path, lambda: dict(shots=(255 * self.squares(
+                i, self.side, range(self.toy_views))).round().astype('uint8')))['shots']
+        return self.cache.get(i, make)[k]
 
 
 def kept(path, make):

@@ -273,7 +273,7 @@ def test_truth_is_exact_at_any_resolution():
 
 
 @pytest.mark.mutation('data.py', 'os.replace(own, path)', 'os.remove(own)')
-@pytest.mark.mutation('data.py', '(255 * values).round()', '(255 * values)')
+@pytest.mark.mutation('data.py', 'range(self.toy_views))).round()', 'range(self.toy_views)))')
 def test_renders_are_kept(tmp_path):
     items, again = toy(), toy()
     shot = items.shot(0, 1)
