@@ -395,7 +395,7 @@ def write_views(vae, xi, size, args, folder):
     around, c = poses(vae, args, args.views), vae.config
     seen = vae.render_views(xi, around, size, args.fov)
     rgb, depth, opacity = (seen[k][0].cpu() for k in ('rgb', 'depth', 'opacity'))
-    near = 1 - (depth - args.distance + math.sqrt(3)) / math.sqrt(12)  # 1 .. 0 within the box
+    near = opacity * (1 - (depth - args.distance + math.sqrt(3)) / math.sqrt(12))  # 1: nearest
     for k, maps in enumerate(zip(rgb, near[:, None], opacity[:, None])):
         for kind, x in zip(('', '_depth', '_opacity'), maps):
             data.save_png(folder / f'{k:02d}{kind}.png', x.expand(3, -1, -1) * 2 - 1)
