@@ -211,7 +211,8 @@ def evaluate(ema_model, vae, held_out, args, reader, device, count=128):
     Their conditions are all classes in turn, or the first held-out texts.
     """
     ema_model.eval()
-    items = [held_out.item(i) for i in common.evenly_spaced(len(held_out), count)]
+    items = [held_out.view(i, 0) | held_out.known(i)
+             for i in common.evenly_spaced(len(held_out), count)]
     batch = common.move(torch.utils.data.default_collate(items), device)
     generator = common.torch_seeded('held out', args.seed)
     z = latents_of(batch, vae, torch.randn(len(items), *ema_model.shape, generator=generator)

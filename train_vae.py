@@ -3,6 +3,7 @@
     python train_vae.py                                        # built-in pictures, minutes on CPU
     python train_vae.py --dataset image --data DIR --group REGEX
     python train_vae.py --dataset shape --data DIR             # what python data.py mesh writes
+    python train_vae.py --dataset nerf --data DIR              # posed pictures of scenes
     torchrun --nproc_per_node=8 train_vae.py --dataset celebahq --data DIR
 
 The run lands in runs/NAME; the same command continues it from its last checkpoint.

@@ -168,6 +168,15 @@ def test_nearest_neighbours_in_any_chunks():
 
 # ---- PSNR --------------------------------------------------------------------------------------
 
+@pytest.mark.mutation('metrics.py', 'weights.flatten(1).double().sum(1).clamp(min=1)', '64')
+def test_psnr_of_some_values():
+    x, where = torch.rand(3, 4, 4, 4), torch.rand(3, 4, 4, 4) > 0.6
+    y, where[2] = torch.where(where, x + 0.1, x - 0.5), False
+    found = metrics.psnr_each(x, y, where)
+    close(found[:2], 20, 1e-4)
+    assert found[2].isinf()  # nothing counts
+
+
 @pytest.mark.mutation('metrics.py', 'mse = error.flatten(1).sum(1) /', 'mse = error.sum()[None] /')
 @pytest.mark.mutation('metrics.py', '~values.isinf()', 'values < 50')
 def test_psnr():

@@ -124,6 +124,15 @@ def test_cameras_look_at_a_ball():
         data.common_ball([same])
 
 
+@pytest.mark.mutation('data.py', '[:, :3, 1].mean(0)', '[:, :3, 2].mean(0)')
+@pytest.mark.mutation('data.py', 'np.array(UPWARDS[name])[:, 1]', 'np.array(UPWARDS[name])[1]')
+def test_what_is_above_in_the_pictures_is_up():
+    lens, rng = np.ones(8), np.random.default_rng(0)
+    for up, axis in {'y': (0, 1, 0), 'z': (0, 0, 1), '-y': (0, -1, 0), '-z': (0, 0, -1)}.items():
+        poses = [look_at(e, up=axis) for e in rng.normal(size=(20, 3))]
+        assert data.upwards([data.Cameras(np.stack(poses), lens, (4, 4))]) == up
+
+
 # ---- toy_nerf -----------------------------------------------------------------------------------
 
 def slow_render(scene, o, d, step=4e-4):

@@ -953,12 +953,16 @@ def scenes(tmp_path_factory, one_thread):
     return SimpleNamespace(folder=folder, run=folder / 'runs' / 'fields')
 
 
-def test_fields_resume_bit_by_bit(scenes, tmp_path):
+@pytest.mark.mutation('data.py', "return dict(box=(*info['vae_config']", "return dict() and dict("
+                      "box=(*info['vae_config']")
+@pytest.mark.mutation('inr.py', 'number = torch.arange(rays_d.shape[1] * count, device=rays_d.device)',
+                      'number = torch.randint(2 ** 30, (rays_d.shape[1] * count,))')
+def test_fields_resume_bit_by_bit(scenes, tmp_path, repo):
     folder = Path(shutil.copytree(scenes.folder, tmp_path / 'copy'))
-    interrupted(folder, 'train_vae.py', f'{SCENES} --name broken', 5, ROOT)
+    interrupted(folder, 'train_vae.py', f'{SCENES} --name broken', 5, repo)
     assert_same(folder / 'runs/broken/vae.pt', scenes.run / 'vae.pt')
     with mock.patch.object(data, 'common_ball', lambda many: (np.zeros(3), 9.0)):
-        done(folder, 'train_ldm.py', LDM, '--vae broken')  # in the box of stage 1, found no other
+        done(folder, 'train_ldm.py', LDM, '--vae broken', repo=repo)  # in the box of stage 1, found no other
     assert_same(folder / 'runs/broken/ldm.pt', scenes.run / 'ldm.pt')
 
 

@@ -134,3 +134,32 @@ def test_samples_of_shapes_are_whole(shape_run, capsys):
     with capsys.disabled():
         print(f'{whole} of {len(shares)} samples in one piece')
     assert whole >= 56
+
+
+@pytest.fixture(scope='module')
+def field_run(tmp_path_factory):
+    return trained('toy_nerf', tmp_path_factory.mktemp('toy'), 'train_vae.py', 'train_ldm.py')
+
+
+def test_held_out_views_of_held_out_scenes(field_run, capsys):
+    """PSNR where the object is, beside a white page's."""
+    result = psnr(field_run, capsys)
+    assert result['covered_psnr'] >= 24 and result['covered_white_picture'] < 12
+
+
+def test_depths_are_those_of_the_closed_form(field_run, capsys):
+    """Median error where the object is seen, in half sides of the box."""
+    vae, info = ldm.load_vae(field_run)
+    held_out, errors = data.open_run_data(info, 'test'), []
+    for i in range(32):
+        views = held_out.held_out(i)
+        truth = held_out.render(i, 32, views)
+        with torch.no_grad():
+            xi = vae.decode(vae.encode(held_out.view(i, 0)['points'][None]).mean)
+        rays = (r[None] for r in held_out.rays(i, 32, views))
+        depth = vae.render_pictures(xi, *rays)['depth'][0].numpy()
+        errors.append(np.abs(depth - truth['depth'])[truth['opacity'] > 0.99])
+    error = np.median(np.concatenate(errors))
+    with capsys.disabled():
+        print(f'median error of depth {error:.4f} half sides')
+    assert error < 0.05
