@@ -35,7 +35,8 @@ PARAMETERS = {
     ('toy_video',): ('1.3', '4.7'),
     ('video_small', 'video'): ('2.9', '4.7'),
     ('skytimelapse',): ('71.0', '360'),
-    ('toy_nerf', 'nerf_small', 'nerf'): ('0.8', '4.7'),
+    ('toy_nerf',): ('0.8', '4.7'),
+    ('nerf_small', 'nerf'): ('0.8', '4.7'),
     ('srn_cars',): ('17.5', '358'),
 }
 
