@@ -125,15 +125,15 @@ def test_largest_share_of_two_balls():
 
 
 def test_samples_of_shapes_are_whole(shape_run, capsys):
-    """Of 64 samples, at 64 cells a side, how many are one piece but for 1 % of their volume."""
+    """At least 7 of 8 samples, at 64 cells a side, are one piece but for 1 % of their volume."""
     vae, model, _ = ldm.load(shape_run)
     with torch.no_grad():
-        z = ldm.generate(vae, model, range(64), batch=64)
+        z = ldm.generate(vae, model, range(192), batch=64)
         shares = [largest_share(*vae.signal(vae.decode(own), 64)[0]) for own in z.split(1)]
     whole = sum(share > 0.99 for share in shares)
     with capsys.disabled():
         print(f'{whole} of {len(shares)} samples in one piece')
-    assert whole >= 56
+    assert whole >= 7 / 8 * len(shares)
 
 
 @pytest.fixture(scope='module')
