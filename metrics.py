@@ -1174,7 +1174,7 @@ def folder_clouds(folder, args, resolution, limit, key):
         range(len(meshes)),
         lambda k: surface_cloud(*data.read_mesh(meshes[k]), args.points, args.seed, k),
         lambda k: str(meshes[k]), dict(source=str(folder), kind='meshes', found=len(every)),
-        ValueError)
+        (OSError, ValueError))
 
 
 def surface_cloud(vertices, faces, n, *key):
@@ -1351,7 +1351,8 @@ class ShapeRun(Run):
     def made(self, z, numbers):
         clouds, args = [], self.args
         for k, own in zip(numbers, z.split(1)):
-            mesh, = self.vae.signal(self.vae.decode(own), args.res, args.threshold or None)
+            mesh, = self.vae.signal(self.vae.decode(own), args.res, args.threshold or None,
+                                    args.coarse)
             clouds.append(surface_cloud(*(v.cpu() for v in mesh), args.points, args.seed, k))
         return torch.stack(clouds)
 
@@ -1915,10 +1916,6 @@ def classify(net, grids):
     return torch.cat([net(part.to(device)).argmax(1).cpu() for part in grids.split(64)])
 
 
-SYNSETS = ('02691156 02828884 02933112 02958343 03001627 03211117 03636649 03691459 04090263 '
-           '04256520 04379243 04401088 04530566').split()  # Clip-Forge's 13 classes, in their order
-
-
 def open_classifier(args, groups):
     """The voxel classifier, the number of each of `groups` in it, whether it is Clip-Forge's."""
     net = load_network('classifier', args.classifier).to(args.device)
@@ -1927,7 +1924,7 @@ def open_classifier(args, groups):
         own = torch.load(path, map_location='cpu', weights_only=True)['classes']
     except Exception:  # another container, or other things in it
         own = None
-    classes = own or SYNSETS
+    classes = own or [*data.SHAPENET]  # Clip-Forge's 13 classes, in their order
     foreign = [g for g in groups if g not in classes]
     require(not foreign, f'{args.classifier}: does not know the class {foreign[:1]}; train one '
             f'with python metrics.py classifier {args.a}')
@@ -2055,6 +2052,7 @@ FLAGS = dict(
                'its training part, is the floor', choices=('samples', 'train', 'reconstructions')),
     points=flag(2048, 'points of a cloud'),
     threshold=flag(0.0, "occupancy at which a surface lies; 0 = the run's"),
+    coarse=flag(64, 'cells of the first grid, in which surface is looked for', low=1),
     classifier=flag('', 'weights of the voxel classifier'),
     reader=flag('', "where the text encoder's files are now, if they have moved"),
     clip=flag(False, 'CLIP-S as well'),
@@ -2104,8 +2102,8 @@ COMMANDS = dict(
                      'what each basis field adds to samples, and its spectrum (Fig. 7)'),
     iou=Command(iou_command, 'cloud', RUN, 'data num split', dict(split='test'),
                 'IoU of held-out reconstructions at every stored point, by class'),
-    shapes=Command(shapes_command, 'cloud', SETS, 'data split num fakes points res threshold seed '
-                   'amp batch sampler', dict(split='test', res=128),
+    shapes=Command(shapes_command, 'cloud', SETS, 'data split num fakes points res threshold '
+                   'coarse seed amp batch sampler', dict(split='test', res=128),
                    'MMD, COV and 1-NNA of two sets of equal size'),
     classifier=Command(classifier_command, 'cloud', RUN, 'data num split classifier steps seed',
                        dict(split='test', classifier='weights/classifier.pt'),

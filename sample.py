@@ -239,6 +239,8 @@ class SurfaceFlags:
     """Flags of runs that make surfaces."""
     format: str = flag('obj', 'of the meshes', choices=tuple(s[1:] for s in data.MESH_WRITERS))
     threshold: float = flag(0.0, "occupancy at which a surface lies; 0 = the run's own")
+    coarse: int = flag(64, 'cells of the first grid, in which surface is looked for; as many as '
+                       '--res find all', low=1)
     turntable: bool = flag(False, 'a GIF of what was made, turning, too')
 
 
@@ -281,7 +283,8 @@ def write_meshes(vae, z, names, sizes, args, place):
         shown = []
         for name, latent in zip(common.tqdm(names, desc=f'{resolution}', unit='mesh'), z):
             xi = vae.decode(latent[None])
-            (vertices, faces), = vae.signal(xi, resolution, args.threshold or None)
+            (vertices, faces), = vae.signal(xi, resolution, args.threshold or None,
+                                               args.coarse)
             data.write_mesh(out / f'{resolution}' / f'{name}.{args.format}',
                             vertices.double().cpu().numpy() * scale + loc, faces.cpu(),
                             vae.normals(xi, vertices).cpu())
