@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import tarfile
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
@@ -2361,6 +2362,8 @@ SHAPENET = {'02691156': 'airplane', '02828884': 'bench', '02933112': 'cabinet', 
             '03001627': 'chair', '03211117': 'display', '03636649': 'lamp', '03691459': 'speaker',
             '04090263': 'rifle', '04256520': 'sofa', '04379243': 'table', '04401088': 'telephone',
             '04530566': 'watercraft'}
+FOREIGN = tuple('.glb .gltf .fbx .dae .3ds .blend .usd .usda .usdc .usdz .x3d .wrl .stp .step'
+                .split())  # shapes in formats that are not read
 HALF_BOX = 0.55  # volume points lie in [-0.55, 0.55]^3 around a mesh in the unit cube
 AMBIGUOUS, HOLLOW = 0.05, 0.005  # largest share with 0.1 < |w| < 0.9, smallest share inside
 
@@ -2519,8 +2522,10 @@ def mesh(args):
         raise ValueError(f'{args.folder}: {len(bad)} of {len(results)} meshes cannot be read, '
                          f'{len(doubts)} are doubtful: mend or remove them, or try --keep')
     sides = write_lists(out, keys, args)
-    print(f'{out}: {sides}; {len(bad)} unreadable, {len(doubts)} doubtful, '
-          + ('kept' if args.keep else 'left out of the lists'))
+    others = Counter(Path(n).suffix.lower() for n in Folder(args.folder, suffixes=FOREIGN).names)
+    print('; '.join([f'{out}: {sides}', f'{len(bad)} unreadable, {len(doubts)} doubtful, '
+                     + ('kept' if args.keep else 'left out of the lists'),
+                     *(f'{n} {suffix} passed over' for suffix, n in others.items())]))
 
 
 # ---- data sets of shapes -------------------------------------------------------------------------
