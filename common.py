@@ -427,6 +427,11 @@ def replace(path, write):
     os.replace(temporary, path)
 
 
+def read_text(path):
+    """The text of a file in UTF-8, with or without a byte order mark."""
+    return Path(path).read_text(encoding='utf-8-sig')
+
+
 def load_checkpoint(path, kind=None, device='cpu'):
     """A checkpoint's dict. ValueError if it is truncated, not one of ours, or of another kind."""
     path = Path(path)

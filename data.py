@@ -1087,7 +1087,7 @@ def read_frames(files, video, numbers, resolution=0):
 def read_split(path):
     """A split file as dict(train=names, test=names), or dict(test=names) of a plain list."""
     try:
-        text = Path(path).read_text()
+        text = common.read_text(path)
         if Path(path).suffix != '.json':
             return dict(test=[line.strip() for line in text.splitlines() if line.strip()])
         given = json.loads(text)
@@ -2174,7 +2174,7 @@ def some_points(points, n, rng):
 
 
 def read_cloud(path, n, seed=0):
-    """n points (n,3) on the faces of a file or, if it has none, of its finite points; ValueError."""
+    """n points (n,3) on the faces of a file or, if it has none, out of its points; ValueError."""
     if not Path(path).exists():
         raise FileNotFoundError(f'{path}: no such file')
     rng = common.seeded('cloud file', seed)
@@ -2682,14 +2682,14 @@ class FileShapes(FileItems, Shapes):
         place, self.folders = find_shapes(root, classes)
         self.groups = sorted({n.split('/')[0] for n in self.folders})
         try:  # metadata.yaml if it is JSON, as ours
-            known = json.loads((place / 'metadata.yaml').read_text())
+            known = json.loads(common.read_text(place / 'metadata.yaml'))
             self.titles = [known[g]['name'].split(',')[0] for g in self.groups]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             self.titles = self.groups
         lists = {'train': [], 'val': [], 'test': []}
         for side, group in product(lists, self.groups):
             file = place / group / f'{side}.lst'
-            lines = file.read_text().splitlines() if file.exists() else []
+            lines = common.read_text(file).splitlines() if file.exists() else []
             lists[side] += [f'{group}/{line.strip()}' for line in lines if line.strip()]
         given = lists['train'] and lists['test']
         listed = {*sum(lists.values(), [])} if given else self.folders
@@ -2754,7 +2754,8 @@ class FileShapes(FileItems, Shapes):
 def text2shape(name, root, selection, **options):
     """The chairs and tables of ShapeNet with captions.tablechair.csv, by default in ROOT."""
     captions = selection.captions or str(Path(root) / 'captions.tablechair.csv')
-    return FileShapes(name, root, replace(selection, captions=captions), ['03001627', '04379243'], **options)
+    selection = replace(selection, captions=captions)
+    return FileShapes(name, root, selection, ['03001627', '04379243'], **options)
 
 
 # ---- files of posed pictures --------------------------------------------------------------------
@@ -2838,7 +2839,7 @@ class SrnScene(SceneFiles):
     @staticmethod
     def numbers(path):
         try:
-            return [[float(w) for w in line.split()] for line in path.read_text().split('\n')
+            return [[float(w) for w in line.split()] for line in common.read_text(path).split('\n')
                     if line.strip()]
         except (OSError, ValueError):
             raise ValueError(f'{path.parent.name}/{path.name}: missing, or not numbers; unpack '
@@ -2912,7 +2913,7 @@ class JsonScene(SceneFiles):
 
     def cameras(self, axes):
         try:
-            about = json.loads(self.file.read_text())
+            about = json.loads(common.read_text(self.file))
         except (OSError, ValueError) as error:
             raise ValueError(f'{self.pattern}: not JSON ({reason(error)}); export it again'
                              ) from None

@@ -550,7 +550,7 @@ class Nodes:
         return values
 
     def of_cells(self, cells, offsets):
-        """Values (M,K) at `offsets` (K,3) from cells (M,3), which are named by their lowest nodes."""
+        """Values (M,K) at `offsets` (K,3) from the lowest nodes of cells, (M,3)."""
         nodes = cells[:, None] + offsets.to(cells.device)
         index, inverse = distinct(self.key(nodes))  # cells share corners: evaluate each once
         nodes = nodes.flatten(0, 1)[index]

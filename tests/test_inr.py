@@ -394,8 +394,8 @@ def test_thin_plates_of_saturated_logits_are_found_and_closed():
 @pytest.mark.mutation('inr.py', 'whole = (names != names.roll(1, dims=1)).all(1)',
                       'whole = names[:, 0] >= 0')
 def test_surfaces_through_nodes_have_no_triangle_without_area():
-    for field in (lambda p: 0.5 - p.abs().amax(1), lambda p: 0.5 - p.abs().sum(1), lambda p: p[:, 0],
-                  lambda p: p[:, 1] - p[:, 2] + 1e-7, lambda p: p[:, 0] * 0 + 1,
+    for field in (lambda p: 0.5 - p.abs().amax(1), lambda p: 0.5 - p.abs().sum(1),
+                  lambda p: p[:, 0], lambda p: p[:, 1] - p[:, 2] + 1e-7, lambda p: p[:, 0] * 0 + 1,
                   lambda p: (0.5 + 1e-6 - p.abs().amax(1)).clamp(max=1)):
         vertices, faces = inr.extract_mesh(field, 16)
         a, b, c = vertices[faces].double().unbind(1)

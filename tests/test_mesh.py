@@ -1,4 +1,4 @@
-"""Meshes in data.py: every file format, points on a surface, the inside test, the prepared layout."""
+"""Meshes in data.py: file formats, points on a surface, the inside test, the prepared layout."""
 import json
 import struct
 from pathlib import Path
@@ -71,7 +71,8 @@ FILES = {'a.obj': text_obj(), 'a.off': text_off('OFF\n8 6 12'), 'b.off': text_of
 @pytest.mark.mutation('data.py', 'c - 1 if c > 0 else len(vertices) + c', 'abs(c) - 1')
 @pytest.mark.mutation('data.py', "int(w.split('/')[0])", "int(w.split('/')[-1])")
 @pytest.mark.mutation('data.py', "binary_big_endian='>'", "binary_big_endian='<'")
-@pytest.mark.mutation('data.py', 'lines.take(end, words)[1:end]', 'lines.take(end, words)[:end - 1]')
+@pytest.mark.mutation('data.py', 'lines.take(end, words)[1:end]',
+                      'lines.take(end, words)[:end - 1]')
 def test_every_format_gives_the_cube(tmp_path):
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
@@ -112,22 +113,27 @@ LEGAL = {
     'joined.obj': text_obj().replace(b'\nf 1/1/1 ', b'\nf 1/1/1 \\\r\n'),
     'capitals.stl': text_stl().upper(), 'name.stl': text_stl().replace(b'cube', b'vertex 1 2 3 \\'),
     'two.stl': text_stl().replace(b'endfacet', b'endfacet\nendsolid a\nsolid b', 1),
-    'wide.stl': text_stl().replace(b'\nouter', b' outer'), 'letters.off': text_off('NCOFF\n8 6 0'), 'st.off': text_off('STCN OFF 8 6 0'.replace(' ', '', 1)),
+    'wide.stl': text_stl().replace(b'\nouter', b' outer'),
+    'letters.off': text_off('NCOFF\n8 6 0'), 'st.off': text_off('STCNOFF 8 6 0'),
     'four.off': '\n'.join(['4OFF 8 6', *('%g %g %g 2' % tuple(2 * c) for c in CORNERS), *(
         ' '.join(map(str, [4, *q])) for q in QUADS)]).encode(),
     'wrapped.off': FILES['a.off'].replace(b'\n4 0 1 3 2 ', b'\n4 0 1\n3 2 '),
-    'strips.ply': strips_ply(), 'comment.ply': FILES['b.ply'].replace(b'comment x', b'comment end_header')}
+    'strips.ply': strips_ply(),
+    'comment.ply': FILES['b.ply'].replace(b'comment x', b'comment end_header')}
 
 
-@pytest.mark.mutation('data.py', "data.decode('utf-8-sig', 'replace')", "data.decode('utf-8', 'replace')")
+@pytest.mark.mutation('data.py', "data.decode('utf-8-sig', 'replace')",
+                      "data.decode('utf-8', 'replace')")
 @pytest.mark.mutation('data.py', "re.sub('\\r\\n?', '\\n',", "re.sub('\\r\\n', '\\n',")
 @pytest.mark.mutation('data.py', 'while joined and line', 'while not joined and line')
-@pytest.mark.mutation('data.py', "self.split(re.sub('#.*', '', text)", "self.split(re.sub('#$', '', text)")
+@pytest.mark.mutation('data.py', "self.split(re.sub('#.*', '', text)",
+                      "self.split(re.sub('#$', '', text)")
 @pytest.mark.mutation('data.py', "size = 4 if '4' in", "size = 3 if '4' in")
 @pytest.mark.mutation('data.py', '(b, a, c) if turned', '(a, b, c) if turned')
 @pytest.mark.mutation('data.py', 'turned = False\n        else', 'pass\n        else')
 @pytest.mark.mutation('data.py', "wanted in ('0', word.lower())", "wanted in ('0', word)")
-@pytest.mark.mutation('data.py', 'for word in words:\n                wanted', 'for word in words[:5]:\n                wanted')
+@pytest.mark.mutation('data.py', 'for word in words:\n                wanted',
+                      'for word in words[:5]:\n                wanted')
 def test_what_the_formats_allow_gives_the_cube(tmp_path):
     for name, content in LEGAL.items():
         assert read(tmp_path / name, content) == pytest.approx(1, abs=1e-6), name
@@ -136,8 +142,10 @@ def test_what_the_formats_allow_gives_the_cube(tmp_path):
 CUT = {
     'half.stl': text_stl()[:text_stl().index(b'\nfacet', 900)], 'facet.stl': text_stl().replace(
         b'endloop', b'', 1), 'three.off': FILES['a.off'].replace(b'\n4 0 1 3 2 ', b'\n4 0 1 3\n#'),
-    'rows.off': FILES['a.off'] + b'\n3 0 1 2', 'nine.ply': text_ply().replace(b'vertex 8', b'vertex 9'),
-    'rows.ply': text_ply() + b'\n4 0 1 2 3', 'word.ply': text_ply().replace(b'\n0 0 1', b'\n0 0 1 7'),
+    'rows.off': FILES['a.off'] + b'\n3 0 1 2',
+    'nine.ply': text_ply().replace(b'vertex 8', b'vertex 9'),
+    'rows.ply': text_ply() + b'\n4 0 1 2 3',
+    'word.ply': text_ply().replace(b'\n0 0 1', b'\n0 0 1 7'),
     'more.ply': FILES['b.ply'] + b'more', 'zero.obj': text_obj() + b'\nf 0 1 2',
     'two.obj': text_obj() + b'\nv 1 2', 'back.obj': text_obj() + b'\nf -1 -2 -9'}
 
@@ -230,7 +238,8 @@ def test_point_clouds_as_arrays(tmp_path):
 
 @pytest.mark.mutation('data.py', 'digits = 7 + max(0, math.ceil(math.log10(farness(vertices))))',
                       'digits = 7')
-@pytest.mark.mutation('data.py', "('double', '<f8') if farness(vertices) > 2", "('double', '<f8') if False")
+@pytest.mark.mutation('data.py', "('double', '<f8') if farness(vertices) > 2",
+                      "('double', '<f8') if False")
 def test_meshes_far_from_the_origin_keep_their_form(tmp_path):
     vertices = 2 * CORNERS + [500_000, 4_649_776, 300] + np.random.default_rng(0).random((8, 3)) / 9
     for suffix in ('.obj', '.ply'):
@@ -397,7 +406,7 @@ def meshes(tmp_path, monkeypatch):
 def prepare(capsys, *flags):
     """What `python data.py mesh set` prints."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('sys.argv', ['data.py', 'mesh', 'set', '--out', 'o', '--points', '4000', *flags])
+        patch.setattr('sys.argv', 'data.py mesh set --out o --points 4000'.split() + [*flags])
         data.main()
     return capsys.readouterr().out.splitlines()
 
@@ -446,7 +455,8 @@ def test_a_second_call_goes_on_where_the_first_stopped(meshes, capsys, monkeypat
 
 @pytest.mark.mutation('data.py', "if str(stored['recipe']) == json.dumps(recipe):", 'if True:')
 @pytest.mark.mutation('data.py', "(folder / 'near.npz').unlink(missing_ok=True)", 'pass')
-@pytest.mark.mutation('data.py', 'except Exception:  # nothing there', 'except OSError:  # nothing there')
+@pytest.mark.mutation('data.py', 'except Exception:  # nothing there',
+                      'except OSError:  # nothing there')
 def test_what_was_made_otherwise_is_made_again(meshes, capsys):
     def stored(name):
         with np.load(f'o/chair/m0/{name}.npz') as file:
