@@ -70,7 +70,7 @@ PRESETS = {
                       kl_weight=0.001, threshold=0.4,
                       steps=1800),  # 2 cores 6.2 minutes, held-out IoU 0.953
     'shape_small': dict(SMALL_SHAPES, dataset='shape', points=2000, lr=2e-3, kl_weight=0.004,
-                        steps=7000),  # 390 furniture meshes, 2 cores 44 minutes, IoU 0.534
+                        steps=7000),  # 390 furniture meshes, 2 cores 44 minutes, IoU 0.532
     'shapenet_chair': dict(SHAPES, dataset='shapenet_chair', steps=3_000),
     'shapenet': dict(SHAPES, dataset='shapenet', steps=23_000),
     'text2shape': dict(SHAPES, dataset='text2shape', steps=8_000),
