@@ -242,7 +242,7 @@ def parse(argv=None):
         path = path or Path(vae)
         state = common.load_checkpoint(path, 'vae')
     except (ValueError, OSError):
-        parser.description += ' Defaults are those of no preset: stage 1 decides, which is missing.'
+        parser.description += ' Defaults are those of no preset, for lack of a stage 1.'
         parser.parse_known_args(argv)  # -h works without a stage 1
         raise
     args = parser.parse_preset(PRESETS, state['args']['preset'], argv)

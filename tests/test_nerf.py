@@ -535,7 +535,7 @@ def test_pictures_with_skipping_are_those_without():
 
 
 @pytest.mark.mutation('inr.py', 'kernel_size=4, stride=1, padding=1', 'kernel_size=2, stride=1')
-@pytest.mark.mutation('inr.py', '[0, 0] > least', '[0, 0] > 2 * least')
+@pytest.mark.mutation('inr.py', '[0, 0] <= least', '[0, 0] <= 2 * least')
 def test_cells_round_a_dense_node_are_occupied():
     """All that touch it and their neighbours: the density rises between the nodes, too."""
     node = torch.tensor([0.0, -0.5, 0.25])  # of 8 cells a side: x 4, y 2, z 5

@@ -316,9 +316,16 @@ def test_a_kill_loses_nothing(script, toy, copy, repo):
     assert [v['step'] for v in log_of(run, stage)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_finished_runs_and_longer_ones(toy, copy):
-    assert 'continues at step 6 of 6' in done(copy, 'train_vae.py', VAE).out
-    assert_same(copy / 'runs/toy_image/vae.pt', toy.run / 'vae.pt')
+@pytest.mark.mutation('common.py', "state['step'] >= args.steps", "state['step'] == args.steps")
+@pytest.mark.mutation('train_vae.py', "if common.finished(folder / 'vae.pt', state, args, process):", 'if False:')
+@pytest.mark.mutation('train_ldm.py', "if common.finished(folder / 'ldm.pt', state, args, process):", 'if False:')
+def test_finished_runs_and_longer_ones(copy, repo):
+    before = snapshot(copy)
+    for script, flags, step in (('train_vae.py', VAE, 6), ('train_ldm.py', LDM, 6),
+                                ('train_vae.py', f'{VAE} --steps 3', 3)):
+        said = done(copy, script, flags, repo=repo).out
+        assert f'is at step 6, nothing to do for --steps {step}' in said and said.count('\n') == 1
+    assert snapshot(copy) == before
     assert 'continues at step 6 of 8' in done(copy, 'train_ldm.py', LDM, '--steps 8').out
     assert common.load_checkpoint(copy / 'runs/toy_image/ldm.pt')['step'] == 8
     assert 'starts of 2' in done(copy, 'train_vae.py', VAE, '--steps 2 --restart').out
@@ -590,8 +597,9 @@ def test_sizes_sweep_and_zoom(toy, copy, tmp_path, repo):
                  pictures(copy, 'd')['64x64/000001.png'][:32, 32:])
 
 
-@pytest.mark.mutation('sample.py', 'vae.function(vae.decode(z))', 'vae.function(vae.decode(0 * z))')
-@pytest.mark.mutation('sample.py', 'zoom(vae, xi, (h, w), args)', 'zoom(vae, xi, (w, h), args)')
+@pytest.mark.mutation('sample.py', 'vae.decode(z[0][None])', 'vae.decode(0 * z[0][None])')
+@pytest.mark.mutation('sample.py', 'zoom(vae, xi, sizes[0], args)',
+                      'zoom(vae, xi, sizes[0][::-1], args)')
 def test_export_and_animated_zoom(toy, tmp_path, repo):
     run = f'--run {toy.run} --device cpu --steps 2 --seed 5'
     printed = done(tmp_path, 'sample.py', run, '--num 1 --res 12x16,16 --out a --export f.pt',
@@ -629,8 +637,8 @@ def test_a_zoom_grows_evenly_and_stays_inside():
     torch.testing.assert_close(boxes[-1], torch.tensor([[0.8, 1], [-0.3, -0.1]]))
 
 
-@pytest.mark.mutation('sample.py', 'for a, b in zip(noise, noise[1:]) for w in steps',
-                      'for b, a in zip(noise, noise[1:]) for w in steps')
+@pytest.mark.mutation('sample.py', 'slerp(a, b, weights[k % K])', 'slerp(b, a, weights[k % K])')
+@pytest.mark.mutation('sample.py', 'first + k // K + 1]', 'first + 1]')
 def test_interpolation_ends_at_the_samples(toy, tmp_path, repo):
     run = f'--run {toy.run} --device cpu --num 3 --seed 2'
     done(tmp_path, 'sample.py', run, '--interpolate 3 --out a', repo=repo)
@@ -1185,7 +1193,7 @@ MISUSE = [
     ('train_vae.py', f'{SHAPE} --name new --dataset toy_shape --scales 1,2', '--scales'),
     ('train_vae.py', f'{SHAPE} --name new --dataset toy_shape --loss l1', '--loss l1', 'bce'),
     ('train_vae.py', f'{SHAPE} --name new --dataset toy_shape --near 2', '--near 2'),
-    ('train_ldm.py', f'{TOY} --name new --text bytes', 'no captions', '--captions'),
+    ('train_ldm.py', f'{TOY} --name new --text bytes', 'no captions', 'leave it out'),
     ('train_ldm.py', f'{TOY} --name new --captions a.csv', '--captions'),
     ('train_ldm.py', f'{TOY} --name new --text nowhere', 'nowhere', 'bytes'),
     ('train_ldm.py', f'{TOY} --lr 0.25', 'now 0.25'),
@@ -1220,7 +1228,7 @@ MISUSE = [
     ('sample.py', '--run toy_image --threshold 0.3', '--threshold', 'surfaces'),
     ('sample.py', '--run toy_image --reader x', '--reader'),
     ('sample.py', '--run toy_image --reconstruct empty --label 1', '--reconstruct', '--label'),
-    ('sample.py', '--run toy_image --steps 0', '--steps 0'),
+    ('sample.py', '--run toy_image --steps 0', '--steps'),
     ('sample.py', '--run toy_image --steps 1001', '1000'),
     ('sample.py', '--run toy_image --num 0', '--num'),
     ('sample.py', '--run toy_image --batch 0', '--batch'),
@@ -1308,7 +1316,7 @@ def test_other_data_is_noticed(photos, tmp_path, repo):
     folder = Path(shutil.copytree(photos, tmp_path / 'copy'))
     flags = (f'{VAE} --preset toy_image --dataset image --data set --flip --name photos --steps 2 '
              '--split 0.3')
-    assert 'continues at step 2' in done(folder, 'train_vae.py', flags, repo=repo).out
+    assert 'is at step 2' in done(folder, 'train_vae.py', flags, repo=repo).out
     shutil.copy(folder / 'set' / '3.png', folder / 'set' / 'new.png')
     assert_refused(call(folder, 'train_vae.py', flags, repo=repo), 'other data', '--restart')
 
