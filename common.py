@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -210,7 +211,8 @@ def run(main, stopped='stopped'):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    print(message, file=sys.stderr)  # here, where the exception is gone and its progress bar closed
+    gc.collect()  # the exception's frames, and with them progress bars that are still open
+    print(message, file=sys.stderr)
     sys.exit(code)
 
 
@@ -234,7 +236,7 @@ class RunConfig:
                     choices=('auto', 'on', 'off'))
     compile: str = flag('auto', 'torch.compile; auto = on CUDA', choices=('auto', 'on', 'off'))
     device: str = flag('auto', 'cpu, cuda, cuda:1, ...; auto = CUDA if there is one')
-    workers: int = flag(0, 'data loading processes for each training process')
+    workers: int = flag(0, 'data loading processes for each training process', high=1024)
     log_every: int = flag(50, 'steps between lines of log.jsonl')
     eval_every: int = flag(500, 'steps between held-out measurements and sample pictures')
     save_every: int = flag(500, 'steps between checkpoints')

@@ -1,5 +1,9 @@
 """The paper's metrics, the networks they read, and `python metrics.py COMMAND`.
 
+    python metrics.py fid RUN                   # samples against the training pictures
+    python metrics.py fid REALS FAKES           # each a run, a folder or a zip
+    python metrics.py psnr RUN --out log.jsonl  # held-out reconstructions
+
     FID        |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)       (Heusel et al. 2017)
     FVD        the same of the 400 logits of I3D on clips of 16 frames  (Unterthiner et al. 2018)
     precision  share of fakes within the k-NN ball of some real, d <= r
@@ -2047,7 +2051,8 @@ FLAGS = dict(
                 "the authors': short side to 224 and cropped, ddof 1, eps 1e-5",
                 choices=tuple(FVD_PRESETS)),
     eps=flag(1e-3, "of I3D's batch norms"),
-    frames=flag(0, "frames of a clip; 0: as many as a run was trained on, of folders 16"),
+    frames=flag(0, "frames of a clip; 0: as many as a run was trained on, of folders 16",
+                high=10_000),
     interval=flag(1, 'take every Nth frame'),
     picture=flag('', 'PNG to write'),
     k=flag(3, 'neighbours: a ball reaches to the last of them; nn shows them all'),

@@ -12,11 +12,12 @@
     python sample.py --run clips --slow 4 --time=-0.5,0.5       # what lies between the frames
     python sample.py --run scenes --views 12 --elevation 30 --res 256 --turntable --mesh 128
 
-Every size is rendered from the same latents. Pictures go to --out, a folder for each size with one
-PNG a sample, and a grid; surfaces likewise as meshes, and the grid shows them; videos as folders of
-frames and as animations, and the grid has a row of frames for each; radiance fields as folders of
-views with their depths and opacities, and the grid has a row of views for each. `OUTPUTS` at the
-end says, for each domain, what is encoded, what is written, and which flags it has.
+Every size is rendered from the same latents, --batch of which are made and written at a time.
+Pictures go to --out, a folder for each size with one PNG a sample, and a grid; surfaces likewise as
+meshes, and the grid shows them; videos as folders of frames and as animations, and the grid has a
+row of frames for each; radiance fields as folders of views with their depths and opacities, and the
+grid has a row of views for each. `OUTPUTS` at the end says, for each domain, what is encoded, what
+is written, and which flags it has.
 """
 import math
 import re
@@ -363,9 +364,10 @@ def write_videos(vae, items, sizes, args, place):
     for latent, name in items:
         xi = vae.decode(latent[None])
         for (h, w), rows in shown.items():
-            frames = list(video_frames(vae, xi, (h, w), args))
-            for k, frame in enumerate(frames):
+            frames = []
+            for k, frame in enumerate(video_frames(vae, xi, (h, w), args)):
                 data.save_png(out / f'{h}x{w}' / name / f'{k:05d}.png', frame)
+                frames.append(frame)
             data.save_animation(out / f'{h}x{w}' / f'{name}.{args.animation}', frames, 1 / args.fps)
             if len(rows) < 8 * 16:
                 rows += [frames[i * len(frames) // 8] for i in range(8)]
@@ -448,7 +450,8 @@ def write_fields(vae, items, sizes, args, place):
     out, shown, first = Path(args.out), {size: [] for size in sizes}, []
     for latent, name in items:
         xi = vae.decode(latent[None])
-        first += [xi] * (args.turntable and len(first) < 16)
+        if args.turntable and len(first) < 16:
+            first.append(xi)
         for (h, w), rows in shown.items():
             pictures = write_views(vae, xi, (h, w), args, out / f'{h}x{w}' / name)
             if len(rows) < 16:
@@ -559,7 +562,8 @@ def main():
     items = common.tqdm(zip(z, names), output.makes, len(names), unit='item')
     sizes = sizes or [(output.side(vae.config),) * 2]
     output.write(vae, items, sizes, args, place)
-    print(f'{len(names)} {output.makes}, each at {len(sizes)} sizes, and grids in {args.out}')
+    at = ', '.join(f'{h} x {w}' for h, w in sizes)
+    print(f'{len(names)} {output.makes} at {at}, and a grid of them, in {args.out}')
     if args.export:
         save_function(args.export, vae.function(vae.decode(z[0][None])))
         print(f'{args.export}: {Path(args.export).stat().st_size / 2 ** 20:.2f} MiB')
