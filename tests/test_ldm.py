@@ -589,6 +589,8 @@ def test_wrong_conditions_are_refused():
 
 @pytest.mark.mutation('ldm.py', "rtol, atol, generators,\n", "rtol, atol, None,\n")
 @pytest.mark.mutation('ldm.py', "torch_seeded('z_T', s)", "torch_seeded('z_T', len(seeds))")
+@pytest.mark.mutation('ldm.py', 'z_T[part].to(device), sampler',
+                      'z_T[:len(z_T[part])].to(device), sampler')
 def test_a_sample_depends_on_its_seed_alone():
     model, vae, seeds = tiny(num_classes=3), nn.Linear(1, 1), [7, 0, 99, 3]
     labels = torch.tensor([0, 2, 1, 0])

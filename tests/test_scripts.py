@@ -553,8 +553,8 @@ def assert_alike(a, b, levels=1):
 
 @pytest.mark.mutation('ldm.py', "torch_seeded('z_T', s)) for s in seeds",
                       "torch_seeded('z_T', 0)) for s in seeds")
-@pytest.mark.mutation('ldm.py', 'z_T[part].to(device), sampler',
-                      'z_T[:len(z_T[part])].to(device), sampler')
+@pytest.mark.mutation('sample.py', 'seeds = [args.seed + k for k in numbers]',
+                      'seeds = [args.seed + k for k in range(len(numbers))]')
 def test_a_sample_is_the_same_in_any_batch(toy, tmp_path, repo):
     run = f'--run {toy.run} --device cpu --steps 4'
     ode = f'{run} --sampler dpmpp'  # nothing but z_T tells its samples apart
