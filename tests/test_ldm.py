@@ -276,9 +276,10 @@ def test_rk45_sampling_counts_the_denoise_and_works_in_float32():
 @pytest.mark.mutation('ldm.py', "require(sampler in SAMPLERS,", "require(True,")
 @pytest.mark.mutation('ldm.py', 'require(eta >= 0', 'require(True')
 @pytest.mark.mutation('ldm.py', 'require(1 <= steps <= T', 'require(1 <= steps')
-@pytest.mark.mutation('ldm.py', 'require(rtol >= finest and atol >= finest', 'require(rtol > 0 < atol')
-@pytest.mark.mutation('ldm.py', 'finest = FINEST * torch.finfo(z.dtype).eps / torch.finfo(torch.float32).eps',
-                      'finest = FINEST')
+@pytest.mark.mutation('ldm.py', 'require(rtol >= finest and atol >= finest',
+                      'require(rtol > 0 and atol > 0')
+@pytest.mark.mutation('ldm.py', 'FINEST * torch.finfo(z.dtype).eps / torch.finfo(torch.float32).eps',
+                      'FINEST')
 def test_sampler_settings_out_of_range():
     z = torch.randn(1, 2, 3)
     for settings, word in ((dict(sampler='euler'), 'euler'), (dict(steps=0), '0 sampling'),
