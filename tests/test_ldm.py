@@ -278,8 +278,7 @@ def test_rk45_sampling_counts_the_denoise_and_works_in_float32():
 @pytest.mark.mutation('ldm.py', 'require(1 <= steps <= T', 'require(1 <= steps')
 @pytest.mark.mutation('ldm.py', 'require(rtol >= finest and atol >= finest',
                       'require(rtol > 0 and atol > 0')
-@pytest.mark.mutation('ldm.py', 'FINEST * torch.finfo(z.dtype).eps / torch.finfo(torch.float32).eps',
-                      'FINEST')
+@pytest.mark.mutation('ldm.py', 'FINEST * torch.finfo(z.dtype).eps /', 'FINEST or')
 def test_sampler_settings_out_of_range():
     z = torch.randn(1, 2, 3)
     for settings, word in ((dict(sampler='euler'), 'euler'), (dict(steps=0), '0 sampling'),
