@@ -20,6 +20,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import tarfile
 import zipfile
@@ -32,6 +33,9 @@ from itertools import product
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
+
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import numpy as np
 import torch
@@ -48,7 +52,11 @@ from inr import UPWARDS, box_range, focal_length, orbit, rays_through, render_po
 
 
 def to_uint8(x):
-    """[-1, 1] -> 0..255, floor(127.5 x + 128) as Karras et al.; uint8 comes back as it is."""
+    """[-1, 1] -> 0..255, floor(127.5 x + 128) as Karras et al.; uint8 comes back as it is.
+
+    ValueError if x is not finite.
+    """
+    common.require_finite(x, 'a picture')
     return x if x.dtype == torch.uint8 else (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
@@ -59,8 +67,14 @@ def to_float(x):
 
 def save_png(path, x):
     """Write one picture (3,H,W), float in [-1, 1] or uint8; missing folders are made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(to_uint8(x.detach().cpu()).permute(1, 2, 0).numpy()).save(path)
+    save_image(path, Image.fromarray(to_uint8(x.detach().cpu()).permute(1, 2, 0).numpy()))
+
+
+def save_image(path, im, **options):
+    """Write a PIL picture in the format of its suffix, complete or not at all; see Image.save."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    require(kind, f'{path}: a picture is written as .png, .webp, .gif, ...')
+    common.replace(path, lambda temporary: im.save(temporary, kind, **options))
 
 
 def image_grid(x, columns=None, pad=2):
@@ -88,9 +102,8 @@ def save_grid(path, x, columns=None, pad=2):
 def save_animation(path, frames, seconds=0.1):
     """Write uint8 frames (3,H,W), an iterable, as an endless .webp or .png, exact, or .gif."""
     first, *rest = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in frames]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    first.save(path, save_all=True, append_images=rest, duration=round(1000 * seconds), loop=0,
-               lossless=True)
+    save_image(path, first, save_all=True, append_images=rest, duration=round(1000 * seconds),
+               loop=0, lossless=True)
 
 
 # ---- toy_image, toy_video: a boat off a hilly shore, as a function of (x, y) and of (x, y, t) ----
@@ -3603,6 +3616,8 @@ def check(args):
         root = root or name
         own = [base for key, (base, _) in DATASETS.items() if key == base.domain]  # pictures first
         name = next(base.domain for base in reversed(own) if base.lies_at(args.dataset))
+    out = args.out or f'out/check_{name}.png'
+    common.try_file('--out', out)
     options = options_of(dict(vars(args), dataset=name, resolution=args.res, seed=0))
     dataset = make_dataset(name, root, 'all', args.split, args.group, tolerant=True, **options)
     if dataset.computed:
@@ -3610,7 +3625,6 @@ def check(args):
     else:
         dataset.verify()
         print(f'{name} at {dataset.place}', *dataset.describe(), sep='\n')
-    out = args.out or f'out/check_{name}.png'
     wide = dataset.inspect(0, args.res).shape[2] // args.res
     shown = common.evenly_spaced(len(dataset), max(48 // wide, 12))
     save_grid(out, torch.stack([dataset.inspect(i, args.res) for i in shown]), 8)
@@ -3620,17 +3634,10 @@ def check(args):
         dataset.refuse_bad()
 
 
-def command_parser(prog, description):
-    """Parser of a subcommand, for argparse's add_subparsers."""
-    parser = common.Parser(description)
-    parser.prog = prog
-    return parser
-
-
 def main():
     """The command line: `check` or `mesh`."""
-    parser = common.Parser('Look at data sets before training on them.')
-    commands = parser.add_subparsers(dest='command', required=True, parser_class=command_parser)
+    parser = common.Parser('Look at data sets before training on them.\n' + __doc__)
+    commands = parser.add_subparsers(dest='command', required=True)
     what = 'decode everything, print counts, write a preview'
     flags = commands.add_parser('check', help=what, description=what)
     add = flags.add_argument
@@ -3658,7 +3665,7 @@ def main():
         'for train_vae.py --near, as a share of --points, at most 1')
     add('--split', default='0.1', help='fraction for val.lst and again for test.lst')
     add('--group', default='', help='as for check')
-    add('--seed', type=int, default=0, help='of the points and the split')
+    add('--seed', type=common.at_least(0, int), default=0, help='of the points and the split')
     add('--keep', action='store_true', help='list doubtful meshes for training, too')
     flags.set_defaults(run=mesh)
     args = parser.parse_args()

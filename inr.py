@@ -903,7 +903,7 @@ def occupied_cells(density, cells, least=0.1, chunk=65536, device=None):
     nodes = torch.cartesian_prod(line, line, line).flip(1)  # x first, changing fastest
     values = torch.cat([density(part) for part in nodes.split(chunk)])
     values = values.float().view(1, 1, *[cells + 1] * 3)
-    return F.max_pool3d(values, kernel_size=4, stride=1, padding=1)[0, 0] > least
+    return ~(F.max_pool3d(values, kernel_size=4, stride=1, padding=1)[0, 0] <= least)  # or NaN
 
 
 def where_occupied(field, occupied):

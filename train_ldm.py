@@ -9,9 +9,13 @@ Encoder, decoder and MLP are frozen. The result is runs/NAME/ldm.pt, which holds
 stages; the same command continues it from its last checkpoint.
 """
 import math
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import numpy as np
 import torch
@@ -77,7 +81,7 @@ class LatentConfig:
 
 def build_parser():
     """Every flag, with its default and help."""
-    parser = common.Parser(__doc__.split('\n')[0])
+    parser = common.Parser(__doc__)
     parser.add_argument('--vae', default='', help='run folder or vae.pt of stage 1; empty = newest')
     parser.add_argument('--data', default='', help='where the data are now, if they have moved')
     parser.add_argument('--captions', default='', help='CSV of captions; empty = those of stage 1')
@@ -238,6 +242,7 @@ def parse(argv=None):
         path = path or Path(vae)
         state = common.load_checkpoint(path, 'vae')
     except (ValueError, OSError):
+        parser.description += ' Defaults are those of no preset, for lack of a stage 1.'
         parser.parse_known_args(argv)  # -h works without a stage 1
         raise
     args = parser.parse_preset(PRESETS, state['args']['preset'], argv)
@@ -259,8 +264,9 @@ def open_data(first, args):
     common.require(not args.num_classes or max(train.labels) < args.num_classes,
                    f'--num_classes {args.num_classes}: there are labels up to '
                    f'{max(train.labels or [0])}')
-    common.require(not args.text or train.captions, f'--text {args.text}: the data have no '
-                   'captions; name them with --captions')
+    cure = 'leave it out' if train.computed else 'name them with --captions'
+    common.require(not args.text or train.captions, f'--text {args.text}: {args.dataset} has no '
+                   f'captions; {cure}')
     if train.captions and not args.text:
         train.notes.append('captions are not used without --text')
     return train, held_out
@@ -299,6 +305,8 @@ def main():
                    'training needs; start from it with --init and another --name')
     common.require(not state or state['vae_hash'] == digest,
                    f'{vae_path} has changed since stage 2 began on it; start over with --restart')
+    if common.finished(folder / 'ldm.pt', state, args, process):
+        return
     folder.mkdir(parents=True, exist_ok=True)
     latents = open_latents(train, vae, args, vae_path, folder)
     if state:

@@ -5,6 +5,7 @@ No published weights are needed: networks are filled with random ones, in every 
 import copy
 import functools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -867,11 +868,18 @@ def test_files_that_hold_no_such_weights(tmp_path):
         metrics.load_network('resnet', path)
 
 
-def test_published_name_with_other_content_warns(tmp_path, random_file):
+@pytest.mark.filterwarnings('error')
+@pytest.mark.mutation('metrics.py', 'and path.name in [f.file for f in spec.files if f.sha256]', '')
+@pytest.mark.mutation('metrics.py', 'of the published file\', file=sys.stderr)',
+                      'of the published file\')')
+def test_published_name_with_other_content_is_noted(tmp_path, random_file, capsys):
     copy = tmp_path / 'pt_inception-2015-12-05-6726825d.pth'
     copy.write_bytes(random_file.read_bytes())
-    with pytest.warns(UserWarning, match='sha256'):
-        metrics.load_network('inception', tmp_path)
+    digest = metrics.file_digest(copy)
+    for path in (random_file, tmp_path):  # a name of one's own claims nothing
+        metrics.load_network('inception', path)
+    assert capsys.readouterr().err == (
+        f'note: {copy}: sha256 {digest} is not that of the published file\n')
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -1062,7 +1070,7 @@ def toy_run(tmp_path, monkeypatch):
     (tmp_path / 'ldm.pt').touch()
     info = dict(args=dict(dataset='toy_image'), step=7, splits=None)
     monkeypatch.setattr(metrics, 'ldm', SimpleNamespace(
-        SAMPLERS=metrics.ldm.SAMPLERS, ETA=1.5, generate=generate,
+        SAMPLERS=metrics.ldm.SAMPLERS, ETA=1.5, FINEST=2e-6, generate=generate,
         load=lambda path, device: (Model(), 'ldm', info),
         load_vae=lambda path, device: (Model(), info)))
     monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: Signals())
@@ -1104,6 +1112,22 @@ def test_fid_of_a_run(capsys, toy_run, colour_network):
     close(colour_network.seen[1][:, 0, 0, 0], [.2 * 127.5 + 127.5, .21 * 127.5 + 127.5], 1e-3)
     with pytest.raises(ValueError, match='--float and --fakes are for what a run makes'):
         metrics.main(['fid', str(toy_run), str(toy_run / 'B'), '--float'])
+
+
+@pytest.mark.mutation('metrics.py', 'args.seed, key, k),', 'args.seed, k),')
+def test_both_sides_of_the_same_meshes_are_drawn_on_their_own(tmp_path):
+    """Two draws of n points on area A: Chamfer 2 A / (pi n), as of Poisson processes in the plane.
+
+    E d^2 = 1 / (pi density) on either side, and somewhat more at the edges.
+    """
+    n, area = 2000, 6.0
+    corners = np.array([[0, 0, 0], [3, 0, 0], [3, 2, 0], [0, 2, 0]], dtype='float64')
+    for side in 'AB':
+        data.write_mesh(tmp_path / side / 'plate.obj', corners, np.array([[0, 1, 2], [0, 2, 3]]))
+    args = SimpleNamespace(points=n, seed=0)
+    a, b = (metrics.folder_clouds(tmp_path / side, args, 0, 9, key).read([0])[0]
+            for key, side in enumerate('AB'))
+    assert 1 < metrics.chamfer(a, b).item() / (2 * area / (math.pi * n)) < 1.15
 
 
 @pytest.mark.mutation('metrics.py', 'args.res or next((run.R', 'args.res or next((0')
@@ -1231,7 +1255,8 @@ def test_samplers_side_by_side(capsys, toy_run, colour_network):
     line, text = capsys.readouterr().out.splitlines()
     assert json.loads(text)['fake'].get('eta') == 0.5 and 'sde-dpmpp steps 7 eta 0.5, NFE 7.0' in line
     assert metrics.parse_sampler('sde-dpmpp:7') == dict(sampler='sde-dpmpp', steps=7, eta=1.5)
-    for wrong in ('ddim', 'ddim:3:0.5', 'sde-dpmpp:3:0.5:1', 'sde-dpmpp:3:-1', 'rk45:0'):
+    for wrong in ('ddim', 'ddim:3:0.5', 'sde-dpmpp:3:0.5:1', 'sde-dpmpp:3:-1', 'rk45:0',
+                  'rk45:1e-7'):
         with pytest.raises(ValueError, match='expected NAME:STEPS'):
             metrics.main(['nfe', str(toy_run), '--samplers', wrong])
     with pytest.raises(ValueError, match='no such sampler'):
@@ -1551,6 +1576,22 @@ def test_two_processes_give_the_numbers_of_one(repo, folders, random_file, tmp_p
         for value in ('fid', 'precision', 'recall', 'psnr', 'ssim', 'distances', 'mean'):
             close(two.pop(value, 0), one.pop(value, 0), 1e-5)
         assert one == two
+
+
+@pytest.mark.mutation('metrics.py', "for name in ('out', 'picture'):", 'for name in ():')
+@pytest.mark.mutation('metrics.py', 'require(stage == 1 or args.num <= MOST', 'require(True')
+def test_what_cannot_end_well_is_refused_before_anything_is_read(toy_run, monkeypatch):
+    (toy_run / 'file').touch()
+    monkeypatch.setattr(data, 'open_run_data', lambda *args: pytest.fail('read'))
+    for argv, words in ((['fid', str(toy_run), '--out', 'file/x'], '--out: nothing can be written'),
+                        (['fid', str(toy_run), '--out', str(toy_run)], 'a folder; name a file'),
+                        (['nn', str(toy_run), '--picture', 'file/x.png'], '--picture'),
+                        (['fid', str(toy_run), '--num', '1000000000'], '--num 1000000000'),
+                        (['nfe', str(toy_run), '--num', '1000000000'], '--num 1000000000'),
+                        (['shapes', str(toy_run), '--points', '1000000000'], '--points')):
+        with pytest.raises(ValueError, match=words):
+            metrics.main(argv)
+    assert {p.name for p in toy_run.iterdir()} == {'file', 'ldm.pt'}
 
 
 def test_errors_are_one_line(repo, folders, tmp_path):
