@@ -1929,7 +1929,7 @@ def read_off(data):
         require(header, 'no OFF header')
         counts = map(int, lines.take(2, header[2].split())[:2])
         size = 4 if '4' in header[1] else 3  # the fourth divides the others
-        vertices, polygons = (np.empty((next(counts), size)), [])
+        vertices, polygons = np.empty((next(counts), size)), []
         for place in vertices:
             place[:] = lines.take(size)[:size]
         for _ in range(next(counts)):
@@ -2008,7 +2008,7 @@ def binary_table(stream, order, count, properties):
     def take(kind, count):
         return read(np.dtype(order + kind), count).tolist()
     if all(len(types) == 1 for _, types in properties):
-        return read(np.dtype([(name, order + kind, 1) for name, (kind,) in properties]), count)
+        return read(np.dtype([(name, order + kind, (1,)) for name, (kind,) in properties]), count)
     return [ply_row(properties, take) for _ in range(count)]
 
 

@@ -493,9 +493,6 @@ def triangulations(loop):
                 yield [(loop[0], loop[k], loop[-1]), *left, *right]
 
 
-AT_NODE = 1e-4  # in cells: how near to a node a vertex counts as lying there
-
-
 @cache
 def triangle_table():
     """Triangles (256,5,3), as edge numbers or -1, by pattern: bit k tells if corner k is inside."""
@@ -599,8 +596,9 @@ def first_cells(grid, step):
     nearest = -of_cell(-closed.abs())
     highest = of_cell(closed)
     keep = may_hold_surface(highest, -of_cell(-closed), nearest, reach, step)
-    others = (~keep[0, 0]).nonzero().flip(1)
-    keep[~keep] = changes_inside(grid, (others - 1) * step, step, highest[~keep] > 0)
+    if step > 1:
+        others = (~keep[0, 0]).nonzero().flip(1)
+        keep[~keep] = changes_inside(grid, (others - 1) * step, step, highest[~keep] > 0)
     cells = keep[0, 0].nonzero().flip(1)  # x first
     return (cells - 1) * step, reach[keep]  # - 1: the first cells lie outside the box
 
@@ -615,7 +613,8 @@ def finer_cells(grid, cells, reach, step):
         eighths, near = eighths[touching], near[touching]
         v = grid.of_cells(eighths, CORNERS * step)
         keep = may_hold_surface(v.amax(1), v.amin(1), v.abs().amin(1), near, step)
-        keep[~keep] = changes_inside(grid, eighths[~keep], step, v[~keep, 0] > 0)
+        if step > 1:
+            keep[~keep] = changes_inside(grid, eighths[~keep], step, v[~keep, 0] > 0)
         kept.append((eighths[keep], near[keep]))
     return map(torch.cat, zip(*kept))
 
@@ -640,6 +639,9 @@ def followed(grid, cells):
         corners = grid.of_cells(new, CORNERS)
         found, v, inside = torch.cat([found, new]), torch.cat([v, corners]), corners > 0
     return found, v
+
+
+AT_NODE = 1e-4  # in cells: how near to a node a vertex counts as lying there
 
 
 def triangulate(grid, cells, v):
@@ -671,13 +673,14 @@ def extract_mesh(logit_fn, resolution, level=0.0, box=None, coarse=64, chunk=655
 
     logit_fn maps points (N,3) to (N,), higher inside; it gets at most `chunk` points at a time. The
     grid has `resolution` cells along each axis of `box`, (lo, hi) for x, y and z, by default
-    [-1, 1], and nodes on its faces. Every edge of the surface has two triangles, also where the
-    shape leaves the box; normals point outwards; V = F = 0 for a field without surface.
+    [-1, 1], and nodes on its faces. Every edge of the surface has two triangles (four where the
+    surface touches itself along nodes), also where the shape leaves the box; normals point
+    outwards; V = F = 0 for a field without surface.
 
     The field is evaluated on a grid of about `coarse` cells along each axis, then only where there
     may be surface (see `may_hold_surface`); with `coarse=resolution` everywhere. Surface that is
-    found is followed to its end. ValueError for a
-    field that is not finite, an empty box or less than one cell.
+    found is followed to its end. ValueError for a field that is not finite, an empty box or less
+    than one cell.
     """
     box = [(-1.0, 1.0)] * 3 if box is None else box
     require(resolution >= 1 and coarse >= 1 and len(box) == 3 and all(lo < hi for lo, hi in box),
