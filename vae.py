@@ -84,6 +84,7 @@ class VAEConfig:
     colour_width: int = flag(128, 'width of the layer that makes colour of features and direction')
     view_dirs: bool = flag(True, 'colour depends on the direction from which it is seen')
     view_octaves: int = flag(4, 'sines and cosines of the direction that enter, in octaves')
+    colour_points: int = flag(0, "so many of the encoder's points are asked for their colour, too")
     loss: str = flag('l1', 'reconstruction loss; bce for occupancy', choices=('l1', 'l2', 'bce'))
     threshold: float = flag(0.5, 'occupancy at which surfaces are drawn')
     n_ref: int = flag(0, 'N_ref, values of a full training signal; 0 = the usual of the domain')
@@ -582,7 +583,7 @@ class FieldVAE(ShapeVAE):
     allowed = dict(loss=('l1', 'l2'), scale_injection=(False,))
     own_flags = ('ch', 'ch_mult', 'point_hidden', 'point_blocks', 'point_channels', 'point_local',
                  'ray_samples', 'ray_importance', 'density_scale', 'colour_width', 'view_dirs',
-                 'view_octaves')
+                 'view_octaves', 'colour_points')
 
     @staticmethod
     def values_of_signal(c):
@@ -597,14 +598,21 @@ class FieldVAE(ShapeVAE):
     def predict(self, xi, batch):
         """Colours of the items' rays, (B,R,3) in [-1,1], and the targets.
 
-        In training a ray is read at random places of its bins, otherwise at their centres.
+        In training a ray is read at random places of its bins, otherwise at their centres, and the
+        colours of the first `colour_points` points follow: through a ray, a colour is learned only
+        where there is density already.
         """
         c, rays_d, place = self.config, batch['rays_d'], 0.5
         if self.training:
             place = scattered(rays_d, c.ray_samples + c.ray_importance)
         seen = march(partial(self.field, xi), batch['rays_o'], rays_d, c.ray_samples,
                      c.ray_importance, place)
-        return 2 * seen['rgb'] - 1, batch['target']
+        rgb, target = seen['rgb'], batch['target']
+        if self.training and c.colour_points:
+            points, colours = batch['points'][:, :c.colour_points].split(3, dim=2)
+            rgb = torch.cat([rgb, self.field(xi, points)[1]], dim=1)
+            target = torch.cat([target, colours], dim=1)
+        return 2 * rgb - 1, target
 
     def field(self, xi, points, dirs=None):
         """Density (B,...) and colours (B,...,3) in [0,1] at points (B,...,3), seen along dirs.

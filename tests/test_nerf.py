@@ -372,7 +372,7 @@ def test_what_is_empty_can_fill_again():
 
 # ---- the training step -------------------------------------------------------------------------
 
-@pytest.mark.mutation('vae.py', "2 * seen['rgb'] - 1, batch", "seen['rgb'], batch")
+@pytest.mark.mutation('vae.py', 'return 2 * rgb - 1, target', 'return rgb, target')
 @pytest.mark.mutation('vae.py', 'return 15000', 'return 5000')
 @pytest.mark.mutation('vae.py', "batch['rays_o'], rays_d, c.ray_samples",
                       "-batch['rays_o'], rays_d, c.ray_samples")
@@ -420,6 +420,23 @@ def test_rays_are_read_at_random_places_in_training_only():
     assert (jittered - centred).abs().max() > 1e-4 < (jittered - other)[:, :-1].abs().max()
     expected = 2 * model.render_rays(xi, batch['rays_o'], batch['rays_d'], skip=False)['rgb'] - 1
     torch.testing.assert_close(centred, expected)
+
+
+@pytest.mark.mutation('vae.py', 'if self.training and c.colour_points:', 'if c.colour_points:')
+@pytest.mark.mutation('vae.py', "[:, :c.colour_points].split", "[:, -c.colour_points:].split")
+@pytest.mark.mutation('vae.py', 'self.field(xi, points)[1]], dim=1)',
+                      'self.field(xi, colours)[1]], dim=1)')
+@pytest.mark.mutation('vae.py', 'torch.cat([target, colours], dim=1)',
+                      'torch.cat([target, points], dim=1)')
+def test_colours_of_points_are_asked_for_in_training_only():
+    """After the rays, those of the first points, where the field is read without a direction."""
+    model, batch = tiny(colour_points=5), batch_of(2)
+    xi, rays = decoded(model, 2), batch['target'].shape[1]
+    found, target = model.predict(xi, batch)
+    points, colours = batch['points'][:, :5, :3], batch['points'][:, :5, 3:]
+    torch.testing.assert_close(found[:, rays:], 2 * model.field(xi, points)[1] - 1)
+    assert torch.equal(target, torch.cat([batch['target'], colours], dim=1))
+    assert torch.equal(model.eval().predict(xi, batch)[1], batch['target'])
 
 
 @pytest.mark.mutation('inr.py', '* 0x45D9F3B', '* 3')
