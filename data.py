@@ -58,7 +58,8 @@ def to_float(x):
 def save_png(path, x):
     """Write one picture (3,H,W), float in [-1, 1] or uint8; missing folders are made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(to_uint8(x.detach().cpu()).permute(1, 2, 0).numpy()).save(path)
+    with common.writing(path):
+        Image.fromarray(to_uint8(x.detach().cpu()).permute(1, 2, 0).numpy()).save(path)
 
 
 def image_grid(x, columns=None, pad=2):
@@ -87,8 +88,9 @@ def save_animation(path, frames, seconds=0.1):
     """Write uint8 frames (3,H,W), an iterable, as an endless .webp or .png, exact, or .gif."""
     first, *rest = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in frames]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    first.save(path, save_all=True, append_images=rest, duration=round(1000 * seconds), loop=0,
-               lossless=True)
+    with common.writing(path):
+        first.save(path, save_all=True, append_images=rest, duration=round(1000 * seconds), loop=0,
+                   lossless=True)
 
 
 # ---- toy_image, toy_video: a boat off a hilly shore, as a function of (x, y) and of (x, y, t) ----
