@@ -285,10 +285,6 @@ def keep_freed_memory():
 
 def check_run_flags(args, world):
     """ValueError for flag values that no run can have."""
-    require(RUNS in run_folder(args.name).parents,
-            f'--name {args.name}: must be a folder below {RUNS}/, such as exp or exp/a')
-    require(not args.captions or Path(args.captions).is_file(),
-            f'--captions {args.captions}: no such file')
     require(args.ch_mult, '--ch_mult: name the width of at least one level')
     require(args.lr > 0, f'--lr {args.lr}: must be positive')
     require(args.batch % (args.accumulate * world) == 0,
@@ -433,8 +429,16 @@ TO_TRAIN = dict(vae=dict(opt=dict), ldm=dict(opt=dict, model=dict, vae_hash=str)
 
 
 def run_folder(name):
-    """The folder of the run `name`, in which exp/a/../b is exp/b."""
-    return Path(os.path.normpath(RUNS / name))
+    """The folder of the run `name`, such as exp or exp/a; ValueError if that is not below runs/."""
+    folder = Path(os.path.normpath(RUNS / name))
+    require(RUNS in folder.parents, f'--name {name}: not a folder below {RUNS}/')
+    return folder
+
+
+def resolved(flag, path):
+    """The absolute form of a file's path, '' of ''; ValueError if it is not there."""
+    require(not path or Path(path).is_file(), f'{flag} {path}: no such file')
+    return path and str(Path(path).resolve())
 
 
 def run_name(checkpoint):

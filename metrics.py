@@ -46,8 +46,8 @@ from tqdm import tqdm
 import data
 import ldm
 from common import (Parser, evenly_spaced, file_digest, find_checkpoint, flag, load_checkpoint,
-                    move, require, run, save_checkpoint, seeded, start_process, the_checkpoint,
-                    torch_seeded, writing)
+                    move, require, resolved, run, save_checkpoint, seeded, start_process,
+                    the_checkpoint, torch_seeded, writing)
 from encoders import (BPETokenizer, CLIPText, TextBlock, from_hugging_face, layers_of,
                       read_tensors, text_reader)
 from inr import render_mesh
@@ -2005,8 +2005,7 @@ def text_command(args):
             'beside the weights')
     if args.classifier:
         find_weights('classifier', args.classifier)  # before the data are read
-    require(not args.captions or Path(args.captions).is_file(),
-            f'--captions {args.captions}: no such file')
+    resolved('--captions', args.captions)
     dataset = run.data(args.split)
     captioned = [i for i in range(len(dataset)) if dataset.captions[i]]
     index = [captioned[k] for k in evenly_spaced(len(captioned), args.num)]

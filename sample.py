@@ -504,7 +504,7 @@ def main():
     sizes = parse_sizes(args.sweep or args.res) if args.sweep or args.res else None
     files = ('ldm.pt', 'vae.pt') if args.run else ('ldm.pt',)
     files = ('vae.pt', 'ldm.pt') if args.reconstruct else files
-    path = (common.the_checkpoint if args.run else common.find_checkpoint)(args.run, *files)
+    path = common.find_checkpoint(args.run, *files) or args.run
     if not path:
         print('no finished run in runs/: using the bundled model of emoji')
     device = common.start_process(args.device).device

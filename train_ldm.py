@@ -289,7 +289,7 @@ def main():
     device = process.device
     common.check_run_flags(args, process.world)
     common.require(args.ema < 1, f'--ema {args.ema}: must be below 1')
-    args.captions = args.captions and str(Path(args.captions).resolve())
+    args.captions = common.resolved('--captions', args.captions)
     reader = text_reader(args.text, device) if args.text else None
     if args.text not in ('', 'bytes'):
         args.text = str(Path(args.text).resolve())

@@ -148,6 +148,7 @@ def main():
     common.require(not args.data or not data.DATASETS[args.dataset][0].computed,
                    f'--data {args.data}: {args.dataset} is computed; say what the data are, as in '
                    '--dataset image')
+    common.resolved('--captions', args.captions)
 
     # 1. what to start from; then data and model
     folder = common.run_folder(args.name)
