@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import gc
 import hashlib
 import json
 import math
@@ -17,7 +18,9 @@ import os
 import platform
 import secrets
 import shutil
+import signal
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -51,12 +54,15 @@ def parse_bool(text):
     raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
 
 
-def at_least(low, kind):
-    """Parser of a finite number that is not below `low`."""
+def at_least(low, kind, high=None):
+    """Parser of a number from `low` to `high`, by default the largest that a tensor can hold."""
+    largest = high or (2 ** 63 - 1 if kind is int else sys.float_info.max)
+
     def parse(text):
         value = kind(text)
-        if not low <= value < float('inf'):
-            raise argparse.ArgumentTypeError(f'{text} is out of range: at least {low}')
+        if not low <= value <= largest:
+            raise argparse.ArgumentTypeError(f'{text} is out of range: at least {low}'
+                                             + f' and at most {largest:g}' * (value > largest))
         return value
     parse.__name__ = kind.__name__  # for argparse's "invalid int value"
     return parse
@@ -72,21 +78,52 @@ def parse_tuple(kind):
     return parse
 
 
-class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are one line and whose flags can come from dataclasses."""
+class Help(argparse.HelpFormatter):
+    """Help that shows each default as one would type it, if there is one, and examples as lines."""
 
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def _fill_text(self, text, width, indent):
+        return text if text.startswith(' ') else super()._fill_text(text, width, indent)
+
+    def _get_help_string(self, action):
+        default = action.default
+        if isinstance(default, tuple):
+            default = ','.join(map(str, default))
+        if default in (None, '', argparse.SUPPRESS):
+            return action.help
+        return f'{action.help} (default: {default})'
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are one line and whose flags can come from dataclasses.
+
+    Of a `description` of several lines, -h shows the first above the flags and those that are
+    indented, which are examples, below.
+    """
+
+    def __init__(self, description, **options):
+        first, *lines = description.splitlines()
+        examples = '\n'.join(line for line in lines if line.startswith(' '))
+        super().__init__(description=first, epilog=examples, allow_abbrev=False,
+                         formatter_class=Help, **options)
+        self.set_defaults(parser=self)
 
     def error(self, message):
-        raise ValueError(f'{message} (flags: python {Path(sys.argv[0]).name} -h)')
+        raise ValueError(f'{message} (flags: python {self.prog} -h)')
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's own; the subcommand's parser, which has the flags, refuses unknown ones."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            found.parser.error(f'unrecognized arguments: {" ".join(unknown)}')
+        del found.parser
+        return found
 
     def add_config(self, config):
         """One flag for each field of dataclass `config` that carries help text.
 
         Numbers are at least 0, integers and members of tuples at least 1, unless the default is
-        less or the field's metadata has `low`. Configs may share a flag, with one default.
+        less or the field's metadata has `low`; `high` is the most that they may be. Configs may
+        share a flag, with one default.
         """
         group = self.add_argument_group(config.__name__)
         there = {a.dest: a.default for a in self._actions}
@@ -103,7 +140,7 @@ class Parser(argparse.ArgumentParser):
                 kind = parse_tuple(at_least(low, type(default[0]) if default else float))
             elif kind in (int, float) and default >= 0:
                 low = field.metadata.get('low', min(int(kind is int), default))
-                kind = at_least(low, kind)
+                kind = at_least(low, kind, field.metadata.get('high'))
             group.add_argument(f'--{field.name}', type=kind, default=default, **more,
                                help=field.metadata['help'], choices=field.metadata.get('choices'))
 
@@ -122,6 +159,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             raise ValueError(f'preset {name} has unknown keys: {", ".join(unknown)}')
         self.set_defaults(**presets[name])
+        self.description += f' Defaults are those of the preset {name}; --preset NAME shows others.'
         args = self.parse_args(argv)
         args.preset = name
         return args
@@ -147,26 +185,42 @@ def one_line(error):
     return ' '.join(text.split())
 
 
+def cure_of(error):
+    """What to try where an exception says that the machine is too small, '' of any other."""
+    text = str(error)
+    if any(s in text for s in ('DataLoader worker (pid', 'shared memory', '/torch_')):
+        return '--workers 0, or give /dev/shm more room'
+    too_large = not isinstance(error, RuntimeError) or 'allocate' in text or 'overflow' in text
+    return 'a smaller size or --batch' if too_large else ''
+
+
 def run(main, stopped='stopped'):
     """Call `main()`; an error that a user can mend becomes one line on stderr and exit code 2.
 
-    `stopped` is the line for Ctrl-C, which exits with 130.
+    `stopped` is the line for Ctrl-C, which exits with 130. What the terminal cannot encode, such as
+    parts of a file's name, is printed as escapes.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as the scripts have it until here
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     try:
         main()
         return
     except (ValueError, OSError) as error:
         message, code = f'error: {one_line(error)}', 2
-    except RuntimeError as error:
-        if 'allocate' not in str(error):
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        if not cure_of(error):
             raise
-        message, code = f'error: {one_line(error)}; try a smaller size or --batch', 2
+        message, code = f'error: {one_line(error) or "out of memory"}; try {cure_of(error)}', 2
     except KeyboardInterrupt:
         message, code = stopped, 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    print(message, file=sys.stderr)  # here, where the exception is gone and its progress bar closed
+    gc.collect()  # the exception's frames, and with them progress bars that are still open
+    print(message, file=sys.stderr)
     sys.exit(code)
 
 
@@ -190,7 +244,7 @@ class RunConfig:
                     choices=('auto', 'on', 'off'))
     compile: str = flag('auto', 'torch.compile; auto = on CUDA', choices=('auto', 'on', 'off'))
     device: str = flag('auto', 'cpu, cuda, cuda:1, ...; auto = CUDA if there is one')
-    workers: int = flag(0, 'data loading processes for each training process')
+    workers: int = flag(0, 'data loading processes for each training process', high=1024)
     log_every: int = flag(50, 'steps between lines of log.jsonl')
     eval_every: int = flag(500, 'steps between held-out measurements and sample pictures')
     save_every: int = flag(500, 'steps between checkpoints')
@@ -521,6 +575,46 @@ def lock_run(folder, process):
         left.unlink()
 
 
+def read_text(path):
+    """The text of a file in UTF-8, with or without a byte order mark."""
+    return Path(path).read_text(encoding='utf-8-sig')
+
+
+def try_writing(flag, folder):
+    """ValueError, before the work and not after it, unless a file can be written in `folder`.
+
+    Folders that the trial makes are removed. Returns the time in seconds that a file gets there.
+    """
+    folder, made = Path(folder), []
+    try:
+        made += [p for p in (folder, *folder.parents) if not p.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError as error:
+        raise ValueError(f'{flag}: nothing can be written in {folder} ({error.strerror}); name '
+                         'another place') from None
+    finally:
+        with contextlib.suppress(OSError):
+            for p in made:
+                p.rmdir()
+
+
+def try_file(flag, path):
+    """The same for a file that `path` shall name; it must not be one that training continues."""
+    require(not Path(path).is_dir(), f'{flag} {path}: a folder; name a file')
+    require(not trains(path), f'{flag} {path}: a checkpoint that training continues; name another')
+    try_writing(flag, Path(path).parent)
+
+
+def trains(path):
+    """Whether a file is a checkpoint that training can continue, rather than a slim one."""
+    try:
+        return is_checkpoint(path) and 'opt' in load_checkpoint(path)
+    except ValueError:
+        return False
+
+
 def load_checkpoint(path, kind=None, device='cpu'):
     """A checkpoint's dict. ValueError if it is truncated, not one of ours, or of another kind."""
     path = Path(path)
@@ -530,7 +624,7 @@ def load_checkpoint(path, kind=None, device='cpu'):
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen types here; all mean the same to a user
         raise ValueError(f'{path}: truncated or not a checkpoint ({type(error).__name__}); '
-                         'delete it or train again with --restart') from None
+                         'name another, or train it again with --restart') from None
     if not isinstance(state, dict) or 'kind' not in state:
         raise ValueError(f'{path}: a file of some other program, not a checkpoint of this one')
     if kind and state['kind'] != kind:
@@ -581,9 +675,14 @@ def find_checkpoint(text, *files):
         return next((max(p, key=lambda p: p.stat().st_mtime) for p in found if p), None)
     for path in places(text):
         for candidate in (path, *(path / file for file in files)):
-            if candidate.suffix in ('.pt', '.pth', '.ckpt') and os.path.isfile(candidate):
+            if is_checkpoint(candidate):
                 return candidate
     return None
+
+
+def is_checkpoint(path):
+    """Whether this is a file that is called as checkpoints are."""
+    return Path(path).suffix in ('.pt', '.pth', '.ckpt') and os.path.isfile(path)
 
 
 def places(text):
@@ -720,6 +819,14 @@ def draw_panel(draw, corner, title, own, faint):
         draw.text(zero + (x, 6), f'{value:.0f}', 'black')
 
 
+def finished(path, state, args, process):
+    """Whether a checkpoint's run has all its --steps; the first process says so."""
+    done = bool(state) and state['step'] >= args.steps
+    if done and process.is_first:
+        print(f'{path}: is at step {state["step"]}, nothing to do for --steps {args.steps}')
+    return done
+
+
 def start_run(folder, stage, args, process, step, facts):
     """Make the run's folder, write args.json and print the first line; the run's Log.
 
@@ -747,11 +854,22 @@ def list_notes(notes, bad):
         print(f'skipped: {file}: {why}')
 
 
+def require_finite(values, what):
+    """ValueError, which says that `what` holds them, if there are NaN or infinities in a tensor."""
+    require(values.isfinite().all(), f'{what} holds NaN or infinity: the run has diverged; train '
+            'it again with --restart and a lower --lr')
+
+
 def load_weights(module, weights, path):
-    """Load a state dict (any float precision); ValueError naming `path` if it does not fit."""
+    """Load a state dict (any float precision); ValueError naming `path` if it does not fit.
+
+    Nor if it is not finite.
+    """
     with fitting(path):
         module.load_state_dict({k: v.float() if v.is_floating_point() else v
                                 for k, v in weights.items()})
+    for value in weights.values():
+        require_finite(value, path)
 
 
 def move(batch, device):

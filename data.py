@@ -9,6 +9,7 @@ of their domain is, their subclasses where it comes from. `DATASETS` at the end 
 Pictures are uint8 outside and float32 in [-1, 1] inside; a box ((x_lo, x_hi), (y_lo, y_hi)) is the
 extent of a crop of the frame [-1, 1]^2, y down.
 """
+import codecs
 import copy
 import csv
 import hashlib
@@ -19,9 +20,11 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import tarfile
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
@@ -30,6 +33,9 @@ from itertools import product
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
+
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import numpy as np
 import torch
@@ -46,7 +52,11 @@ from inr import UPWARDS, box_range, focal_length, orbit, rays_through, render_po
 
 
 def to_uint8(x):
-    """[-1, 1] -> 0..255, floor(127.5 x + 128) as Karras et al.; uint8 comes back as it is."""
+    """[-1, 1] -> 0..255, floor(127.5 x + 128) as Karras et al.; uint8 comes back as it is.
+
+    ValueError if x is not finite.
+    """
+    common.require_finite(x, 'a picture')
     return x if x.dtype == torch.uint8 else (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
@@ -57,9 +67,14 @@ def to_float(x):
 
 def save_png(path, x):
     """Write one picture (3,H,W), float in [-1, 1] or uint8; missing folders are made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with common.writing(path):
-        Image.fromarray(to_uint8(x.detach().cpu()).permute(1, 2, 0).numpy()).save(path)
+    save_image(path, Image.fromarray(to_uint8(x.detach().cpu()).permute(1, 2, 0).numpy()))
+
+
+def save_image(path, im, **options):
+    """Write a PIL picture in the format of its suffix, complete or not at all; see Image.save."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    require(kind, f'{path}: a picture is written as .png, .webp, .gif, ...')
+    common.replace(path, lambda temporary: im.save(temporary, kind, **options))
 
 
 def image_grid(x, columns=None, pad=2):
@@ -87,10 +102,8 @@ def save_grid(path, x, columns=None, pad=2):
 def save_animation(path, frames, seconds=0.1):
     """Write uint8 frames (3,H,W), an iterable, as an endless .webp or .png, exact, or .gif."""
     first, *rest = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in frames]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with common.writing(path):
-        first.save(path, save_all=True, append_images=rest, duration=round(1000 * seconds), loop=0,
-                   lossless=True)
+    save_image(path, first, save_all=True, append_images=rest, duration=round(1000 * seconds),
+               loop=0, lossless=True)
 
 
 # ---- toy_image, toy_video: a boat off a hilly shore, as a function of (x, y) and of (x, y, t) ----
@@ -1087,7 +1100,7 @@ def read_frames(files, video, numbers, resolution=0):
 def read_split(path):
     """A split file as dict(train=names, test=names), or dict(test=names) of a plain list."""
     try:
-        text = Path(path).read_text()
+        text = common.read_text(path)
         if Path(path).suffix != '.json':
             return dict(test=[line.strip() for line in text.splitlines() if line.strip()])
         given = json.loads(text)
@@ -1855,32 +1868,98 @@ def skytimelapse(name, root, selection, **options):
 
 # ---- mesh files ---------------------------------------------------------------------------------
 
+class Lines:
+    """The lines of a text, as words: without comments behind #, empty lines, a byte order mark.
+
+    joined: a line that ends in a backslash goes on in the next. In a `with` statement any error
+    becomes a ValueError that names the line.
+    """
+
+    def __init__(self, data, joined=False):
+        text = re.sub('\r\n?', '\n', data.decode('utf-8-sig', 'replace'))
+        self.number, self.rows = 0, self.split(re.sub('#.*', '', text).split('\n'), joined)
+
+    def split(self, lines, joined):
+        numbered = enumerate(lines, 1)
+        for self.number, line in numbered:
+            while joined and line.endswith('\\'):
+                line = line[:-1] + next(numbered, (0, ''))[1]
+            if words := line.split():
+                yield words
+
+    def take(self, count=1, words=()):
+        """`words` and those of the next lines, as many lines as it takes to have `count` words."""
+        words = list(words)
+        while len(words) < count:
+            line = next(self.rows, None)
+            require(line, 'the file is cut short')
+            words += line
+        return words
+
+    def end(self):
+        require(not next(self.rows, None), 'more lines than the header counts')
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, Exception):
+            raise ValueError(f'line {self.number}: {error}') from None
+
+
 def read_obj(data):
     """Wavefront `v` and `f` lines; numbers count from 1, negative ones from the last vertex."""
     vertices, polygons = [], []
-    for line in data.decode('utf-8', 'replace').replace('\\\n', ' ').splitlines():
-        key, *words = line.split() or ['']
-        if key == 'v':
-            vertices.append([float(w) for w in words[:3]])
-        elif key == 'f':
-            corners = [int(w.split('/')[0]) for w in words]
-            polygons.append([c - 1 if c > 0 else len(vertices) + c for c in corners])
+    with Lines(data, joined=True) as lines:
+        for key, *words in lines.rows:
+            if key == 'v':
+                x, y, z = map(float, words[:3])
+                vertices.append((x, y, z))
+            elif key == 'f':
+                corners = [int(w.split('/')[0]) for w in words]
+                require(0 not in corners, 'vertex 0: they count from 1')
+                polygons.append([c - 1 if c > 0 else len(vertices) + c for c in corners])
     return vertices, polygons
 
 
 def read_off(data):
-    """OFF; the counts may stand on the header's line, and colours behind a vertex or a face."""
-    text = re.sub('#.*', '', data.decode('utf-8', 'replace'))
-    header = re.match(r'\s*(C|N|CN|ST)?OFF', text)
-    require(header, 'no OFF header')
-    counts, *rows = filter(None, map(str.split, text[header.end():].splitlines()))
-    n, m = map(int, counts[:2])
-    require(len(rows) >= n + m, 'cut short')
-    polygons = [[int(w) for w in row[1:1 + int(row[0])]] for row in rows[n:n + m]]
-    return [[float(w) for w in row[:3]] for row in rows[:n]], polygons
+    """OFF; the counts may stand on the header's line, and more behind a vertex or a face."""
+    with Lines(data) as lines:
+        header = re.match(r'((?:ST|[CN4])*)OFF(.*)', ' '.join(lines.take()), re.I)
+        require(header, 'no OFF header')
+        counts = map(int, lines.take(2, header[2].split())[:2])
+        size = 4 if '4' in header[1] else 3  # the fourth divides the others
+        vertices, polygons = (np.empty((next(counts), size)), [])
+        for place in vertices:
+            place[:] = lines.take(size)[:size]
+        for _ in range(next(counts)):
+            words = lines.take()
+            end = 1 + int(words[0])
+            polygons.append([int(w) for w in lines.take(end, words)[1:end]])
+        lines.end()
+    return vertices[:, :3] / (vertices[:, 3:] if size == 4 else 1), polygons
 
 
 STL_ROW = np.dtype([('normal', '<f4', 3), ('corners', '<f4', (3, 3)), ('attribute', '<u2')])
+STL_FACET = ('facet normal 0 0 0 outer loop vertex 0 0 0 vertex 0 0 0 vertex 0 0 0 endloop '
+             'endfacet').split()
+
+
+def text_corners(data):
+    """Corners (F,3,3) of a text STL, one or several solids."""
+    numbers, place, inside = [], 0, False
+    with Lines(data) as lines:
+        for words in lines.rows:
+            if words[0].lower() == ('endsolid' if inside else 'solid') and not place:
+                inside, words = not inside, ()  # a name may follow
+            for word in words:
+                wanted = STL_FACET[place]
+                require(inside and wanted in ('0', word.lower()), f'{word} is out of place')
+                if wanted == '0':
+                    numbers.append(float(word))
+                place = (place + 1) % len(STL_FACET)
+        require(not inside, 'the file is cut short')
+    return np.reshape(numbers, (-1, 4, 3))[:, 1:]
 
 
 def read_stl(data):
@@ -1888,12 +1967,10 @@ def read_stl(data):
     count = int.from_bytes(data[80:84], 'little')
     if len(data) == 84 + count * STL_ROW.itemsize:  # text may begin with any 80 bytes, too
         corners = np.frombuffer(data, STL_ROW, count, 84)['corners']
-    elif data.lstrip().startswith(b'solid'):
-        corners = np.array(re.findall(rb'vertex\s+(\S+)\s+(\S+)\s+(\S+)', data)).astype(float)
     else:
-        raise ValueError('neither a text STL nor a binary one of the length it states')
+        corners = text_corners(data)
     vertices, index = np.unique(corners.reshape(-1, 3), axis=0, return_inverse=True)
-    return vertices, index.reshape(-1, 3)
+    return vertices, index.reshape(-1, 3).tolist()
 
 
 PLY_TYPES = dict(char='i1', int8='i1', uchar='u1', uint8='u1', short='i2', int16='i2',
@@ -1901,58 +1978,179 @@ PLY_TYPES = dict(char='i1', int8='i1', uchar='u1', uint8='u1', short='i2', int16
                  float='f4', float32='f4', double='f8', float64='f8')
 
 
-def ply_values(form, body):
-    """The function (type, count) -> list of the next `count` numbers of the body of a PLY file."""
-    if form == 'ascii':
-        words = iter(body.split())
-        return lambda kind, count: [float(next(words)) for _ in range(count)]
-    order, stream = dict(binary_little_endian='<', binary_big_endian='>')[form], io.BytesIO(body)
+def ply_row(properties, take):
+    """{property: numbers} of a row; take(type, count) returns the next numbers or fails."""
+    return {name: take(kind, int(*take(*length, 1)) if length else 1)
+            for name, (*length, kind) in properties}
+
+
+def text_table(lines, count, properties):
+    """[{property: numbers}] of `count` lines."""
+    def take(kind, count):
+        numbers, words[:] = [float(w) for w in words[:count]], words[count:]
+        require(len(numbers) == count, 'fewer numbers than the header names')
+        return numbers
+    rows = []
+    for _ in range(count):
+        words = lines.take()
+        rows.append(ply_row(properties, take))
+        require(not words, 'more numbers than the header names')
+    return rows
+
+
+def binary_table(stream, order, count, properties):
+    """`text_table` of a binary stream; order: '<' or '>'. Without lists, an array of records."""
+    def read(kind, count):
+        data = stream.read(count * kind.itemsize)
+        require(len(data) == count * kind.itemsize, 'the file is cut short')
+        return np.frombuffer(data, kind)
 
     def take(kind, count):
-        kind = np.dtype(order + kind)
-        return np.frombuffer(stream.read(count * kind.itemsize), kind, count).tolist()
-    return take
+        return read(np.dtype(order + kind), count).tolist()
+    if all(len(types) == 1 for _, types in properties):
+        return read(np.dtype([(name, order + kind, 1) for name, (kind,) in properties]), count)
+    return [ply_row(properties, take) for _ in range(count)]
+
+
+def ply_header(data):
+    """Format, [(element, count, [(property, types)])] and the length of the header."""
+    found = re.match(rb'(?s)ply[ \t]*(\r\n?|\n)(.*?\1)??end_header[ \t]*\1', data)
+    require(found, 'no PLY header')
+    form, elements = '', []
+    for line in (found[2] or b'').decode('ascii', 'replace').split(found[1].decode()):
+        match line.split():
+            case 'format', form, *_:
+                pass
+            case 'element', name, count:
+                elements.append((name, int(count), []))
+            case 'property', *types, name:
+                elements[-1][2].append((name, [PLY_TYPES[t] for t in types if t != 'list']))
+    return form, elements, found.end()
+
+
+def strip_triangles(corners):
+    """Triangles of strips: each has the last two corners of the one before, -1 starts anew."""
+    turned = False
+    for a, b, c in zip(corners, corners[1:], corners[2:]):
+        if -1 in (a, b, c):
+            turned = False
+        else:
+            yield (b, a, c) if turned else (a, b, c)
+            turned = not turned
 
 
 def read_ply(data):
-    """PLY, text or binary of either byte order; only positions and faces are kept."""
-    head, found, body = data.partition(b'end_header')
-    start, *parts = head.decode('ascii', 'replace').split('\nelement ')
-    form = re.match(r'(?sm)ply\s.*?^format (\S+)', start)
-    require(found and form, 'no PLY header')
-    take, rows = ply_values(form[1], body.partition(b'\n')[2]), {}
-    for part in parts:
-        (element, count), *lines = map(str.split, part.splitlines())
-        properties = [(words[-1], [PLY_TYPES[w] for w in words[1:-1] if w != 'list'])
-                      for words in lines if words[:1] == ['property']]
-        rows[element] = [{name: take(kind, int(take(*length, 1)[0]) if length else 1)
-                          for name, (*length, kind) in properties} for _ in range(int(count))]
-    vertices = [[row[axis][0] for axis in 'xyz'] for row in rows['vertex']]
-    polygons = [row.get('vertex_indices') or row.get('vertex_index') or []
-                for row in rows.get('face', [])]
-    return vertices, polygons
+    """PLY, text or binary of either byte order; only positions, faces and strips are kept."""
+    data = data.removeprefix(codecs.BOM_UTF8)
+    form, elements, start = ply_header(data)
+    if form == 'ascii':
+        with Lines(re.sub(rb'[^\r\n]', b'', data[:start]) + data[start:]) as lines:
+            tables = {name: text_table(lines, *rest) for name, *rest in elements}
+            lines.end()
+    else:
+        stream = io.BytesIO(data[start:])
+        order = dict(binary_little_endian='<', binary_big_endian='>')[form]
+        tables = {name: binary_table(stream, order, *rest) for name, *rest in elements}
+        require(not stream.read().strip(), 'more bytes than the header counts')
+    vertices = np.array([[row[axis][0] for row in tables['vertex']] for axis in 'xyz']).T
+    faces, strips = ([row.get('vertex_indices') or row.get('vertex_index') or []
+                      for row in tables.get(name, [])] for name in ('face', 'tristrips'))
+    return vertices, faces + [t for strip in strips for t in strip_triangles(strip)]
 
 
 def read_array(data):
-    """Points of an array (N, 3 or more), .npy or named `points` in an .npz; the rest is dropped."""
+    """Points of an array (..., 3 or more), .npy or named `points` in an .npz: the first three."""
     loaded = np.load(io.BytesIO(data))
     points = loaded if isinstance(loaded, np.ndarray) else loaded['points']
-    return np.reshape(points[:, :3], (len(points), 3)), []
+    *rows, columns = points.shape
+    require(3 <= columns <= min(np.prod(rows), POINT_COLUMNS),
+            f'an array of shape {points.shape}, where (..., 3) is needed')
+    return points.reshape(-1, columns)[:, :3], []
 
 
 def read_text(data):
     """Points as text, a line each, that begins with three numbers."""
-    return np.loadtxt(io.BytesIO(data), usecols=(0, 1, 2), ndmin=2), []
+    with Lines(re.sub(b'[,;]', b' ', data)) as lines:
+        return [[float(w) for w in words[:3]] for words in lines.rows], []
 
 
+POINT_COLUMNS = 16  # places, normals, colours and the like; more are another axis
 MESH_READERS = {'.obj': read_obj, '.off': read_off, '.ply': read_ply, '.stl': read_stl}
 CLOUD_READERS = {'.npz': read_array, '.npy': read_array, '.xyz': read_text, '.txt': read_text}
+
+
+def turn(a, b, c):
+    """Twice the signed area (...) of triangles with corners (...,2), positive counterclockwise."""
+    return ((b - a)[..., ::-1] * (c - b) * [-1, 1]).sum(-1)
+
+
+def turns(p):
+    """How polygons p (...,n,2) `turn` at each corner, (...,n)."""
+    return turn(np.roll(p, 1, -2), p, np.roll(p, -1, -2))
+
+
+def flattened(p):
+    """Polygons p (m,n,3) in their best planes, (m,n,2), seen counterclockwise, about unit size.
+
+    The normal of the plane is the sum of the cross products of successive corners (Newell).
+    """
+    p = p - p[:, :1]
+    p = p / np.maximum(np.abs(p).max((1, 2), keepdims=True), 1e-300)
+    normal = np.cross(p, np.roll(p, -1, 1)).sum(1)
+    normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-300)
+    first = np.cross(normal, np.eye(3)[np.abs(normal).argmin(1)])
+    axes = np.stack([first, np.cross(normal, first)], axis=2)
+    return p @ axes
+
+
+def clip_ears(p):
+    """Triangles, n - 2 triples of indices, of a simple polygon p (n,2), seen counterclockwise.
+
+    An ear is a corner that does not turn right and whose triangle has no other corner inside; it is
+    cut off until three corners are left (Meisters, 1975).
+    """
+    left, triangles = list(range(len(p))), []
+
+    def corners(k):
+        return left[k - 1], left[k], left[(k + 1) % len(left)]
+
+    def is_ear(k):
+        a, b, c = p[[*corners(k)]]
+        sides = [turn(start, end, p[left]) > 1e-12 for start, end in ((a, b), (b, c), (c, a))]
+        return turn(a, b, c) >= 0 and not np.all(sides, axis=0).any()
+    while len(left) > 3:
+        k = next(filter(is_ear, range(len(left))), 0)  # every simple polygon has ears
+        triangles.append(corners(k))
+        del left[k]
+    return [*triangles, left]
+
+
+def cut_polygons(vertices, polygons):
+    """Triangles (F,3) of polygons (lists of indices): convex ones as fans, others by their ears.
+
+    ValueError if an index is not that of a vertex.
+    """
+    corners = [k for polygon in polygons for k in polygon]
+    require(not corners or 0 <= min(corners) and max(corners) < len(vertices),
+            'a face names a vertex that is not there')
+    sizes, found = np.array([len(p) for p in polygons]), [np.empty((0, 4), 'int64')]
+    for n in {*sizes.tolist()} - {0, 1, 2}:
+        which = (sizes == n).nonzero()[0]
+        p = np.array([polygons[k] for k in which], 'int64')
+        fans = np.stack([p[:, [0, k, k + 1]] for k in range(1, n - 1)], axis=1)
+        if n > 3:
+            flat = flattened(vertices[p])
+            for k in (turns(flat) < -1e-9).any(1).nonzero()[0]:
+                fans[k] = p[k][clip_ears(flat[k])]
+        found.append(np.insert(fans.reshape(-1, 3), 0, which.repeat(n - 2), axis=1))
+    found = np.concatenate(found)
+    return found[found[:, 0].argsort(kind='stable'), 1:]
 
 
 def read_geometry(path):
     """(vertices (V,3) float64, triangles (F,3) int64, maybe none) of a file of a mesh or of points.
 
-    Polygons become fans; all else is passed over. ValueError for a file that cannot be read.
+    All else is passed over. ValueError for a file that cannot be read.
     """
     path, readers = Path(path), MESH_READERS | CLOUD_READERS
     suffix = path.suffix.lower()
@@ -1961,9 +2159,8 @@ def read_geometry(path):
     data = path.read_bytes()
     try:
         vertices, polygons = readers[suffix](data)
-        faces = [(p[0], b, c) for p in polygons for b, c in zip(p[1:], p[2:])]
-        return (np.asarray(vertices, 'float64').reshape(-1, 3),
-                np.asarray(faces, 'int64').reshape(-1, 3))
+        vertices = np.asarray(vertices, 'float64').reshape(-1, 3)
+        return vertices, cut_polygons(vertices, polygons)
     except Exception as error:  # a file of some other kind may fail in any line of a reader
         kind = 'mesh' if suffix in MESH_READERS else 'point cloud'
         raise ValueError(f'{path}: not a readable {kind} ({reason(error)})') from None
@@ -1980,8 +2177,6 @@ def read_mesh(path):
     """`read_geometry` without the vertices that no face has; ValueError if there is no surface."""
     vertices, faces = read_geometry(path)
     require(len(faces), f'{path}: no faces')
-    if faces.min() < 0 or faces.max() >= len(vertices):
-        raise ValueError(f'{path}: a face names a vertex that is not there')
     used, faces = np.unique(faces, return_inverse=True)
     return finite_extent(vertices[used], path), faces.reshape(-1, 3)
 
@@ -1999,14 +2194,21 @@ def read_cloud(path, n, seed=0):
     points, faces = read_geometry(path)
     if len(faces):
         return surface_points(*read_mesh(path), n, rng)[0]
-    points = finite_extent(points, path)
+    points = finite_extent(points[np.isfinite(points).all(1)], path)
     return some_points(points, n, rng)
+
+
+def farness(points):
+    """How many times as far from the origin as across points (N,3) are, at least 1."""
+    size = np.ptp(points, axis=0).max() if len(points) else 0
+    return max(1.0, np.abs(points).max() / size) if size else 1.0
 
 
 def obj_bytes(vertices, faces, normals):
     """A mesh as the bytes of an .obj file."""
     file = io.BytesIO()
-    np.savetxt(file, vertices, 'v %.7g %.7g %.7g')
+    digits = 7 + max(0, math.ceil(math.log10(farness(vertices))))
+    np.savetxt(file, vertices, f'v %.{digits}g %.{digits}g %.{digits}g')
     if normals is None:
         np.savetxt(file, faces + 1, 'f %d %d %d')
     else:
@@ -2017,23 +2219,29 @@ def obj_bytes(vertices, faces, normals):
 
 def ply_bytes(vertices, faces, normals, colours=None):
     """A mesh as the bytes of a binary .ply file; colours (V,3) in [0, 1]."""
-    columns = vertices if normals is None else np.hstack([vertices, normals])
-    names = ('x', 'y', 'z', 'nx', 'ny', 'nz')[:columns.shape[1]]
-    painted = () if colours is None else ('red', 'green', 'blue')
-    header = ['ply', 'format binary_little_endian 1.0', f'element vertex {len(vertices)}',
-              *(f'property float {name}' for name in names),
-              *(f'property uchar {name}' for name in painted), f'element face {len(faces)}',
-              'property list uchar int vertex_indices', 'end_header\n']
-    points = np.empty(len(vertices), np.dtype([('place', '<f4', len(names)),
-                                               ('colour', 'u1', len(painted))]))
-    points['place'], points['colour'] = columns, (255 * colours).round() if painted else 0
-    rows = np.empty(len(faces), np.dtype([('count', 'u1'), ('corners', '<i4', 3)]))
+    place = ('double', '<f8') if farness(vertices) > 2 else ('float', '<f4')
+    columns = [(axis, *place, vertices[:, k]) for k, axis in enumerate('xyz')]
+    if normals is not None:
+        columns += [(f'n{axis}', 'float', '<f4', normals[:, k]) for k, axis in enumerate('xyz')]
+    if colours is not None:
+        columns += [(paint, 'uchar', 'u1', (255 * colours[:, k]).round())
+                    for k, paint in enumerate(('red', 'green', 'blue'))]
+    points = np.empty(len(vertices), [(axis, stored) for axis, _, stored, _ in columns])
+    for axis, *_, values in columns:
+        points[axis] = values
+    rows = np.empty(len(faces), [('count', 'u1'), ('corners', '<i4', 3)])
     rows['count'], rows['corners'] = 3, faces
+    header = ['ply', 'format binary_little_endian 1.0', f'element vertex {len(vertices)}',
+              *(f'property {kind} {axis}' for axis, kind, *_ in columns),
+              f'element face {len(faces)}', 'property list uchar int vertex_indices',
+              'end_header\n']
     return '\n'.join(header).encode() + points.tobytes() + rows.tobytes()
 
 
 def stl_bytes(vertices, faces, normals):
     """A mesh as the bytes of a binary .stl file, whose normals are those of the faces."""
+    require(farness(vertices) < 1e4, 'too far from the origin for the float32 of an STL file; '
+            'write .obj or .ply')
     rows = np.zeros(len(faces), STL_ROW)
     a, b, c = rows['corners'].transpose(1, 0, 2)
     rows['corners'] = vertices[faces]
@@ -2163,6 +2371,12 @@ def winding_number(points, vertices, faces, beta=2.0, leaf=4, block=16, chunk=51
 
 # ---- python data.py mesh: a folder of meshes -> the layout of Occupancy Networks -----------------
 
+SHAPENET = {'02691156': 'airplane', '02828884': 'bench', '02933112': 'cabinet', '02958343': 'car',
+            '03001627': 'chair', '03211117': 'display', '03636649': 'lamp', '03691459': 'speaker',
+            '04090263': 'rifle', '04256520': 'sofa', '04379243': 'table', '04401088': 'telephone',
+            '04530566': 'watercraft'}
+FOREIGN = tuple('.glb .gltf .fbx .dae .3ds .blend .usd .usda .usdc .usdz .x3d .wrl .stp .step'
+                .split())  # shapes in formats that are not read
 HALF_BOX = 0.55  # volume points lie in [-0.55, 0.55]^3 around a mesh in the unit cube
 AMBIGUOUS, HOLLOW = 0.05, 0.005  # largest share with 0.1 < |w| < 0.9, smallest share inside
 
@@ -2191,11 +2405,12 @@ def save_npz(path, **arrays):
     common.replace(path, lambda temporary: temporary.write_bytes(file.getvalue()))
 
 
-def sample_mesh(path, folder, n, near, seed):
-    """Write pointcloud.npz (n points), near.npz (`near`, if any) and points.npz (n) of one mesh."""
+def sample_mesh(path, folder, recipe):
+    """Write pointcloud.npz, near.npz (if any) and points.npz of one mesh, see `mesh_recipe`."""
     vertices, faces = read_mesh(path)
     vertices, loc, scale = unit_cube(vertices)
-    rng = common.seeded('mesh', seed, folder.name)
+    n, near = recipe['points'], recipe['near']
+    rng = common.seeded('mesh', recipe['seed'], folder.name)
     points, normals = surface_points(vertices, faces, n, rng)
     volume = rng.uniform(-HALF_BOX, HALF_BOX, (n, 3)).astype('float16')
     close = near_points(points[:near], HALF_BOX, rng).astype('float16')
@@ -2203,10 +2418,29 @@ def sample_mesh(path, folder, n, near, seed):
     w, w_near = np.split(w.abs().numpy(), [n])  # a mesh turned inside out is the same solid
     save_npz(folder / 'pointcloud.npz', points=points.astype('float16'),
              normals=normals.astype('float16'), loc=loc, scale=scale)
+    (folder / 'near.npz').unlink(missing_ok=True)
     if near:
         save_npz(folder / 'near.npz', points=close, occupancies=np.packbits(w_near > 0.5))
     save_npz(folder / 'points.npz', points=volume, occupancies=np.packbits(w > 0.5), loc=loc,
-             scale=scale, ambiguous=np.mean((w > 0.1) & (w < 0.9)))  # last: the others are there
+             scale=scale, ambiguous=np.mean((w > 0.1) & (w < 0.9)),
+             recipe=json.dumps(recipe))  # last: the others are there
+
+
+def mesh_recipe(path, args):
+    """What the points of a mesh depend on: its bytes, and how many are drawn with which seed."""
+    return dict(mesh=hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest(),
+                points=args.points, near=round(args.near * args.points), seed=args.seed)
+
+
+def solid_shares(folder, recipe):
+    """Shares of points inside and of ambiguous ones, if what `recipe` makes is there, or None."""
+    try:
+        with np.load(folder / 'points.npz') as stored:
+            if str(stored['recipe']) == json.dumps(recipe):
+                inside = np.unpackbits(stored['occupancies'])[:len(stored['points'])]
+                return inside.mean(), float(stored['ambiguous'])
+    except Exception:  # nothing there, or what a broken file makes a reader raise
+        return None
 
 
 def read_classes(path):
@@ -2219,19 +2453,34 @@ def read_classes(path):
 
 
 def find_meshes(root, classes):
-    """{(class, id): path} of the meshes below a folder; the class: of `classes`, or that folder."""
-    paths = sorted((p for p in Path(root).rglob('*') if p.suffix.lower() in MESH_READERS),
-                   key=lambda p: natural(p.as_posix()))
-    require(paths, f'{root}: no such folder, or no meshes ({" ".join(MESH_READERS)}) in it')
+    """{(class, id): path} of the meshes below a folder; the class: of `classes`, or that folder.
+
+    The id is what lies below the class, less the parts that all paths share: the ID of
+    SYNSET/ID/models/model_normalized.obj.
+    """
+    root = Path(root)
+    names = Folder(root, suffixes=tuple(MESH_READERS)).names if root.is_dir() else []
+    names = [n for n in names if (root / n).is_file()]  # a link may lead nowhere
+    require(names, f'{root}: no such folder, or no meshes ({" ".join(MESH_READERS)}) in it')
     found = {}
-    for path in paths:
-        parts = path.relative_to(root).with_suffix('').parts
-        group = parts[0] if len(parts) > 1 else Path(root).resolve().name
-        key = classes.get(path.stem, group), '__'.join(parts[1:] or parts)
+    for name, key in zip(names, telling_parts([n.split('/') for n in names])):
+        parts = name.split('/')
+        group = parts[0] if len(parts) > 1 else root.resolve().name
+        key = next((classes[k] for k in (key, Path(name).stem) if k in classes), group), key
         if key in found:
-            raise ValueError(f'{path} and {found[key]} would get the same name; rename one of them')
-        found[key] = path
+            raise ValueError(f'{root / name} and {found[key]} would get the same name; rename one '
+                             'of them')
+        found[key] = root / name
     return found
+
+
+def telling_parts(paths):
+    """Ids of paths, lists of parts: those behind the first in which they differ, joined by '__'."""
+    paths = [[*parts[1:-1], os.path.splitext(parts[-1])[0]] for parts in paths]
+    if len({*map(len, paths)}) == 1:
+        telling = [k for k, column in enumerate(zip(*paths)) if len({*column}) > 1]
+        paths = [[parts[k] for k in telling or [0]] for parts in paths]
+    return ['__'.join(parts) for parts in paths]
 
 
 def doubt(inside, ambiguous):
@@ -2252,7 +2501,7 @@ def write_lists(out, keys, args):
             ids = [n.removeprefix(f'{group}/') for n in members if n.startswith(f'{group}/')]
             text = ''.join(f'{i}\n' for i in ids)
             common.replace(out / group / f'{side}.lst', lambda t, text=text: t.write_text(text))
-    text = json.dumps({g: dict(id=g, name=g) for g in groups}, indent=1)
+    text = json.dumps({g: dict(id=g, name=SHAPENET.get(g, g)) for g in groups}, indent=1)
     common.replace(out / 'metadata.yaml', lambda t: t.write_text(text))
     return ', '.join(f'{len(members)} {side}' for side, members in sides.items())
 
@@ -2261,18 +2510,16 @@ def mesh(args):
     """What `python data.py mesh` does; a second call goes on where the first one was stopped."""
     require(args.near <= 1, f'--near {args.near}: a share, from 0 to 1')
     found, out = find_meshes(args.folder, read_classes(args.classes)), Path(args.out)
-    near = round(args.near * args.points)
 
     def convert(key):
         """Shares of points inside and of ambiguous ones, or why the mesh cannot be read."""
-        folder = out.joinpath(*key)
+        path, folder = found[key], out.joinpath(*key)
         try:
-            if not (folder / 'points.npz').exists():
-                sample_mesh(found[key], folder, args.points, near, args.seed)
-            with np.load(folder / 'points.npz') as stored:
-                inside = np.unpackbits(stored['occupancies'])[:len(stored['points'])]
-                return inside.mean(), float(stored['ambiguous'])
-        except ValueError as error:
+            recipe = mesh_recipe(path, args)
+            if not solid_shares(folder, recipe):
+                sample_mesh(path, folder, recipe)
+            return solid_shares(folder, recipe)
+        except (OSError, ValueError) as error:
             return str(error)
     common.keep_freed_memory()
     workers = torch.get_num_threads()
@@ -2288,8 +2535,10 @@ def mesh(args):
         raise ValueError(f'{args.folder}: {len(bad)} of {len(results)} meshes cannot be read, '
                          f'{len(doubts)} are doubtful: mend or remove them, or try --keep')
     sides = write_lists(out, keys, args)
-    print(f'{out}: {sides}; {len(bad)} unreadable, {len(doubts)} doubtful, '
-          + ('kept' if args.keep else 'left out of the lists'))
+    others = Counter(Path(n).suffix.lower() for n in Folder(args.folder, suffixes=FOREIGN).names)
+    print('; '.join([f'{out}: {sides}', f'{len(bad)} unreadable, {len(doubts)} doubtful, '
+                     + ('kept' if args.keep else 'left out of the lists'),
+                     *(f'{n} {suffix} passed over' for suffix, n in others.items())]))
 
 
 # ---- data sets of shapes -------------------------------------------------------------------------
@@ -2408,6 +2657,30 @@ def find_shapes(root, classes=None):
     return root, found
 
 
+def finite_points(points):
+    """The points, if they are (N,3), N > 0, and finite; otherwise ValueError."""
+    if points.ndim != 2 or points.shape[1] != 3 or not len(points):
+        raise ValueError(f'points of shape {points.shape}, where (N, 3) is needed')
+    require(np.isfinite(points).all(), 'points that are not finite')
+    return points
+
+
+def packed_occupancies(occupancies, n):
+    """np.packbits of the occupancies of n points, which may be stored packed or one by one.
+
+    One by one they are bool or numbers from 0 to 1, inside above 1/2. ValueError for another count
+    or other values.
+    """
+    values = np.ravel(occupancies)
+    if len(values) == n:
+        require(values.dtype == bool or ((values >= 0) & (values <= 1)).all(),
+                'occupancies outside of [0, 1]')
+        return np.packbits(values > 0.5)
+    require(values.dtype == np.uint8 and len(values) == math.ceil(n / 8),
+            f'{len(values)} occupancies, {values.dtype}, for {n} points')
+    return values
+
+
 class FileShapes(FileItems, Shapes):
     """Shapes in the layout of Occupancy Networks (ShapeNet as they publish it).
 
@@ -2422,14 +2695,14 @@ class FileShapes(FileItems, Shapes):
         place, self.folders = find_shapes(root, classes)
         self.groups = sorted({n.split('/')[0] for n in self.folders})
         try:  # metadata.yaml if it is JSON, as ours
-            known = json.loads((place / 'metadata.yaml').read_text())
+            known = json.loads(common.read_text(place / 'metadata.yaml'))
             self.titles = [known[g]['name'].split(',')[0] for g in self.groups]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             self.titles = self.groups
         lists = {'train': [], 'val': [], 'test': []}
         for side, group in product(lists, self.groups):
             file = place / group / f'{side}.lst'
-            lines = file.read_text().splitlines() if file.exists() else []
+            lines = common.read_text(file).splitlines() if file.exists() else []
             lists[side] += [f'{group}/{line.strip()}' for line in lines if line.strip()]
         given = lists['train'] and lists['test']
         listed = {*sum(lists.values(), [])} if given else self.folders
@@ -2451,12 +2724,11 @@ class FileShapes(FileItems, Shapes):
         folder, stored = self.folders[self.names[i]], {}
         for part in ('points', *['near'] * bool(self.near)):
             with np.load(folder / f'{part}.npz') as file:
-                points, bits = file['points'], file['occupancies']
-            if 8 * len(bits) < len(points):
-                raise ValueError(f'{len(bits)} bytes of occupancies for {len(points)} points')
-            stored |= {part: points, f'{part} bits': bits}
+                points = finite_points(file['points'])
+                stored |= {part: points,
+                           f'{part} bits': packed_occupancies(file['occupancies'], len(points))}
         with np.load(folder / 'pointcloud.npz') as file:
-            return dict(stored, surface=file['points'])
+            return dict(stored, surface=finite_points(file['points']))
 
     def bytes_kept(self, arrays):
         return sum(a.nbytes for a in arrays.values())
@@ -2492,13 +2764,11 @@ class FileShapes(FileItems, Shapes):
                f'{share[-1]:.2%} max')
 
 
-CHAIR, TABLE = '03001627', '04379243'  # classes of ShapeNet
-
-
 def text2shape(name, root, selection, **options):
     """The chairs and tables of ShapeNet with captions.tablechair.csv, by default in ROOT."""
     captions = selection.captions or str(Path(root) / 'captions.tablechair.csv')
-    return FileShapes(name, root, replace(selection, captions=captions), [CHAIR, TABLE], **options)
+    selection = replace(selection, captions=captions)
+    return FileShapes(name, root, selection, ['03001627', '04379243'], **options)
 
 
 # ---- files of posed pictures --------------------------------------------------------------------
@@ -2582,7 +2852,7 @@ class SrnScene(SceneFiles):
     @staticmethod
     def numbers(path):
         try:
-            return [[float(w) for w in line.split()] for line in path.read_text().split('\n')
+            return [[float(w) for w in line.split()] for line in common.read_text(path).split('\n')
                     if line.strip()]
         except (OSError, ValueError):
             raise ValueError(f'{path.parent.name}/{path.name}: missing, or not numbers; unpack '
@@ -2656,7 +2926,7 @@ class JsonScene(SceneFiles):
 
     def cameras(self, axes):
         try:
-            about = json.loads(self.file.read_text())
+            about = json.loads(common.read_text(self.file))
         except (OSError, ValueError) as error:
             raise ValueError(f'{self.pattern}: not JSON ({reason(error)}); export it again'
                              ) from None
@@ -3288,7 +3558,7 @@ DATASETS = {
     'toy_shape': (ToyShapes, ToyShapes),
     'shape': (Shapes, FileShapes),
     'shapenet': (Shapes, FileShapes),
-    'shapenet_chair': (Shapes, partial(FileShapes, classes=[CHAIR])),
+    'shapenet_chair': (Shapes, partial(FileShapes, classes=['03001627'])),
     'text2shape': (Shapes, text2shape),
     'toy_video': (ToyVideos, ToyVideos),
     'video': (Videos, video_files),
@@ -3346,6 +3616,8 @@ def check(args):
         root = root or name
         own = [base for key, (base, _) in DATASETS.items() if key == base.domain]  # pictures first
         name = next(base.domain for base in reversed(own) if base.lies_at(args.dataset))
+    out = args.out or f'out/check_{name}.png'
+    common.try_file('--out', out)
     options = options_of(dict(vars(args), dataset=name, resolution=args.res, seed=0))
     dataset = make_dataset(name, root, 'all', args.split, args.group, tolerant=True, **options)
     if dataset.computed:
@@ -3353,7 +3625,6 @@ def check(args):
     else:
         dataset.verify()
         print(f'{name} at {dataset.place}', *dataset.describe(), sep='\n')
-    out = args.out or f'out/check_{name}.png'
     wide = dataset.inspect(0, args.res).shape[2] // args.res
     shown = common.evenly_spaced(len(dataset), max(48 // wide, 12))
     save_grid(out, torch.stack([dataset.inspect(i, args.res) for i in shown]), 8)
@@ -3363,17 +3634,10 @@ def check(args):
         dataset.refuse_bad()
 
 
-def command_parser(prog, description):
-    """Parser of a subcommand, for argparse's add_subparsers."""
-    parser = common.Parser(description)
-    parser.prog = prog
-    return parser
-
-
 def main():
     """The command line: `check` or `mesh`."""
-    parser = common.Parser('Look at data sets before training on them.')
-    commands = parser.add_subparsers(dest='command', required=True, parser_class=command_parser)
+    parser = common.Parser('Look at data sets before training on them.\n' + __doc__)
+    commands = parser.add_subparsers(dest='command', required=True)
     what = 'decode everything, print counts, write a preview'
     flags = commands.add_parser('check', help=what, description=what)
     add = flags.add_argument
@@ -3401,7 +3665,7 @@ def main():
         'for train_vae.py --near, as a share of --points, at most 1')
     add('--split', default='0.1', help='fraction for val.lst and again for test.lst')
     add('--group', default='', help='as for check')
-    add('--seed', type=int, default=0, help='of the points and the split')
+    add('--seed', type=common.at_least(0, int), default=0, help='of the points and the split')
     add('--keep', action='store_true', help='list doubtful meshes for training, too')
     flags.set_defaults(run=mesh)
     args = parser.parse_args()

@@ -495,6 +495,9 @@ def triangulations(loop):
                 yield [(loop[0], loop[k], loop[-1]), *left, *right]
 
 
+AT_NODE = 1e-4  # in cells: how near to a node a vertex counts as lying there
+
+
 @cache
 def triangle_table():
     """Triangles (256,5,3), as edge numbers or -1, by pattern: bit k tells if corner k is inside."""
@@ -548,9 +551,9 @@ class Nodes:
                 'the field is not finite everywhere: no surface can be drawn')
         return values
 
-    def corners(self, cells, step):
-        """Values (M,8) at the corners of cells, `step` wide; cells (M,3) are their lowest nodes."""
-        nodes = cells[:, None] + CORNERS.to(cells.device) * step
+    def of_cells(self, cells, offsets):
+        """Values (M,K) at `offsets` (K,3) from the lowest nodes of cells, (M,3)."""
+        nodes = cells[:, None] + offsets.to(cells.device)
         index, inverse = distinct(self.key(nodes))  # cells share corners: evaluate each once
         nodes = nodes.flatten(0, 1)[index]
         values = torch.full(index.shape, -math.inf, device=cells.device)
@@ -559,13 +562,25 @@ class Nodes:
         return values[inverse]
 
 
+def changes_inside(grid, cells, step, positive):
+    """Whether cells (M,3), `step` wide, whose corners have one sign hold the other one: (M,) bool.
+
+    positive (M,): the corners' sign. One node is looked at in each plane of nodes across each axis.
+    """
+    k = torch.arange(1, step)[:, None]
+    offsets = k * torch.tensor([1, 3, 5]) % step
+    parts = [grid.of_cells(part, offsets) > 0 for part in cells.split(2 ** 15)]  # to save memory
+    return (torch.cat(parts) != positive[:, None]).any(1)
+
+
 def may_hold_surface(highest, lowest, nearest, reach, step):
     """Whether cells `step` wide may hold surface, (...) bool, by the values at their corners.
 
     Given are the highest, the lowest and the smallest absolute value of each cell. Two signs mean
     surface. At step > 1 a shape thinner than the cell may also pass between the corners. Then a
     corner is near it, with a value below `reach`: half the change of the field over the cell and
-    its neighbours. If the field is a distance, this finds every slab, rod and ball.
+    its neighbours. If the field is a distance, this finds every slab, rod and ball; for others,
+    such as steep logits, there is `changes_inside`.
     """
     two_signs = (highest > 0) & (lowest <= 0)
     return two_signs | (nearest <= reach) if step > 1 else two_signs
@@ -584,7 +599,10 @@ def first_cells(grid, step):
     of_neighbours = partial(F.max_pool3d, kernel_size=4, stride=1, padding=2)  # and those around
     reach = 0.5 * (of_neighbours(values) + of_neighbours(-values))
     nearest = -of_cell(-closed.abs())
-    keep = may_hold_surface(of_cell(closed), -of_cell(-closed), nearest, reach, step)
+    highest = of_cell(closed)
+    keep = may_hold_surface(highest, -of_cell(-closed), nearest, reach, step)
+    others = (~keep[0, 0]).nonzero().flip(1)
+    keep[~keep] = changes_inside(grid, (others - 1) * step, step, highest[~keep] > 0)
     cells = keep[0, 0].nonzero().flip(1)  # x first
     return (cells - 1) * step, reach[keep]  # - 1: the first cells lie outside the box
 
@@ -597,17 +615,40 @@ def finer_cells(grid, cells, reach, step):
         near = near.repeat_interleave(8) / 2  # as the step
         touching = ((eighths + step >= 0) & (eighths <= grid.n)).all(1)  # the box
         eighths, near = eighths[touching], near[touching]
-        v = grid.corners(eighths, step)
+        v = grid.of_cells(eighths, CORNERS * step)
         keep = may_hold_surface(v.amax(1), v.amin(1), v.abs().amin(1), near, step)
+        keep[~keep] = changes_inside(grid, eighths[~keep], step, v[~keep, 0] > 0)
         kept.append((eighths[keep], near[keep]))
     return map(torch.cat, zip(*kept))
+
+
+def followed(grid, cells):
+    """`cells` (M,3) of step 1, with all cells that their surfaces lead to, and their corners (M,8).
+
+    Where a face of a cell has corners of both signs, the surface goes on in the cell behind it.
+    """
+    steps = torch.cat([torch.eye(3), -torch.eye(3)]).long().to(cells.device)
+    side = torch.stack([(CORNERS.to(cells.device) * step).sum(1) == step.sum().clamp(min=0)
+                        for step in steps])  # (6, 8): the corners of the face towards each step
+    found, v = cells, grid.of_cells(cells, CORNERS)
+    new, inside = found, v > 0
+    while len(new):
+        there = inside[:, None] & side
+        crossed = there.any(2) & (there != side).any(2)  # (M, 6)
+        cell, face = crossed.nonzero(as_tuple=True)
+        new = new[cell] + steps[face]
+        new = new[distinct(grid.key(new))[0]]
+        new = new[~torch.isin(grid.key(new), grid.key(found))]
+        corners = grid.of_cells(new, CORNERS)
+        found, v, inside = torch.cat([found, new]), torch.cat([v, corners]), corners > 0
+    return found, v
 
 
 def triangulate(grid, cells, v):
     """Vertices (V,3) and faces (F,3) of the surface in cells (M,3) of step 1 with corners v (M,8).
 
-    Every vertex lies on an edge of the grid, named by its lower node and its axis. Cells that share
-    the edge share the vertex.
+    Every vertex lies on an edge of the grid, named by its lower node and its axis, or at a node.
+    Cells that share the edge or the node share the vertex; triangles without area are left out.
     """
     pattern = ((v > 0) * 2 ** torch.arange(8, device=cells.device)).sum(1)
     table = triangle_table().to(cells.device)[pattern]  # (M, 5, 3)
@@ -615,13 +656,16 @@ def triangulate(grid, cells, v):
     edges = torch.tensor(EDGES, device=cells.device)[table[cell, triangle]]  # (F, 3 vertices, 2)
     a, b = edges.unbind(-1)  # the lower and the upper corner of each
     lower, axis = cells[cell][:, None] + CORNERS.to(cells.device)[a], (b - a).log2().long()
-    index, faces = distinct(3 * grid.key(lower) + axis)
     va, vb = v[cell].gather(1, a), v[cell].gather(1, b)
     # Where the line from va to vb is 0. If a is outside the box, -inf / -inf = nan stands for b.
-    t = (va / (va - vb)).nan_to_num(1.0).flatten()[index].double()
-    along = F.one_hot(axis.flatten()[index], 3)
-    nodes = lower.flatten(0, 1)[index] + t[:, None] * along
-    return grid.position(nodes).float(), faces
+    t = (va / (va - vb)).nan_to_num(1.0).double()
+    at_node = (t - t.round()).abs() < AT_NODE
+    t = torch.where(at_node, t.round(), t)
+    nodes = lower + t[..., None] * F.one_hot(axis, 3)  # (F, 3 vertices, 3)
+    names = torch.where(at_node, 4 * grid.key(nodes.round().long()) + 3, 4 * grid.key(lower) + axis)
+    whole = (names != names.roll(1, dims=1)).all(1)
+    index, faces = distinct(names[whole])
+    return grid.position(nodes[whole].flatten(0, 1)[index]).float(), faces
 
 
 def extract_mesh(logit_fn, resolution, level=0.0, box=None, coarse=64, chunk=65536, device=None):
@@ -633,7 +677,8 @@ def extract_mesh(logit_fn, resolution, level=0.0, box=None, coarse=64, chunk=655
     shape leaves the box; normals point outwards; V = F = 0 for a field without surface.
 
     The field is evaluated on a grid of about `coarse` cells along each axis, then only where there
-    may be surface (see `may_hold_surface`); with `coarse=resolution` everywhere. ValueError for a
+    may be surface (see `may_hold_surface`); with `coarse=resolution` everywhere. Surface that is
+    found is followed to its end. ValueError for a
     field that is not finite, an empty box or less than one cell.
     """
     box = [(-1.0, 1.0)] * 3 if box is None else box
@@ -645,7 +690,7 @@ def extract_mesh(logit_fn, resolution, level=0.0, box=None, coarse=64, chunk=655
     while step > 1:
         step //= 2
         cells, reach = finer_cells(grid, cells, reach, step)
-    return triangulate(grid, cells, grid.corners(cells, 1))
+    return triangulate(grid, *followed(grid, cells))
 
 
 # ---- drawing meshes ----------------------------------------------------------------------------
@@ -860,7 +905,7 @@ def occupied_cells(density, cells, least=0.1, chunk=65536, device=None):
     nodes = torch.cartesian_prod(line, line, line).flip(1)  # x first, changing fastest
     values = torch.cat([density(part) for part in nodes.split(chunk)])
     values = values.float().view(1, 1, *[cells + 1] * 3)
-    return F.max_pool3d(values, kernel_size=4, stride=1, padding=1)[0, 0] > least
+    return ~(F.max_pool3d(values, kernel_size=4, stride=1, padding=1)[0, 0] <= least)  # or NaN
 
 
 def where_occupied(field, occupied):

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import (fitting, flag, load_checkpoint, load_weights, require, the_checkpoint,
-                    torch_seeded)
+from common import (fitting, flag, load_checkpoint, load_weights, require, require_finite,
+                    the_checkpoint, torch_seeded)
 from encoders import Attention, ByteText, Downsample, ResBlock, Upsample, conv3x3, norm, zeroed
 from inr import PLANES, pack, unpack
 
@@ -384,6 +384,7 @@ class LDM(nn.Module):
 
 SAMPLERS = 'sde-dpmpp', 'dpmpp', 'ddim', 'ddpm', 'rk45'
 SAMPLER, STEPS, ETA = 'sde-dpmpp', 20, 1.5  # the best measured at 20 calls, see RESULTS.md
+FINEST = 2e-6  # tolerance of rk45 in float32; below it, step sizes follow the rounding of z
 RHO = 7  # how the calls of dpmpp and sde-dpmpp are spaced
 
 
@@ -402,8 +403,10 @@ def sample(eps_fn, z_T, sampler=SAMPLER, steps=STEPS, rtol=1e-3, atol=1e-3, gene
     require(sampler in SAMPLERS, f'sampler {sampler!r}: unknown; one of {", ".join(SAMPLERS)}')
     require(1 <= steps <= T, f'{steps} sampling steps: must be from 1 to {T}')
     require(eta >= 0, f'eta {eta}: must be at least 0')
-    require(rtol > 0 and atol > 0, f'tolerances rtol {rtol}, atol {atol}: must be positive')
     z, nfe = z_T if z_T.dtype == torch.float64 else z_T.float(), 0
+    finest = FINEST * torch.finfo(z.dtype).eps / torch.finfo(torch.float32).eps
+    require(rtol >= finest and atol >= finest, f'tolerances rtol {rtol:g}, atol {atol:g}: must be '
+            f'at least {finest:.1g}; below it there is rounding alone')
 
     def eps(z, t):
         nonlocal nfe
@@ -510,6 +513,9 @@ RK_A = ((1 / 5,),
 RK_E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 
 
+MOST_CALLS = 10_000  # of one integration; a tolerance of 1e-5 takes some hundred
+
+
 def largest_rms(x):
     """The largest of the root mean squares of the rows of x (B, ...), a float."""
     return x.flatten(1).square().mean(1).max().sqrt().item()
@@ -521,11 +527,13 @@ def rk45(f, y, t0, t1, rtol, atol):
     Dormand-Prince with the step control of Hairer, Norsett & Wanner (1993), Section II.4: safety
     0.9, factors 0.2 to 10. The error is that of the row with the largest, so that the row which is
     hardest to integrate sets the steps of its batch. ValueError if a step shrinks to rounding, as
-    it does if f is not finite.
+    it does if f is not finite, or after MOST_CALLS.
     """
     t, k, nfe = t0, f(t0, y), 2
     h, grow = initial_step(f, y, k, t0, t1, rtol, atol), 10.0
     while t != t1:
+        require(nfe < MOST_CALLS, f'rk45: only at t = {t:g} after {nfe} calls: rounding in the '
+                'network exceeds rtol and atol; choose larger ones')
         require(abs(h) > 10 * np.spacing(abs(t)), f'rk45: step below rounding at t = {t:g}: the '
                 'derivative is not finite, or rtol and atol are too small')
         h = h if abs(h) < abs(t1 - t) else t1 - t
@@ -588,7 +596,7 @@ def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler=SAMPLER, steps=ST
             raise ValueError(f'{len(rows)} {name} for {len(seeds)} seeds: give one for each')
     out, nfe = [], []
     calls = None if sampler == 'rk45' else steps * math.ceil(len(seeds) / batch)
-    bar = tqdm(total=calls, desc='sampling', unit='call', disable=not progress)
+    bar = tqdm(total=calls, desc='sampling', unit='call', disable=not progress, leave=False)
 
     def counted(z, t):
         bar.update()
@@ -604,6 +612,7 @@ def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler=SAMPLER, steps=ST
         nfe.append(calls)
     bar.close()
     z = torch.cat(out).to(next(vae.parameters()).device)
+    require_finite(z, 'what the model generates')
     return (z, nfe) if return_nfe else z
 
 

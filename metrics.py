@@ -1,5 +1,9 @@
 """The paper's metrics, the networks they read, and `python metrics.py COMMAND`.
 
+    python metrics.py fid RUN                   # samples against the training pictures
+    python metrics.py fid REALS FAKES           # each a run, a folder or a zip
+    python metrics.py psnr RUN --out log.jsonl  # held-out reconstructions
+
     FID        |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)       (Heusel et al. 2017)
     FVD        the same of the 400 logits of I3D on clips of 16 frames  (Unterthiner et al. 2018)
     precision  share of fakes within the k-NN ball of some real, d <= r
@@ -20,17 +24,20 @@ nor shuffled, and every result prints its whole protocol as one line of JSON.
 """
 import json
 import math
+import signal
 import sys
-import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import Field, dataclass, field, make_dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Callable, Sequence
+
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import numpy as np
 import torch
@@ -46,8 +53,8 @@ from tqdm import tqdm
 import data
 import ldm
 from common import (Parser, evenly_spaced, file_digest, find_checkpoint, flag, load_checkpoint,
-                    move, require, resolved, run, save_checkpoint, seeded, start_process,
-                    the_checkpoint, torch_seeded, writing)
+                    move, require, require_finite, resolved, run, save_checkpoint, seeded,
+                    start_process, the_checkpoint, torch_seeded, try_file, writing)
 from encoders import (BPETokenizer, CLIPText, TextBlock, from_hugging_face, layers_of,
                       read_tensors, text_reader)
 from inr import render_mesh
@@ -945,7 +952,7 @@ def load_network(kind, path='weights'):
     digest = file_digest(path)
     publisher = next((f.publisher for f in spec.files if f.sha256 == digest), 'unknown')
     if publisher == 'unknown' and path.name in [f.file for f in spec.files if f.sha256]:
-        warnings.warn(f'{path}: sha256 {digest} is not that of the published file')
+        print(f'note: {path}: sha256 {digest} is not that of the published file', file=sys.stderr)
     net.source = dict(kind=kind, weights=path.name, sha256=digest, publisher=publisher)
     if kind == 'clip':
         merges = [p for p in (path.parent / 'bpe_simple_vocab_16e6.txt.gz',
@@ -1173,9 +1180,9 @@ def folder_clouds(folder, args, resolution, limit, key):
     meshes = [every[k] for k in evenly_spaced(len(every), limit)]
     return file_source(
         range(len(meshes)),
-        lambda k: surface_cloud(*data.read_mesh(meshes[k]), args.points, args.seed, k),
+        lambda k: surface_cloud(*data.read_mesh(meshes[k]), args.points, args.seed, key, k),
         lambda k: str(meshes[k]), dict(source=str(folder), kind='meshes', found=len(every)),
-        ValueError)
+        (OSError, ValueError))
 
 
 def surface_cloud(vertices, faces, n, *key):
@@ -1192,7 +1199,7 @@ FOLDERS = dict(picture=folder_pictures, clip=folder_clips, cloud=folder_clouds)
 
 # ---- runs: a trained model as a source ---------------------------------------------------------
 
-DIVERGED = 'it holds NaN: the run has diverged'
+MOST = 1_000_000  # samples of one measurement
 
 
 class Run:
@@ -1224,9 +1231,8 @@ class Run:
 
     def data(self, split):
         """'train' or 'test' of its data set; captions, stage 2's if it has any, only if need be."""
-        known = [flags.get('captions') for flags in (self.info.get('ldm_args', {}),
-                                                     self.info['args'])]
-        captions = self.args.captions or next(filter(None, known), '')
+        stages = self.info.get('ldm_args', {}), self.info['args']
+        captions = self.args.captions or stages[0].get('captions') or stages[1].get('captions', '')
         return data.open_run_data(self.info, split, self.args.data or None,
                                   captions=captions if self.args.command == 'text' else '')
 
@@ -1322,7 +1328,7 @@ class PictureRun(Run):
         """(B,2,...) in [0, 1]."""
         truth = torch.stack([self.truth(dataset, i, R) for i in part])
         made = self.drawn(z, R, enlarged).cpu()
-        require(made.isfinite().all(), f'a reconstruction cannot be measured, {DIVERGED}')
+        require_finite(made, 'a reconstruction')
         return torch.stack([truth, made], dim=1) / 2 + 0.5
 
     def guesses(self):
@@ -1354,7 +1360,8 @@ class ShapeRun(Run):
     def made(self, z, numbers):
         clouds, args = [], self.args
         for k, own in zip(numbers, z.split(1)):
-            mesh, = self.vae.signal(self.vae.decode(own), args.res, args.threshold or None)
+            mesh, = self.vae.signal(self.vae.decode(own), args.res, args.threshold or None,
+                                    args.coarse)
             clouds.append(surface_cloud(*(v.cpu() for v in mesh), args.points, args.seed, k))
         return torch.stack(clouds)
 
@@ -1428,7 +1435,7 @@ class FieldRun(PictureRun):
         """What latents make of the views of items, (B V,3,R,R) in [0, 1]."""
         rays = [dataset.rays(i, self.vae.config.side if enlarged else R, views) for i in part]
         made = self.vae.render_pictures(self.vae.decode(z), *map(torch.stack, zip(*rays)))['rgb']
-        require(made.isfinite().all(), f'a scene cannot be measured, {DIVERGED}')
+        require_finite(made, 'a scene')
         made = made.flatten(0, 1).cpu()
         return bicubic(made, R).clamp(0, 1) if enlarged else made
 
@@ -1470,7 +1477,7 @@ def pictures_of(x):
 
 def quantise(x, as_float=False):
     """[-1, 1] -> 0..255: uint8 as floor(127.5 x + 128), or float as 127.5 x + 127.5, unrounded."""
-    require(x.isfinite().all(), f'a picture cannot be measured, {DIVERGED}')
+    require_finite(x, 'a picture')
     return (x * 127.5 + 127.5).clamp(0, 255) if as_float else data.to_uint8(x)
 
 
@@ -1484,7 +1491,7 @@ def drawn(vae, z, R, enlarged=False):
 def logits(vae, xi, points):
     """Logits (B,N) of the occupancy at points (N,3), a part of them at a time."""
     values = torch.cat([vae.query(xi, part[None])[..., 0] for part in points.split(2 ** 15)], dim=1)
-    require(values.isfinite().all(), f'a shape cannot be measured, {DIVERGED}')
+    require_finite(values, 'a shape')
     return values
 
 
@@ -1528,6 +1535,7 @@ def open_run(path, args, stage=1):
     require(args.command in able, f'{path}: a run of the domain {vae.domain}, which has no '
             f'{things} to measure; it can be measured by {", ".join(able)}')
     require(not args.frames or run.thing == 'clip', f'--frames: {path} makes no clips')
+    require(stage == 1 or args.num <= MOST, f'--num {args.num}: at most {MOST:,} samples')
     return run
 
 
@@ -1926,10 +1934,6 @@ def classify(net, grids):
     return torch.cat([net(part.to(device)).argmax(1).cpu() for part in grids.split(64)])
 
 
-SYNSETS = ('02691156 02828884 02933112 02958343 03001627 03211117 03636649 03691459 04090263 '
-           '04256520 04379243 04401088 04530566').split()  # Clip-Forge's 13 classes, in their order
-
-
 def open_classifier(args, groups):
     """The voxel classifier, the number of each of `groups` in it, whether it is Clip-Forge's."""
     net = load_network('classifier', args.classifier).to(args.device)
@@ -1938,7 +1942,7 @@ def open_classifier(args, groups):
         own = torch.load(path, map_location='cpu', weights_only=True)['classes']
     except Exception:  # another container, or other things in it
         own = None
-    classes = own or SYNSETS
+    classes = own or [*data.SHAPENET]  # Clip-Forge's 13 classes, in their order
     foreign = [g for g in groups if g not in classes]
     require(not foreign, f'{args.classifier}: does not know the class {foreign[:1]}; train one '
             f'with python metrics.py classifier {args.a}')
@@ -1949,6 +1953,8 @@ def open_classifier(args, groups):
 def classifier_command(args):
     """Train the voxel classifier on the classes of a run's data set."""
     run = open_run(args.a, args)
+    if ranks()[0] == 0:
+        try_file('--classifier', args.classifier)
     train, sides = run.data('train'), []
     for dataset in (train, run.data(args.split)):
         index = dataset.readable(evenly_spaced(len(dataset), args.num))
@@ -2048,16 +2054,16 @@ FLAGS = dict(
     reference=flag('', 'file of statistics of the reals: read if it is there, else written'),
     resize=flag('tf', "how pictures come to the network's size", choices=tuple(RESIZE)),
     features=flag('vgg16', 'network of the features', choices=('vgg16', 'inception')),
-    res=flag(0, "pictures: resolution to compare at, 0 = as stored, or the run's own; shapes: "
-             'cells along the box'),
-    num=flag(50_000, 'how many fakes, captions or held-out items at most'),
+    res=flag(0, "resolution to compare at; 0 = as stored, or the run's own"),
+    num=flag(50_000, 'how many things are measured at most'),
     num_real=flag(50_000, 'reals at most: of a run evenly spaced, of a folder the first in order'),
     ddof=flag(1, 'covariance over n - ddof; NVIDIA has 0', low=0, choices=(0, 1)),
     preset=flag('styleganv', 'styleganv: frames stretched to 224 x 224, ddof 0, eps 1e-3; ddmi, '
                 "the authors': short side to 224 and cropped, ddof 1, eps 1e-5",
                 choices=tuple(FVD_PRESETS)),
     eps=flag(1e-3, "of I3D's batch norms"),
-    frames=flag(0, "frames of a clip; 0: as many as a run was trained on, of folders 16"),
+    frames=flag(0, "frames of a clip; 0: as many as a run was trained on, of folders 16",
+                high=10_000),
     interval=flag(1, 'take every Nth frame'),
     picture=flag('', 'PNG to write'),
     k=flag(3, 'neighbours: a ball reaches to the last of them; nn shows them all'),
@@ -2065,45 +2071,58 @@ FLAGS = dict(
     sampler=flag(f'{ldm.SAMPLER}:{ldm.STEPS}', 'NAME:STEPS, rk45:TOLERANCE or sde-dpmpp:STEPS:ETA'),
     samplers=flag(f'{ldm.SAMPLER}:{ldm.STEPS}', 'one or several of these, comma-separated'),
     steps=flag(1000, 'optimiser steps, of 32 shapes each'),
-    seed=flag(0, 'sample k has seed + k; other draws have keys with it'),
+    seed=flag(0, 'of everything random; samples count up from it'),
     amp=flag(False, 'the diffusion model in bfloat16'),
     fakes=flag('samples', 'what of a run is compared with its --split; the distance of `train`, '
                'its training part, is the floor', choices=('samples', 'train', 'reconstructions')),
-    points=flag(2048, 'points of a cloud'),
+    points=flag(2048, 'points of a cloud', high=1_000_000),
     threshold=flag(0.0, "occupancy at which a surface lies; 0 = the run's"),
+    coarse=flag(64, 'cells of the first grid, in which surface is looked for', low=1),
     classifier=flag('', 'weights of the voxel classifier'),
     reader=flag('', "where the text encoder's files are now, if they have moved"),
     clip=flag(False, 'CLIP-S as well'),
     views=flag('diffusion_sdf', 'from where CLIP looks', choices=tuple(VIEWS)),
-    each=flag(10, 'samples of each caption', low=2),
+    each=flag(10, 'samples of each caption', low=2, high=10_000),
     guidance=flag(3.0, 'weight w of classifier-free guidance'),
     posterior=flag('mean', 'latent to reconstruct from', choices=('mean', 'sample')),
     float=flag(False, 'leave fakes of a run unrounded'),
     interpolated=flag(False, 'render a run as in training and interpolate that, pictures bicubic, '
-                      'clips linear: the baseline of rendering at --res and --frames'),
+                      'clips linear: the baseline of rendering at another size'),
     batch=flag(32, 'pictures at a time; no result but that of rk45 depends on it'),
     device=flag('auto', 'cpu, cuda, cuda:1, ...; auto = CUDA if there is one'),
     out=flag('', 'file to append the JSON line to'))
 
 
-# A subcommand: what it does, the things it measures ('' = any), what it takes (RUN or SETS), its
-# flags, those of their defaults that are its own.
+# A subcommand: what it does, the things it measures ('' = any), what it takes, an argument and its
+# help each, its flags, those of their defaults (or whole flags) that are its own.
 Command = namedtuple('Command', 'function thing sets flags defaults help')
 SAMPLES = 'data split res num num_real fakes seed amp float interpolated batch '
 REBUILT = 'data split res num posterior seed float interpolated batch '
 FID = 'weights reference ddof resize '
 FVD = 'weights reference ddof preset eps frames interval '
-RUN, SETS = 'RUN', 'A [B]'
+RUN = dict(RUN='run (its folder, its name below runs/, a checkpoint)')
+CELLS = 'cells along each side of the box'
+
+
+def sets(made, other='run, folder or zip to compare with A'):
+    """Arguments A and B, with their help, of a command that measures what of a run is `made`."""
+    return dict(A=f'{RUN["RUN"]}, or folder or zip of reals', B=f'{other}; none: A is a run, and '
+                f'its {made} are compared with its data')
+
+
+SETS, REBUILT_SETS = sets('samples'), sets('reconstructions')
+PAIRS = sets('reconstructions', 'folder or zip of pictures, paired with those of A by sorted name')
 FVD_DEFAULTS = dict(features='i3d', resize=None, ddof=None, eps=None, num=2048, batch=8)
 COMMANDS = dict(
     fid=Command(frechet_command, 'picture view', SETS, FID + SAMPLES + 'samplers', dict(
         features='inception'), 'Frechet Inception distance'),
-    rfid=Command(frechet_command, 'picture view', SETS, FID + REBUILT, dict(
-        features='inception', fakes='reconstructions'), 'the same of pictures and reconstructions'),
+    rfid=Command(frechet_command, 'picture view', REBUILT_SETS, FID + REBUILT, dict(
+        features='inception', fakes='reconstructions'),
+        'Frechet Inception distance of reconstructions'),
     fvd=Command(frechet_command, 'clip', SETS, FVD + SAMPLES + 'samplers', FVD_DEFAULTS,
                 'Frechet video distance'),
-    rfvd=Command(frechet_command, 'clip', SETS, FVD + REBUILT, dict(
-        FVD_DEFAULTS, fakes='reconstructions'), 'the same of clips and reconstructions'),
+    rfvd=Command(frechet_command, 'clip', REBUILT_SETS, FVD + REBUILT, dict(
+        FVD_DEFAULTS, fakes='reconstructions'), 'Frechet video distance of reconstructions'),
     nfe=Command(nfe_command, '', RUN, 'num seed amp batch samplers', dict(
         num=32, samplers='ddpm:1000,ddim:50,dpmpp:20,sde-dpmpp:20,rk45:1e-3,rk45:1e-5'),
         'network calls of samplers; fid --samplers adds their FID'),
@@ -2112,7 +2131,7 @@ COMMANDS = dict(
     nn=Command(nn_command, 'picture view', SETS, 'weights resize features k picture sampler '
                + SAMPLES, dict(num=8, k=7, picture='out/nn.png'),
                'nearest reals of samples, drawn (Fig. 13)'),
-    psnr=Command(psnr_command, 'picture view clip', SETS, 'frames ' + REBUILT.replace('float', ''),
+    psnr=Command(psnr_command, 'picture view clip', PAIRS, 'frames ' + REBUILT.replace('float', ''),
                  dict(split='test'), 'PSNR and SSIM of held-out reconstructions, of clips frame by '
                  'frame, or of two folders of pictures in pairs'),
     spectrum=Command(spectrum_command, 'picture', RUN, 'res num picture seed amp batch sampler',
@@ -2120,35 +2139,33 @@ COMMANDS = dict(
                      'what each basis field adds to samples, and its spectrum (Fig. 7)'),
     iou=Command(iou_command, 'cloud', RUN, 'data num split', dict(split='test'),
                 'IoU of held-out reconstructions at every stored point, by class'),
-    shapes=Command(shapes_command, 'cloud', SETS, 'data split num fakes points res threshold seed '
-                   'amp batch sampler', dict(split='test', res=128),
+    shapes=Command(shapes_command, 'cloud', SETS, 'data split num fakes points res threshold '
+                   'coarse seed amp batch sampler', dict(split='test', res=flag(128, CELLS)),
                    'MMD, COV and 1-NNA of two sets of equal size'),
     classifier=Command(classifier_command, 'cloud', RUN, 'data num split classifier steps seed',
                        dict(split='test', classifier='weights/classifier.pt'),
                        'train a voxel classifier on the classes of a data set'),
     text=Command(text_command, 'cloud', RUN, 'data num split each guidance res classifier reader '
-                 'clip weights views seed amp sampler captions', dict(split='test', num=234, res=64),
+                 'clip weights views seed amp sampler captions', dict(
+                     split='test', num=234, res=flag(64, CELLS)),
                  'TMD, accuracy and CLIP-S of samples of held-out captions'))
 
 
 def build_parser():
     """One subcommand for each metric, each with only the flags it reads."""
-    parser = Parser(__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest='command', required=True,
-                                     parser_class=data.command_parser)
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(dest='command', required=True)
     for name, command in COMMANDS.items():
         own = commands.add_parser(name, help=command.help, description=command.help)
+        rows = {k: v for k, v in command.defaults.items() if isinstance(v, Field)}
         own.set_defaults(**{flag: row.default for flag, row in FLAGS.items()} | dict(
             b=None, num_real=0, eps=None, preset=''))  # where these are no flags
-        own.add_argument('a', metavar=command.sets.split()[0], help=
-                         'run (its folder, its name below runs/, a checkpoint)' +
-                         ', or folder or zip of reals' * (command.sets == SETS))
-        if command.sets == SETS:
-            own.add_argument('b', nargs='?', metavar='B', help='run, folder or zip to compare with '
-                             'A; none: A is a run, and what it makes is')
+        for dest, (metavar, text) in zip('ab', command.sets.items()):
+            own.add_argument(dest, metavar=metavar, help=text, nargs='?' if dest == 'b' else None)
         own.add_config(make_dataclass('flags', [
-            (flag, object, copy(FLAGS[flag])) for flag in f'{command.flags} device out'.split()]))
-        own.set_defaults(**command.defaults)
+            (flag, object, copy((FLAGS | rows)[flag]))
+            for flag in f'{command.flags} device out'.split()]))
+        own.set_defaults(**{k: v for k, v in command.defaults.items() if k not in rows})
     return parser
 
 
@@ -2164,10 +2181,11 @@ def parse_sampler(text):
     try:
         require(1 <= len(values) <= len(kinds), '')
         value, *eta = [kind(v) for kind, v in zip(kinds, values)]
-        require(0 < value < math.inf and all(0 <= e < math.inf for e in eta), '')
+        require((ldm.FINEST if name == 'rk45' else 1) <= value < math.inf
+                and all(0 <= e < math.inf for e in eta), '')
     except ValueError:
-        raise ValueError(f'--sampler {text}: expected NAME:STEPS, rk45:TOLERANCE or '
-                         'sde-dpmpp:STEPS:ETA') from None
+        raise ValueError(f'--sampler {text}: expected NAME:STEPS, rk45:TOLERANCE, at least '
+                         f'{ldm.FINEST:g}, or sde-dpmpp:STEPS:ETA') from None
     if name == 'rk45':
         return dict(sampler=name, rtol=value, atol=value)
     require(value <= ldm.T, f'--sampler {text}: at most {ldm.T} steps')
@@ -2181,6 +2199,9 @@ def main(argv=None):
     args.sampler, args.samplers = parse_sampler(args.sampler), [
         parse_sampler(text) for text in args.samplers.split(',')]
     args.device = start_process(args.device).device
+    for name in ('out', 'picture', 'reference'):
+        if getattr(args, name) and ranks()[0] == 0:
+            try_file(f'--{name}', getattr(args, name))
     COMMANDS[args.command].function(args)
 
 

@@ -12,17 +12,22 @@
     python sample.py --run clips --slow 4 --time=-0.5,0.5       # what lies between the frames
     python sample.py --run scenes --views 12 --elevation 30 --res 256 --turntable --mesh 128
 
-Every size is rendered from the same latents. Pictures go to --out, a folder for each size with one
-PNG a sample, and a grid; surfaces likewise as meshes, and the grid shows them; videos as folders of
-frames and as animations, and the grid has a row of frames for each; radiance fields as folders of
-views with their depths and opacities, and the grid has a row of views for each. `OUTPUTS` at the
-end says, for each domain, what is encoded, what is written, and which flags it has.
+Every size is rendered from the same latents, --batch of which are made and written at a time.
+Pictures go to --out, a folder for each size with one PNG a sample, and a grid; surfaces likewise as
+meshes, and the grid shows them; videos as folders of frames and as animations, and the grid has a
+row of frames for each; radiance fields as folders of views with their depths and opacities, and the
+grid has a row of views for each. `OUTPUTS` at the end says, for each domain, what is encoded, what
+is written, and which flags it has.
 """
 import math
 import re
+import signal
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Callable
+
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import numpy as np
 import torch
@@ -73,7 +78,7 @@ def parse_zoom(values):
 
 def build_parser():
     """Every flag, with its default and help."""
-    parser = common.Parser(__doc__.split('\n')[0])
+    parser = common.Parser(__doc__)
     parser.add_argument('--run', default='', help='run folder, its name, or a checkpoint file; '
                         'empty = the newest run, or the bundled model of emoji if there is none')
     parser.add_argument('--out', default='out', help='folder for the pictures')
@@ -82,72 +87,92 @@ def build_parser():
                         'Surfaces: cells along each side of the box; empty = 128. Radiance fields: '
                         'size of the views')
     parser.add_argument('--sweep', default='', help='several sizes of the same samples, 64,128,512')
-    parser.add_argument('--num', type=int, default=16, help='samples')
-    parser.add_argument('--seed', type=int, default=0, help='seed of the first; the next count up')
+    parser.add_argument('--num', type=common.at_least(1, int), default=16, help='samples')
+    parser.add_argument('--seed', type=common.at_least(0, int), default=0,
+                        help='seed of the first; the next count up')
     parser.add_argument('--sampler', default='', choices=stage2.SAMPLERS, help='solver of the '
                         f'reverse process; empty = {stage2.SAMPLER}, for --interpolate dpmpp')
-    parser.add_argument('--steps', type=int, default=None,
+    parser.add_argument('--steps', type=common.at_least(1, int, stage2.T), default=None,
                         help=f'network calls; default {stage2.STEPS}, for ddpm 1000')
-    parser.add_argument('--eta', type=float, default=None, help='noise that sde-dpmpp puts back, '
+    parser.add_argument('--eta', type=common.at_least(0, float, 100), default=None,
+                        help='noise that sde-dpmpp puts back, '
                         f'0 = none, the ODE; default {stage2.ETA:g}')
-    parser.add_argument('--tol', type=float, default=1e-3, help='rtol and atol of rk45')
-    parser.add_argument('--label', type=int, default=None, help='class of a conditional run')
+    parser.add_argument('--tol', type=common.at_least(stage2.FINEST, float, 1), default=1e-3,
+                        help='rtol and atol of rk45')
+    parser.add_argument('--label', type=common.at_least(0, int), default=None,
+                        help='class of a conditional run')
     parser.add_argument('--text', default='', help='what the samples of a text-conditional run '
                         'should be')
     parser.add_argument('--reader', default='', help="where the text encoder's files of a run that "
                         'reads CLIP or an .npz are now, if they have moved')
-    parser.add_argument('--guidance', type=float, default=None, help='weight w of classifier-free '
-                        'guidance, 1 = none; default 3 for --text (Table 7), else 1')
+    parser.add_argument('--guidance', type=common.at_least(-1000, float, 1000), default=None,
+                        help='weight w of classifier-free guidance, 1 = none; default 3 for '
+                        '--text (Table 7), else 1')
     parser.add_argument('--export', default='', metavar='FILE', help='write the one sample to FILE '
                         'as a function, for inr.load_function')
-    parser.add_argument('--interpolate', type=int, default=0, metavar='K',
-                        help='K pictures from each seed to the next')
+    parser.add_argument('--interpolate', type=common.at_least(2, int), default=0, metavar='K',
+                        help='K pictures from each seed to the next; 0 = samples')
     parser.add_argument('--reconstruct', default='', metavar='PATH',
                         help='encode this instead of sampling: a picture or a folder of them; a '
                         'mesh or point cloud; an animated file or a folder of videos; a posed '
                         'scene or a folder of them')
     parser.add_argument('--amp', action='store_true', help='the diffusion model in bfloat16')
-    parser.add_argument('--batch', type=int, default=16, help='samples denoised at a time')
+    parser.add_argument('--batch', type=common.at_least(1, int), default=16,
+                        help='samples denoised at a time')
     parser.add_argument('--device', default='auto', help='cpu, cuda, ...')
     for output in OUTPUTS.values():
         parser.add_config(output.flags)
     return parser
 
 
-def condition(args, ldm, count, device):
-    """What --label or --text ask of each of `count` samples, None without."""
+def condition(args, ldm, device):
+    """What --label or --text ask of every sample, with a first axis of 1; None without."""
     if args.text:
         common.require(ldm.config.text, f'--text {args.text!r}: this run reads no text')
-        one = text_reader(args.reader or ldm.config.text, device)([args.text])
-        return one.expand(count, *one.shape[1:])
+        return text_reader(args.reader or ldm.config.text, device)([args.text])
     if args.label is None:
         return None
-    common.require(0 <= args.label < ldm.config.num_classes, f'--label {args.label}: this run has '
+    common.require(args.label < ldm.config.num_classes, f'--label {args.label}: this run has '
                    f'{ldm.config.num_classes} classes')
-    return torch.full((count,), args.label)
+    return torch.tensor([args.label])
+
+
+def noise_between(first, numbers, K, shape):
+    """z_T (B, *shape) of pictures with these numbers, of which K lead from a seed to the next."""
+    weights = torch.linspace(0, 1, K)
+    ends = [stage2.initial_noise([first + k // K, first + k // K + 1], shape) for k in numbers]
+    return torch.stack([stage2.slerp(a, b, weights[k % K]) for (a, b), k in zip(ends, numbers)])
 
 
 def draw(args, vae, ldm):
-    """Names and latents of the samples or interpolations asked for."""
-    seeds, z_T = list(range(args.seed, args.seed + args.num)), None
-    names = [f'{s:06d}' for s in seeds]
-    sampler = args.sampler or ('dpmpp' if args.interpolate else stage2.SAMPLER)
-    if args.interpolate:
-        noise = stage2.initial_noise(seeds, ldm.shape)
-        steps = torch.linspace(0, 1, args.interpolate)
-        z_T = torch.stack([stage2.slerp(a, b, w) for a, b in zip(noise, noise[1:]) for w in steps])
-        names = [f'{a:06d}_{k:03d}' for a in seeds[:-1] for k in range(args.interpolate)]
-        seeds = seeds[:1] * len(z_T)  # no noise is drawn from them
+    """Names of the samples or interpolations asked for, and an iterator that makes the latents."""
+    K, device = args.interpolate, ldm.z_mean.device
+    names = [f'{args.seed + k:06d}' for k in range(args.num)]
+    if K:
+        names = [f'{name}_{k:03d}' for name in names[:-1] for k in range(K)]
+    sampler = args.sampler or ('dpmpp' if K else stage2.SAMPLER)
     steps = args.steps or (stage2.T if sampler == 'ddpm' else stage2.STEPS)
     eta = stage2.ETA if args.eta is None else args.eta
     guidance = args.guidance if args.guidance is not None else 3.0 if args.text else 1.0
-    cond = condition(args, ldm, len(seeds), ldm.z_mean.device)
-    with torch.autocast(ldm.z_mean.device.type, torch.bfloat16, enabled=args.amp):
-        z, nfe = stage2.generate(vae, ldm, seeds, cond, guidance, sampler, steps, args.tol,
-                                 args.tol, args.batch, z_T, return_nfe=True, progress=True, eta=eta)
-    twice = ' of both branches' if guidance != 1 else ''
-    print(f'{len(z)} latents, {sampler}, {sum(nfe) / len(nfe):g} network calls{twice} each')
-    return names, z
+    one = condition(args, ldm, device)
+
+    def latents():
+        nfe = []
+        for start in range(0, len(names), args.batch):
+            numbers = range(len(names))[start:start + args.batch]
+            seeds = [args.seed + k for k in numbers]
+            z_T = noise_between(args.seed, numbers, K, ldm.shape) if K else None
+            cond = None if one is None else one.expand(len(seeds), *one.shape[1:])
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                z, calls = stage2.generate(vae, ldm, seeds, cond, guidance, sampler, steps,
+                                           args.tol, args.tol, args.batch, z_T, return_nfe=True,
+                                           progress=True, eta=eta)
+            nfe += calls
+            yield from z
+        twice = ' of both branches' if guidance != 1 else ''
+        common.tqdm.write(f'{len(names)} latents, {sampler}, {sum(nfe) / len(nfe):g} network '
+                          f'calls{twice} each')
+    return names, latents()
 
 
 def file_name(name):
@@ -155,15 +180,14 @@ def file_name(name):
     return re.sub(r'[^\w-]', '_', name)
 
 
-@torch.no_grad()
 def encode_items(items, vae, device):
-    """Unique file names and posterior means of the items that can be read."""
+    """Unique file names of the items that can be read, and an iterator over posterior means."""
     items.verify()
     common.list_notes([], items.bad)
     good = items.readable(range(len(items)))
-    z = torch.cat([vae.encode(items.view(i, 0)[vae.reads][None].to(device)).mean for i in good])
     names = [file_name(items.names[i].replace('/', '__')) for i in good]
-    return [n if names.count(n) == 1 else f'{n}_{k}' for k, n in enumerate(names)], z
+    names = [n if names.count(n) == 1 else f'{n}_{k}' for k, n in enumerate(names)]
+    return names, (vae.encode(items.view(i, 0)[vae.reads][None].to(device)).mean[0] for i in good)
 
 
 # ---- pictures ----------------------------------------------------------------------------------
@@ -209,27 +233,26 @@ def zoom(vae, xi, size, args, octave=16):
 
 
 @torch.no_grad()
-def write_pictures(vae, z, names, sizes, args, place):
+def write_pictures(vae, items, sizes, args, place):
     """Render each latent at each size to OUT/HxW/NAME.png, and thumbnails to OUT/grid_HxW.png.
 
     A grid holds the first 64 pictures, rendered anew where they are larger than 256.
     """
-    out, box, sizes = Path(args.out), parse_box(args.box), sizes or [(vae.config.resolution,) * 2]
-    for h, w in sizes:
-        shrink = min(1, 256 / max(h, w))
-        small = max(1, round(h * shrink)), max(1, round(w * shrink))
-        thumbnails = []
-        for name, latent in zip(common.tqdm(names, desc=f'{h}x{w}', unit='picture'), z):
-            xi = vae.decode(latent[None])
+    out, box, shown = Path(args.out), parse_box(args.box), {size: [] for size in sizes}
+    for latent, name in items:
+        xi = vae.decode(latent[None])
+        for (h, w), thumbnails in shown.items():
+            shrink = min(1, 256 / max(h, w))
+            small = max(1, round(h * shrink)), max(1, round(w * shrink))
             picture = data.to_uint8(vae.signal(xi, (h, w), box, args.antialias)[0])
             data.save_png(out / f'{h}x{w}' / f'{name}.png', picture)
             if len(thumbnails) < 64:
                 thumbnails.append(picture if small == (h, w) else
                                   data.to_uint8(vae.signal(xi, small, box, args.antialias)[0]))
-            if args.zoom and (h, w) == sizes[0]:
-                data.save_animation(out / f'zoom_{name}.gif', zoom(vae, xi, (h, w), args), 0.06)
+        if args.zoom:
+            data.save_animation(out / f'zoom_{name}.gif', zoom(vae, xi, sizes[0], args), 0.06)
+    for (h, w), thumbnails in shown.items():
         data.save_grid(out / f'grid_{h}x{w}.png', torch.stack(thumbnails))
-    print(f'{len(names) * len(sizes)} pictures and {len(sizes)} grids in {out}')
 
 
 # ---- surfaces ----------------------------------------------------------------------------------
@@ -239,14 +262,17 @@ class SurfaceFlags:
     """Flags of runs that make surfaces."""
     format: str = flag('obj', 'of the meshes', choices=tuple(s[1:] for s in data.MESH_WRITERS))
     threshold: float = flag(0.0, "occupancy at which a surface lies; 0 = the run's own")
+    coarse: int = flag(64, 'cells of the first grid, in which surface is looked for; as many as '
+                       '--res find all', low=1)
     turntable: bool = flag(False, 'a GIF of what was made, turning, too')
 
 
 def check_surfaces(args, sizes):
     """ValueError for an invalid --threshold or --res."""
     common.require(args.threshold < 1, f'--threshold {args.threshold}: must be below 1')
-    common.require(all(h == w for h, w in sizes or ()), f'--res {args.sweep or args.res}: this run '
-                   'makes surfaces; give one number, the cells along each side of the box')
+    common.require(all(h == w <= 4096 for h, w in sizes), f'--res {args.sweep or args.res}: this '
+                   'run makes surfaces; give one number, the cells along each side of the box, up '
+                   'to 4096')
 
 
 @torch.no_grad()
@@ -271,27 +297,26 @@ def turntable(surfaces, frames=36):
 
 
 @torch.no_grad()
-def write_meshes(vae, z, names, sizes, args, place):
+def write_meshes(vae, items, sizes, args, place):
     """The surface of each latent at each resolution to OUT/R/NAME.obj, and a grid of the first 64.
 
     `place` = (loc, scale) of what was reconstructed: vertices go out as v * scale + loc.
     """
-    (loc, scale), out, sizes = place or (0.0, 1.0), Path(args.out), sizes or [(128, 128)]
-    for resolution, _ in sizes:
-        shown = []
-        for name, latent in zip(common.tqdm(names, desc=f'{resolution}', unit='mesh'), z):
-            xi = vae.decode(latent[None])
-            (vertices, faces), = vae.signal(xi, resolution, args.threshold or None)
+    (loc, scale), out, shown = place or (0.0, 1.0), Path(args.out), {R: [] for R, _ in sizes}
+    for latent, name in items:
+        xi = vae.decode(latent[None])
+        for resolution, surfaces in shown.items():
+            (vertices, faces), = vae.signal(xi, resolution, args.threshold or None, args.coarse)
             data.write_mesh(out / f'{resolution}' / f'{name}.{args.format}',
                             vertices.double().cpu().numpy() * scale + loc, faces.cpu(),
                             vae.normals(xi, vertices).cpu())
-            if len(shown) < 64:
-                shown.append((vertices.cpu() / vae.config.extent, faces.cpu()))
+            if len(surfaces) < 64:
+                surfaces.append((vertices.cpu() / vae.config.extent, faces.cpu()))
+    for resolution, surfaces in shown.items():
         data.save_grid(out / f'grid_{resolution}.png', torch.stack(
-            [draw_mesh(*surface, 256) for surface in shown]))
-        if args.turntable and resolution == sizes[0][0]:
-            data.save_animation(out / 'turntable.gif', turntable(shown[:16]))
-    print(f'{len(names) * len(sizes)} meshes and {len(sizes)} grids in {out}')
+            [draw_mesh(*surface, 256) for surface in surfaces]))
+    if args.turntable:
+        data.save_animation(out / 'turntable.gif', turntable(shown[sizes[0][0]][:16]))
 
 
 # ---- videos ------------------------------------------------------------------------------------
@@ -299,8 +324,10 @@ def write_meshes(vae, z, names, sizes, args, place):
 @dataclass
 class VideoFlags(FrameFlags):
     """Flags of runs that make videos."""
-    frames: int = flag(0, 'of a video, evenly spaced over its time; 0 = as many as in training')
-    slow: int = flag(1, 'slow motion: so many times as many frames, at the same frame rate')
+    frames: int = flag(0, 'of a video, evenly spaced over its time; 0 = as many as in training',
+                       high=10_000)
+    slow: int = flag(1, 'slow motion: so many times as many frames, at the same frame rate',
+                     high=1000)
     time: tuple = flag((), 'LO,HI in -1..1: this part of the time only', low=-1)
     fps: float = flag(8.0, 'frames a second of the animation', low=0.1)
     animation: str = flag('webp', 'webp and png (APNG) are exact', choices=('webp', 'png', 'gif'))
@@ -330,24 +357,24 @@ def video_frames(vae, xi, size, args):
 
 
 @torch.no_grad()
-def write_videos(vae, z, names, sizes, args, place):
+def write_videos(vae, items, sizes, args, place):
     """Each latent at each size to OUT/HxW/NAME/00000.png ... and OUT/HxW/NAME.webp.
 
     OUT/grid_HxW.png has eight frames of each of the first 16, a row for each.
     """
-    out, sizes = Path(args.out), sizes or [(vae.config.resolution,) * 2]
-    for h, w in sizes:
-        shown = []
-        for name, latent in zip(common.tqdm(names, desc=f'{h}x{w}', unit='video'), z):
+    out, shown = Path(args.out), {size: [] for size in sizes}
+    for latent, name in items:
+        xi = vae.decode(latent[None])
+        for (h, w), rows in shown.items():
             frames = []
-            for k, frame in enumerate(video_frames(vae, vae.decode(latent[None]), (h, w), args)):
+            for k, frame in enumerate(video_frames(vae, xi, (h, w), args)):
                 data.save_png(out / f'{h}x{w}' / name / f'{k:05d}.png', frame)
                 frames.append(frame)
             data.save_animation(out / f'{h}x{w}' / f'{name}.{args.animation}', frames, 1 / args.fps)
-            if len(shown) < 8 * 16:
-                shown += [frames[i * len(frames) // 8] for i in range(8)]
-        data.save_grid(out / f'grid_{h}x{w}.png', torch.stack(shown), 8)
-    print(f'{len(names) * len(sizes)} videos and {len(sizes)} grids in {out}')
+            if len(rows) < 8 * 16:
+                rows += [frames[i * len(frames) // 8] for i in range(8)]
+    for (h, w), rows in shown.items():
+        data.save_grid(out / f'grid_{h}x{w}.png', torch.stack(rows), 8)
 
 
 # ---- radiance fields ---------------------------------------------------------------------------
@@ -355,14 +382,15 @@ def write_videos(vae, z, names, sizes, args, place):
 @dataclass
 class FieldFlags:
     """Flags of runs that make radiance fields."""
-    views: int = flag(8, 'pictures of each, from a circle round it')
+    views: int = flag(8, 'pictures of each, from a circle round it', high=10_000)
     azimuth: float = flag(30.0, 'degrees about the upward axis of the first camera', low=-360)
     elevation: float = flag(20.0, 'degrees of the cameras above the horizon', low=-90)
     distance: float = flag(4.0, 'of the cameras from the middle of the box, in half sides of it',
                            low=0.1)
     fov: float = flag(40.0, 'degrees that the shorter side of a view shows', low=1)
     turntable: bool = flag(False, 'a GIF of what was made, turning, too')
-    mesh: int = flag(0, 'a coloured mesh (.ply), too, of so many cells along each side of the box')
+    mesh: int = flag(0, 'a coloured mesh (.ply), too, of so many cells along each side of the box',
+                     high=4096)
     level: float = flag(10.0, "density, per half side of the box, at the mesh's surface", low=1e-3)
 
 
@@ -416,29 +444,29 @@ def turning(vae, shown, size, args, frames=36):
 
 
 @torch.no_grad()
-def write_fields(vae, z, names, sizes, args, place):
+def write_fields(vae, items, sizes, args, place):
     """Views of each latent at each size to OUT/HxW/NAME/, and a grid with a row for each of 16.
 
     With --mesh, surfaces in the units of the data to OUT/NAME.ply.
     """
-    out, sizes = Path(args.out), sizes or [(vae.config.side,) * 2]
-    for h, w in sizes:
-        shrink, rows = min(1, 128 / max(h, w)), []
-        for name, latent in zip(common.tqdm(names, desc=f'{h}x{w}', unit='field'), z):
-            pictures = write_views(vae, vae.decode(latent[None]), (h, w), args,
-                                   out / f'{h}x{w}' / name)
+    out, shown, first = Path(args.out), {size: [] for size in sizes}, []
+    for latent, name in items:
+        xi = vae.decode(latent[None])
+        if args.turntable and len(first) < 16:
+            first.append(xi)
+        for (h, w), rows in shown.items():
+            pictures = write_views(vae, xi, (h, w), args, out / f'{h}x{w}' / name)
             if len(rows) < 16:
-                rows.append(F.interpolate(pictures[:8], scale_factor=shrink, mode='area'))
+                rows.append(F.interpolate(pictures[:8], scale_factor=min(1, 128 / max(h, w)),
+                                          mode='area'))
+        if args.mesh:
+            (vertices, faces, colours), = vae.surface(xi, args.mesh, args.level)
+            data.write_mesh(out / f'{name}.ply', vertices.cpu(), faces.cpu(),
+                            vae.normals(xi, vertices).cpu(), colours=colours.cpu())
+    for (h, w), rows in shown.items():
         data.save_grid(out / f'grid_{h}x{w}.png', torch.cat(rows), len(rows[0]))
     if args.turntable:
-        shown = [vae.decode(latent[None]) for latent in z[:16]]
-        data.save_animation(out / 'turntable.gif', turning(vae, shown, sizes[0], args))
-    for name, latent in zip(names, z if args.mesh else ()):
-        xi = vae.decode(latent[None])
-        (vertices, faces, colours), = vae.surface(xi, args.mesh, args.level)
-        data.write_mesh(out / f'{name}.ply', vertices.cpu(), faces.cpu(),
-                        vae.normals(xi, vertices).cpu(), colours=colours.cpu())
-    print(f'{len(names) * len(sizes)} fields and {len(sizes)} grids in {out}')
+        data.save_animation(out / 'turntable.gif', turning(vae, first, sizes[0], args))
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -448,34 +476,37 @@ class Output:
     """What a domain's samples become."""
     makes: str  # what its runs are said to make
     flags: type  # a dataclass; runs whose output does not have a flag refuse it
-    check: Callable  # (args, sizes or None): raises ValueError for values that cannot be
+    check: Callable  # (args, sizes or []): raises ValueError for values that cannot be
     encode: Callable  # (path, vae, flags of stage 1, device) -> names, latents, place or None
-    write: Callable  # (vae, latents, names, sizes or None, args, place)
+    write: Callable  # (vae, iterable of (latent (C,L), name), sizes, args, place)
+    side: Callable  # config -> the size by default
 
 
 OUTPUTS = dict(
-    image=Output('pictures', PictureFlags, check_pictures, encode_pictures, write_pictures),
-    shape=Output('surfaces', SurfaceFlags, check_surfaces, encode_shape, write_meshes),
-    video=Output('videos', VideoFlags, check_videos, encode_videos, write_videos),
-    nerf=Output('radiance fields', FieldFlags, check_fields, encode_scenes, write_fields),
+    image=Output('pictures', PictureFlags, check_pictures, encode_pictures, write_pictures,
+                 lambda config: config.resolution),
+    shape=Output('surfaces', SurfaceFlags, check_surfaces, encode_shape, write_meshes,
+                 lambda config: 128),
+    video=Output('videos', VideoFlags, check_videos, encode_videos, write_videos,
+                 lambda config: config.resolution),
+    nerf=Output('radiance fields', FieldFlags, check_fields, encode_scenes, write_fields,
+                lambda config: config.side),
 )
 
 
+MOST = 1_000_000  # names of one call, and files of a folder
 ONE = '--export: writes one sample; give --num 1, or one thing to --reconstruct'
 
 
 def check_flags(args):
     """Refuse what no run can do."""
-    common.require(args.num >= 1 and args.batch >= 1, '--num and --batch: must be at least 1')
-    common.require(args.seed >= 0, f'--seed {args.seed}: must be at least 0')
-    common.require(args.steps is None or 1 <= args.steps <= stage2.T, f'--steps {args.steps}: must '
-                   f'be from 1 to {stage2.T}')
-    common.require(args.tol > 0, f'--tol {args.tol}: must be positive')
-    common.require(args.eta is None or args.sampler in ('', 'sde-dpmpp') and args.eta >= 0,
-                   f'--eta {args.eta}: at least 0, and for sde-dpmpp alone')
-    common.require(not args.interpolate or args.num > 1 and args.interpolate > 1 and
-                   args.eta is None and args.sampler not in ('sde-dpmpp', 'ddpm'),
-                   '--interpolate K: needs --num and K of at least 2 and a deterministic sampler')
+    common.require(args.num * max(args.interpolate, 1) <= MOST, f'--num {args.num}: at most '
+                   f'{MOST:,} things at once; repeat the command with another --seed')
+    common.require(args.eta is None or args.sampler in ('', 'sde-dpmpp'),
+                   f'--eta {args.eta}: for sde-dpmpp alone')
+    common.require(not args.interpolate or args.num > 1 and args.eta is None and
+                   args.sampler not in ('sde-dpmpp', 'ddpm'),
+                   '--interpolate K: needs --num of at least 2 and a deterministic sampler')
     common.require(not args.export or args.reconstruct or args.num == 1, ONE)
     common.require(args.guidance in (None, 1) or args.label is not None or args.text,
                    f'--guidance {args.guidance}: has no effect without --label or --text')
@@ -497,11 +528,20 @@ def check_domain(args, output, sizes):
     output.check(args, sizes)
 
 
+def note_leftovers(out, since):
+    """Say which of the folders of sizes in OUT hold files that are older than `since`, too."""
+    for folder in sorted(p for p in out.iterdir() if re.fullmatch(r'\d+(x\d+)?', p.name)):
+        old = [p.stat().st_mtime < since for p in folder.rglob('*') if p.is_file()]
+        if any(old) and not all(old):
+            print(f'note: {folder} holds {sum(old)} older files, too, which metrics.py would '
+                  'count; remove them or name another --out')
+
+
 def main():
     """The command line: read the flags, then sample, interpolate or reconstruct."""
     args = build_parser().parse_args()
     check_flags(args)
-    sizes = parse_sizes(args.sweep or args.res) if args.sweep or args.res else None
+    sizes = parse_sizes(args.sweep or args.res) if args.sweep or args.res else []
     files = ('ldm.pt', 'vae.pt') if args.run else ('ldm.pt',)
     files = ('vae.pt', 'ldm.pt') if args.reconstruct else files
     path = common.find_checkpoint(args.run, *files) or args.run
@@ -516,12 +556,21 @@ def main():
         names, z, place = output.encode(args.reconstruct, vae, info['args'], device)
     else:
         names, z = draw(args, vae, *ldm)
+    since = common.try_writing('--out', args.out)
     if args.export:
-        common.require(len(z) == 1, ONE)
-        save_function(args.export, vae.function(vae.decode(z)))
+        common.require(len(names) == 1, ONE)
+        common.try_file('--export', args.export)
+        z = list(z)
+    items = common.tqdm(zip(z, names), output.makes, len(names), unit='item')
+    sizes = sizes or [(output.side(vae.config),) * 2]
+    output.write(vae, items, sizes, args, place)
+    at = ', '.join(f'{h} x {w}' for h, w in sizes)
+    print(f'{len(names)} {output.makes} at {at}, and a grid of them, in {args.out}')
+    if args.export:
+        save_function(args.export, vae.function(vae.decode(z[0][None])))
         print(f'{args.export}: {Path(args.export).stat().st_size / 2 ** 20:.2f} MiB')
-    output.write(vae, z, names, sizes, args, place)
+    note_leftovers(Path(args.out), since)
 
 
 if __name__ == '__main__':
-    common.run(main)
+    common.run(main, 'stopped; every file written so far is complete')

@@ -10,10 +10,14 @@ stages; the same command continues it from its last checkpoint.
 """
 import math
 import shutil
+import signal
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import numpy as np
 import torch
@@ -79,7 +83,7 @@ class LatentConfig:
 
 def build_parser():
     """Every flag, with its default and help."""
-    parser = common.Parser(__doc__.split('\n')[0])
+    parser = common.Parser(__doc__)
     parser.add_argument('--vae', default='', help='run folder or vae.pt of stage 1; empty = newest')
     parser.add_argument('--data', default='', help='where the data are now, if they have moved')
     parser.add_argument('--captions', default='', help='CSV of captions; empty = those of stage 1')
@@ -97,8 +101,7 @@ def build_parser():
 def write_slim(path, target):
     """Copy ldm.pt without optimiser and raw weights, floats in half precision."""
     state = common.load_checkpoint(path, 'ldm')
-    common.require(not Path(target).exists() or not path.samefile(target), f'--slim {target}: is '
-                   'what training continues from; name another file')
+    common.try_file('--slim', target)
     half = {part: {k: v.half() if v.is_floating_point() else v for k, v in state[part].items()}
             for part in ('vae', 'ema')}
     kept = {k: v for k, v in state.items() if k not in ('opt', 'model')}
@@ -247,6 +250,7 @@ def parse(argv=None):
         path = common.the_checkpoint(vae, 'vae.pt')
         state = common.load_checkpoint(path, 'vae')
     except (ValueError, OSError):
+        parser.description += ' Defaults are those of no preset, for lack of a stage 1.'
         parser.parse_known_args(argv)  # -h works without a stage 1
         raise
     args = parser.parse_preset(PRESETS, state['args']['preset'], argv)
@@ -272,8 +276,9 @@ def open_data(first, args):
     common.require(not args.num_classes or max(train.labels) < args.num_classes,
                    f'--num_classes {args.num_classes}: there are labels up to '
                    f'{max(train.labels or [0])}')
-    common.require(not args.text or train.captions, f'--text {args.text}: the data have no '
-                   'captions; name them with --captions')
+    cure = 'leave it out' if train.computed else 'name them with --captions'
+    common.require(not args.text or train.captions, f'--text {args.text}: {args.dataset} has no '
+                   f'captions; {cure}')
     if train.captions and not args.text:
         train.notes.append('captions are not used without --text')
     return train, held_out
@@ -297,6 +302,8 @@ def main():
     step = state['step'] if state else 0
     common.require(not state or state['vae_hash'] == digest, f'{vae_path} is not what stage 2 '
                    f'in {folder} began on, or has changed; give another --name, or --restart')
+    if common.finished(folder / 'ldm.pt', state, args, process):
+        return
 
     # 1. the frozen first stage, the model, what it starts from; last, the data
     vae, _ = first_stage(first, device, vae_path)

@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import errno
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from torch import nn
 
 import common
 import data
+import metrics
 import sample
 import train_ldm
 import train_vae
@@ -240,10 +243,7 @@ def checkpoint(kind='vae', **changes):
                 splits=splits, ldm_config={}, ema={}, model={}, vae_hash='0') | changes
 
 
-UNIQUE = "path.with_name(f'{path.name}.{secrets.token_hex(4)}.tmp')"
-
-
-@pytest.mark.mutation('common.py', UNIQUE, 'path')
+@pytest.mark.mutation('common.py', "path.with_name(f'{path.name}.{secrets.token_hex(4)}.tmp')", 'path')
 @pytest.mark.mutation('common.py', '(errno.ENOSPC, errno.EDQUOT)', '()')
 @pytest.mark.mutation('common.py', '/ 2 ** 20\n            why', '\n            why')
 @pytest.mark.mutation('common.py', 'temporary.unlink(missing_ok=True)', 'pass')
@@ -264,7 +264,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkey
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.mutation('common.py', UNIQUE, "path.with_name(path.name + '.tmp')")
+@pytest.mark.mutation('common.py', "path.with_name(f'{path.name}.{secrets.token_hex(4)}.tmp')",
+                      "path.with_name(path.name + '.tmp')")
 def test_two_writers_of_a_file_never_tear_it(tmp_path):
     """The second begins and ends while the first is writing."""
     path = tmp_path / 'vae.pt'
@@ -559,7 +560,7 @@ def test_curves_are_drawn_with_those_of_the_same_preset(two_runs):
 
 @pytest.mark.mutation('common.py', 'return [Path(text), RUNS / text] if',
                       'return [RUNS / text, Path(text)] if')
-@pytest.mark.mutation('common.py', "candidate.suffix in ('.pt', '.pth', '.ckpt') and os", 'os')
+@pytest.mark.mutation('common.py', "Path(path).suffix in ('.pt', '.pth', '.ckpt') and", "True and")
 @pytest.mark.mutation('common.py', 'p.stat().st_mtime', 'p')
 @pytest.mark.mutation('common.py', 'run.rglob(file) if p.is_file()', 'run.glob(file) if p.is_file()')
 @pytest.mark.mutation('common.py', 'run.rglob(file) if p.is_file()', 'run.rglob(file)')
@@ -645,6 +646,7 @@ class Config:
     rate: float = common.flag(0.5, 'at least 0')
     logit: float = common.flag(-1.0, 'any')
     sizes: tuple = common.flag((1, 2), 'each at least 1')
+    few: int = common.flag(2, 'at most 4', high=4)
     fast: bool = common.flag(False, 'with or without a value')
     mode: str = common.flag('a', 'one of two', choices=('a', 'b'))
     inner: str = 'no help, no flag'
@@ -703,6 +705,82 @@ def test_flags_of_a_dataclass():
     assert (config.sizes, config.fast, config.inner) == ((4, 2), True, 'set')
 
 
+@pytest.mark.mutation('common.py', '2 ** 63 - 1 if kind is int', '2 ** 64 if kind is int')
+@pytest.mark.mutation('common.py', "field.metadata.get('high'))", 'None)')
+@pytest.mark.mutation('common.py', 'value <= largest', 'value < largest')
+def test_numbers_that_no_tensor_holds_are_out_of_range():
+    assert refused(tiny_parser(), f'--classes={2 ** 63 - 1}', '--few=4') == ''
+    for text, words in ((f'--classes={2 ** 63}', 'at most 9.22337e+18'), ('--few=5', 'at most 4'),
+                        ('--classes=1e9', 'invalid int'), ('--width=0', 'range: at least 1 (')):
+        message = refused(tiny_parser(), text)
+        assert text.split('=')[0] in message and words in message, message
+    for module in (train_vae, train_ldm, sample):
+        assert '--seed' in refused(module.build_parser(), '--seed', '100000000000000000000')
+
+
+def helps(capsys):
+    """What -h shows of every script and of each of its commands: {'metrics.py fid': text, ...}."""
+    shown = {}
+    for script in (train_vae, train_ldm, sample, metrics, data):
+        main = f'{script.__name__}.py'
+        for command in ('', *(metrics.COMMANDS if script is metrics else ()),
+                        *(('check', 'mesh') if script is data else ())):
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
+                patch.setattr('sys.argv', [main, *command.split(), '-h'])
+                script.main()
+            assert caught.value.code == 0
+            shown[f'{main} {command}'.strip()] = capsys.readouterr().out
+    return shown
+
+
+@pytest.mark.mutation('common.py', "default in (None, '', argparse.SUPPRESS)", 'default is None')
+@pytest.mark.mutation('common.py', "default = ','.join(map(str, default))", 'pass')
+@pytest.mark.mutation('common.py', 'epilog=examples', "epilog=''")
+@pytest.mark.mutation('common.py', "text if text.startswith(' ') else", '')
+@pytest.mark.mutation('train_ldm.py', 'for lack of a stage 1', '')
+@pytest.mark.mutation('metrics.py', "'clip', REBUILT_SETS", "'clip', SETS")
+@pytest.mark.mutation('metrics.py', 'res=flag(128, CELLS)', 'res=128')
+def test_help_says_what_holds(capsys, tmp_path, monkeypatch):
+    """No empty defaults, defaults as they are typed, whose they are, examples, its own command."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('COLUMNS', '80')
+    raw = helps(capsys)
+    shown = {name: ' '.join(text.split()) for name, text in raw.items()}
+    for name, text in shown.items():
+        assert f'usage: {name} [-h]' in text
+        assert not any(f'(default: {s})' in text for s in ('', 'None', '()', '==SUPPRESS==')), name
+        assert '(default: (' not in text
+    assert 'Defaults are those of the preset toy_image' in shown['train_vae.py']
+    assert '(default: 1,2,3)' in shown['train_vae.py']
+    assert 'no preset, for lack of a stage 1' in shown['train_ldm.py']
+    for script in (train_vae, train_ldm, sample, metrics, data):
+        examples = [line for line in script.__doc__.splitlines() if line.startswith('    ')]
+        assert raw[f'{script.__name__}.py'].splitlines()[-len(examples):] == examples
+    for name, made in (('psnr', 'reconstructions'), ('rfid', 'reconstructions'),
+                       ('rfvd', 'reconstructions'), ('fid', 'samples'), ('shapes', 'samples')):
+        assert f'and its {made} are compared' in shown[f'metrics.py {name}']
+    assert 'paired with those of A' in shown['metrics.py psnr']
+    for name in ('shapes', 'text'):
+        assert '--res RES cells along' in shown[f'metrics.py {name}']
+    assert 'RES cells' not in shown['metrics.py psnr'] and 'caption' not in shown['metrics.py psnr']
+
+
+@pytest.mark.mutation('common.py', 'python {self.prog} -h', 'python metrics.py -h')
+@pytest.mark.mutation('common.py', 'found.parser.error(', 'self.error(')
+def test_errors_name_the_help_that_lists_the_flags(monkeypatch):
+    for argv, end in ((['metrics.py', 'psnr', 'A', '--num', 'x'], 'metrics.py psnr'),
+                      (['metrics.py', 'psnr', 'A', '--nonsense'], 'metrics.py psnr'),
+                      (['metrics.py', 'psnr'], 'metrics.py psnr'), (['metrics.py'], 'metrics.py'),
+                      (['metrics.py', 'nonsense'], 'metrics.py'),
+                      (['data.py', 'mesh', 'A', '--nonsense'], 'data.py mesh'),
+                      (['data.py', 'mesh', 'A', '--seed', '-1'], 'data.py mesh'),
+                      (['sample.py', '--nonsense'], 'sample.py')):
+        monkeypatch.setattr('sys.argv', argv)
+        with pytest.raises(ValueError) as caught:
+            dict(metrics=metrics, data=data, sample=sample)[argv[0].removesuffix('.py')].main()
+        assert str(caught.value).endswith(f' (flags: python {end} -h)'), argv
+
+
 @pytest.mark.mutation('common.py', "flag(0, 'of everything random')", "flag(0, '')")
 def test_every_flag_has_help_and_help_exits_0(capsys):
     for module in (train_vae, train_ldm, sample):
@@ -736,7 +814,7 @@ def test_run_flags_no_run_can_have():
 
 @pytest.mark.mutation('common.py', "message, code = f'error: {one_line(error)}', 2",
                       "message, code = f'error: {error}', 2")
-@pytest.mark.mutation('common.py', "(error)}', 2\n", "(error)}', 1\n")
+@pytest.mark.mutation('common.py', "one_line(error)}', 2\n", "one_line(error)}', 1\n")
 def test_run_makes_one_line_of_an_error(capsys):
     bars = []
 
@@ -760,7 +838,7 @@ class Broken(torch.utils.data.Dataset):
 
 
 @pytest.mark.mutation('common.py', "if 'Original Traceback' in text", 'if False')
-@pytest.mark.mutation('common.py', "'allocate' not in str(error)", 'True')
+@pytest.mark.mutation('common.py', "'allocate' in text or", '')
 def test_errors_of_workers_and_of_memory_are_one_line(capsys):
     def huge():
         try:
@@ -784,6 +862,83 @@ def test_errors_of_workers_and_of_memory_are_one_line(capsys):
             pytest.fail('a traceback')
         err = capsys.readouterr().err.strip()
         assert message in err and '\n' not in err
+
+
+@pytest.mark.mutation('common.py', "'shared memory', '/torch_'", "'shared memory',")
+@pytest.mark.mutation('common.py', "'DataLoader worker (pid', ", '')
+@pytest.mark.mutation('common.py', "'shared memory', '/torch_'", "'/torch_'")
+@pytest.mark.mutation('common.py', 'not isinstance(error, RuntimeError) or', '')
+def test_what_to_try_on_a_small_machine(capsys):
+    """The errors are PyTorch's, NumPy's and Python's, as they word them."""
+    shm, size = '--workers 0, or give /dev/shm more room', 'a smaller size or --batch'
+    for error, cure in (
+            (RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is '
+                          "possible that dataloader's workers are out of shared memory."), shm),
+            (RuntimeError('DataLoader worker (pid(s) 7, 8) exited unexpectedly'), shm),
+            (RuntimeError('Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback '
+                          '(most recent call last):\n  x\nRuntimeError: unable to write to file '
+                          '</torch_7_8_0>: No space left on device (28)\n'), shm),
+            (RuntimeError('unable to allocate shared memory(shm) for file </t>: Success (0)'), shm),
+            (MemoryError(), size), (OverflowError('Python int too large'), size),
+            (RuntimeError("DefaultCPUAllocator: can't allocate memory"), size)):
+        try:
+            common.run(mock.Mock(side_effect=error))
+        except SystemExit as caught:
+            assert caught.code == 2
+        except Exception:
+            pytest.fail('a traceback')
+        err = capsys.readouterr().err
+        assert err.startswith('error: ') and err.endswith(f'; try {cure}\n'), err
+        assert err.count('\n') == 1 and 'Traceback' not in err and 'error: ;' not in err
+    with pytest.raises(RuntimeError, match='a fault in DataLoader worker process 0'):
+        common.run(mock.Mock(side_effect=RuntimeError('a fault in DataLoader worker process 0')))
+
+
+@pytest.mark.mutation('common.py', "stream.reconfigure(errors='backslashreplace')", 'pass')
+def test_names_that_the_terminal_cannot_encode(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr('sys.stdout', io.TextIOWrapper(written, 'ascii', write_through=True))
+    try:
+        common.run(lambda: common.list_notes([], [('b\u00e4r\udcff.png', 'broken'), ('c', 'gone')]))
+    except SystemExit:
+        pytest.fail('the list has ended the program')
+    assert written.getvalue() == b'skipped: b\\xe4r\\udcff.png: broken\nskipped: c: gone\n'
+
+
+@pytest.mark.mutation('common.py', 'with tempfile.TemporaryFile(dir=folder) as file:',
+                      'with tempfile.TemporaryFile() as file:')
+@pytest.mark.mutation('common.py', 'p.rmdir()', 'pass')
+@pytest.mark.mutation('common.py', 'require(not Path(path).is_dir()', 'require(True')
+def test_places_are_tried_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    made = common.try_writing('--out', tmp_path / 'a' / 'b')
+    assert abs(made - (tmp_path / 'file').stat().st_mtime) < 60
+    common.try_file('--out', tmp_path / 'c' / 'x.json')
+    with pytest.raises(ValueError, match='--out .*: a folder; name a file'):
+        common.try_file('--out', tmp_path)
+    for place in ('file', 'file/a', '/proc/nowhere', 'x' * 300):
+        with pytest.raises(ValueError, match='--out: nothing can be written in .*; name another'):
+            common.try_writing('--out', tmp_path / place)
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
+
+    def full(dir=None, **options):
+        raise OSError(28, 'No space left on device') if dir == tmp_path else AssertionError(dir)
+    monkeypatch.setattr(common.tempfile, 'TemporaryFile', full)
+    with pytest.raises(ValueError, match='No space left on device'):
+        common.try_writing('--out', tmp_path)
+
+
+@pytest.mark.mutation('common.py', 'require(values.isfinite().all()',
+                      'require(not values.isnan().any()')
+@pytest.mark.mutation('common.py', 'require_finite(value, path)', 'pass')
+def test_weights_that_are_not_finite():
+    for value in (math.nan, math.inf):
+        module = nn.BatchNorm1d(2)  # its count of batches is an integer
+        weights = module.state_dict()
+        common.load_weights(module, weights, 'run/vae.pt')
+        weights['running_mean'] = torch.tensor([0.0, value])
+        with pytest.raises(ValueError, match='run/vae.pt holds NaN or infinity: .* lower --lr'):
+            common.load_weights(module, weights, 'run/vae.pt')
 
 
 def test_device_that_is_not_there():

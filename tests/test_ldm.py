@@ -276,7 +276,9 @@ def test_rk45_sampling_counts_the_denoise_and_works_in_float32():
 @pytest.mark.mutation('ldm.py', "require(sampler in SAMPLERS,", "require(True,")
 @pytest.mark.mutation('ldm.py', 'require(eta >= 0', 'require(True')
 @pytest.mark.mutation('ldm.py', 'require(1 <= steps <= T', 'require(1 <= steps')
-@pytest.mark.mutation('ldm.py', 'require(rtol > 0 and atol > 0', 'require(True')
+@pytest.mark.mutation('ldm.py', 'require(rtol >= finest and atol >= finest',
+                      'require(rtol > 0 and atol > 0')
+@pytest.mark.mutation('ldm.py', 'FINEST * torch.finfo(z.dtype).eps /', 'FINEST or')
 def test_sampler_settings_out_of_range():
     z = torch.randn(1, 2, 3)
     for settings, word in ((dict(sampler='euler'), 'euler'), (dict(steps=0), '0 sampling'),
@@ -284,6 +286,26 @@ def test_sampler_settings_out_of_range():
                            (dict(sampler='rk45', atol=-1.0), 'atol'), (dict(eta=-0.1), 'eta')):
         with pytest.raises(ValueError, match=word):
             ldm.sample(lambda z, t: z, z, **settings)
+    ldm.sample(lambda z, t: z, z, 'rk45', rtol=3e-6, atol=3e-6)
+    with pytest.raises(ValueError, match='1e-07: must be at least 2e-06'):
+        ldm.sample(lambda z, t: z, z, 'rk45', rtol=1e-7, atol=1e-7)
+    try:
+        ldm.sample(lambda z, t: 0 * z, z.double(), 'rk45', rtol=1e-7, atol=1e-7)
+    except ValueError as error:
+        pytest.fail(str(error))
+
+
+@pytest.mark.mutation('ldm.py', 'require(nfe < MOST_CALLS', 'require(nfe < 2 * MOST_CALLS')
+def test_rk45_gives_up_where_the_network_rounds_coarsely():
+    """A velocity that is random in its fourth digit has no integral to 1e-9."""
+    calls = []
+
+    def coarse(t, y):
+        calls.append(t)
+        return y + 1e-4 * torch.randn_like(y)
+    with pytest.raises(ValueError, match='choose larger ones'):
+        ldm.rk45(coarse, torch.ones(1, 2, dtype=torch.float64), 0.0, 1.0, 1e-9, 1e-9)
+    assert len(calls) < 10_010 and calls[-1] < 1
 
 
 @pytest.mark.mutation('ldm.py', 'require(abs(h) > 10', 'require(not abs(h) < 0 * 10')
@@ -567,6 +589,8 @@ def test_wrong_conditions_are_refused():
 
 @pytest.mark.mutation('ldm.py', "rtol, atol, generators,\n", "rtol, atol, None,\n")
 @pytest.mark.mutation('ldm.py', "torch_seeded('z_T', s)", "torch_seeded('z_T', len(seeds))")
+@pytest.mark.mutation('ldm.py', 'z_T[part].to(device), sampler',
+                      'z_T[:len(z_T[part])].to(device), sampler')
 def test_a_sample_depends_on_its_seed_alone():
     model, vae, seeds = tiny(num_classes=3), nn.Linear(1, 1), [7, 0, 99, 3]
     labels = torch.tensor([0, 2, 1, 0])

@@ -1,4 +1,5 @@
-"""Meshes in data.py: every file format, points on a surface, the inside test, the prepared layout."""
+"""Meshes in data.py: file formats, points on a surface, the inside test, the prepared layout."""
+import json
 import struct
 from pathlib import Path
 
@@ -66,11 +67,12 @@ FILES = {'a.obj': text_obj(), 'a.off': text_off('OFF\n8 6 12'), 'b.off': text_of
          'b.stl': binary_stl()}
 
 
-@pytest.mark.mutation('data.py', 'for b, c in zip(p[1:], p[2:])', 'for c, b in zip(p[1:], p[2:])')
+@pytest.mark.mutation('data.py', 'p[:, [0, k, k + 1]]', 'p[:, [0, k + 1, k]]')
 @pytest.mark.mutation('data.py', 'c - 1 if c > 0 else len(vertices) + c', 'abs(c) - 1')
 @pytest.mark.mutation('data.py', "int(w.split('/')[0])", "int(w.split('/')[-1])")
 @pytest.mark.mutation('data.py', "binary_big_endian='>'", "binary_big_endian='<'")
-@pytest.mark.mutation('data.py', 'row[1:1 + int(row[0])]', 'row[:int(row[0])]')
+@pytest.mark.mutation('data.py', 'lines.take(end, words)[1:end]',
+                      'lines.take(end, words)[:end - 1]')
 def test_every_format_gives_the_cube(tmp_path):
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
@@ -80,6 +82,172 @@ def test_every_format_gives_the_cube(tmp_path):
             pytest.fail(str(error))
         assert vertices.shape == (8, 3) and faces.shape == (12, 3), name
         assert volume(vertices, faces) == pytest.approx(1, abs=1e-6), name
+
+
+def read(path, content):
+    """The volume of a mesh that a file of this content holds."""
+    path.write_bytes(content)
+    try:
+        return volume(*data.read_mesh(path))
+    except ValueError as error:
+        pytest.fail(str(error))
+
+
+def strips_ply():
+    """The cube as strips, some of an odd number of triangles."""
+    strip = '2 3 6 7 4 -1 4 7 5 -1 4 5 0 1 2 3 -1 0 2 4 6 -1 1 5 3 7'
+    rows = '\n'.join('%g %g %g' % tuple(c) for c in CORNERS)
+    return ('ply\nformat ascii 1.0\ncomment end_header\nelement vertex 8\nproperty float x\n'
+            'property float y\nproperty float z\nelement tristrips 1\nproperty list int int '
+            f'vertex_indices\nend_header\n{rows}\n{len(strip.split())} {strip}\n').encode()
+
+
+OBJ_LINES = text_obj().decode().split('\n')
+LEGAL = {
+    'bom.obj': b'\xef\xbb\xbf' + text_obj(), 'bom.off': b'\xef\xbb\xbf' + FILES['a.off'],
+    'bom.ply': b'\xef\xbb\xbf' + text_ply(), 'bom.stl': b'\xef\xbb\xbf' + text_stl(),
+    'mac.obj': text_obj().replace(b'\n', b'\r'), 'dos.obj': text_obj().replace(b'\n', b'\r\n'),
+    'mac.off': FILES['a.off'].replace(b'\n', b'\r'), 'dos.ply': text_ply().replace(b'\n', b'\r\n'),
+    'mac.ply': text_ply().replace(b'\n', b'\r'), 'dos.stl': text_stl().replace(b'\n', b'\r\n'),
+    'comment.obj': '\n'.join(line + ' # f 1 2 3 \\' for line in OBJ_LINES).encode(),
+    'joined.obj': text_obj().replace(b'\nf 1/1/1 ', b'\nf 1/1/1 \\\r\n'),
+    'capitals.stl': text_stl().upper(), 'name.stl': text_stl().replace(b'cube', b'vertex 1 2 3 \\'),
+    'two.stl': text_stl().replace(b'endfacet', b'endfacet\nendsolid a\nsolid b', 1),
+    'wide.stl': text_stl().replace(b'\nouter', b' outer'),
+    'letters.off': text_off('NCOFF\n8 6 0'), 'st.off': text_off('STCNOFF 8 6 0'),
+    'four.off': '\n'.join(['4OFF 8 6', *('%g %g %g 2' % tuple(2 * c) for c in CORNERS), *(
+        ' '.join(map(str, [4, *q])) for q in QUADS)]).encode(),
+    'wrapped.off': FILES['a.off'].replace(b'\n4 0 1 3 2 ', b'\n4 0 1\n3 2 '),
+    'strips.ply': strips_ply(),
+    'comment.ply': FILES['b.ply'].replace(b'comment x', b'comment end_header')}
+
+
+@pytest.mark.mutation('data.py', "data.decode('utf-8-sig', 'replace')",
+                      "data.decode('utf-8', 'replace')")
+@pytest.mark.mutation('data.py', "re.sub('\\r\\n?', '\\n',", "re.sub('\\r\\n', '\\n',")
+@pytest.mark.mutation('data.py', 'while joined and line', 'while not joined and line')
+@pytest.mark.mutation('data.py', "self.split(re.sub('#.*', '', text)",
+                      "self.split(re.sub('#$', '', text)")
+@pytest.mark.mutation('data.py', "size = 4 if '4' in", "size = 3 if '4' in")
+@pytest.mark.mutation('data.py', '(b, a, c) if turned', '(a, b, c) if turned')
+@pytest.mark.mutation('data.py', 'turned = False\n        else', 'pass\n        else')
+@pytest.mark.mutation('data.py', "wanted in ('0', word.lower())", "wanted in ('0', word)")
+@pytest.mark.mutation('data.py', 'for word in words:\n                wanted',
+                      'for word in words[:5]:\n                wanted')
+def test_what_the_formats_allow_gives_the_cube(tmp_path):
+    for name, content in LEGAL.items():
+        assert read(tmp_path / name, content) == pytest.approx(1, abs=1e-6), name
+
+
+CUT = {
+    'half.stl': text_stl()[:text_stl().index(b'\nfacet', 900)], 'facet.stl': text_stl().replace(
+        b'endloop', b'', 1), 'three.off': FILES['a.off'].replace(b'\n4 0 1 3 2 ', b'\n4 0 1 3\n#'),
+    'rows.off': FILES['a.off'] + b'\n3 0 1 2',
+    'nine.ply': text_ply().replace(b'vertex 8', b'vertex 9'),
+    'rows.ply': text_ply() + b'\n4 0 1 2 3',
+    'word.ply': text_ply().replace(b'\n0 0 1', b'\n0 0 1 7'),
+    'more.ply': FILES['b.ply'] + b'more', 'zero.obj': text_obj() + b'\nf 0 1 2',
+    'two.obj': text_obj() + b'\nv 1 2', 'back.obj': text_obj() + b'\nf -1 -2 -9'}
+
+
+@pytest.mark.mutation('data.py', "require(not inside, 'the file", "require(True, 'the file")
+@pytest.mark.mutation('data.py', 'require(not next(self.rows, None)', 'require(True')
+@pytest.mark.mutation('data.py', "require(not words, 'more numbers", "require(True, 'more numbers")
+@pytest.mark.mutation('data.py', 'require(not stream.read().strip()', 'require(True')
+@pytest.mark.mutation('data.py', 'require(0 not in corners', 'require(True')
+@pytest.mark.mutation('data.py', '0 <= min(corners) and', '-9 <= min(corners) and')
+@pytest.mark.mutation('data.py', "raise ValueError(f'line {self.number}: {error}')",
+                      "raise ValueError(str(error))")
+def test_files_whose_counts_and_contents_disagree(tmp_path):
+    for name, content in CUT.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name) as caught:
+            data.read_mesh(tmp_path / name)
+        assert '\n' not in str(caught.value)
+        assert 'line' in str(caught.value) or name in ('more.ply', 'back.obj')
+
+
+def comb(teeth=7):
+    """A comb as one polygon: a back of 2 teeth x 1, teeth of 1 x 9; its area is 11 teeth."""
+    outline = [(0, 0), (2 * teeth, 0)]
+    for k in reversed(range(teeth)):
+        outline += [(2 * k + 2, 1), (2 * k + 1, 1), (2 * k + 1, 10), (2 * k, 10)]
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    return np.pad(np.array(outline, float), ((0, 0), (0, 1))) @ turn.T
+
+
+@pytest.mark.mutation('data.py', 'fans[k] = p[k][clip_ears(flat[k])]', 'pass')
+@pytest.mark.mutation('data.py', 'not np.all(sides, axis=0).any()', 'True')
+@pytest.mark.mutation('data.py', 'turn(a, b, c) >= 0 and', 'True and')
+def test_concave_polygons_are_cut_into_their_own_area(tmp_path):
+    corners = comb()
+    for order in (1, -1):
+        lines = ['v %.9g %.9g %.9g' % tuple(c) for c in corners]
+        lines += ['f ' + ' '.join(str(k + 1) for k in range(len(corners))[::order])]
+        (tmp_path / 'comb.obj').write_text('\n'.join(lines))
+        vertices, faces = data.read_mesh(tmp_path / 'comb.obj')
+        a, b, c = vertices[faces].transpose(1, 0, 2)
+        across = np.cross(b - a, c - a) / 2
+        normal = order * np.cross(corners[1] - corners[0], corners[2] - corners[0])
+        assert len(faces) == len(corners) - 2 and (across @ normal > -1e-9).all()
+        assert np.linalg.norm(across, axis=1).sum() == pytest.approx(77)
+        x, y = (corners[k] - corners[0] for k in (1, -1))  # along the back, along a tooth
+        points, _ = data.surface_points(vertices, faces, 2000, np.random.default_rng(0))
+        u, v = (points - corners[0]) @ x / 14, (points - corners[0]) @ y / 10
+        assert ((v < 1 + 1e-6) | (u % 2 < 1 + 1e-6)).all()
+
+
+@pytest.mark.mutation('data.py', 'np.eye(3)[np.abs(normal).argmin(1)]', 'np.eye(3)[[0]]')
+@pytest.mark.mutation('data.py', "found[found[:, 0].argsort(kind='stable'), 1:]", 'found[:, 1:]')
+def test_a_chevron_and_convex_polygons_keep_their_order():
+    flat = np.array([[0, 0, 0], [2, 1, 0], [0, 2, 0], [1, 1, 0], [3, 1, 0]], float)
+    for axes in range(3):
+        vertices = np.roll(flat, axes, axis=1)
+        faces = data.cut_polygons(vertices, [[0, 1, 3], [0, 1, 2, 3], [0, 4, 2, 3], [2, 0, 1]])
+        assert faces[0].tolist() == [0, 1, 3] and faces[-1].tolist() == [2, 0, 1]
+        a, b, c = vertices[faces].transpose(1, 0, 2)
+        area = np.cross(b - a, c - a)[:, (2 + axes) % 3] / 2
+        np.testing.assert_allclose([area[1:3].sum(), area[3:5].sum()], [1, 2])
+        assert (area >= 0).all()
+
+
+@pytest.mark.mutation('data.py', 'points.reshape(-1, columns)[:, :3]', 'points.reshape(-1, 3)')
+@pytest.mark.mutation('data.py', 'min(np.prod(rows), POINT_COLUMNS)', '99')
+@pytest.mark.mutation('data.py', 'points[np.isfinite(points).all(1)]', 'points')
+def test_point_clouds_as_arrays(tmp_path):
+    points = np.random.default_rng(0).normal(size=(60, 4))
+
+    def cloud(array):
+        np.save(tmp_path / 'a.npy', array)
+        return data.read_cloud(tmp_path / 'a.npy', 60)
+    expected = cloud(points[:, :3])
+    for array in (points, points[None], points.reshape(6, 10, 4)):
+        np.testing.assert_array_equal(cloud(array), expected)
+    points[7, 1] = np.nan
+    try:
+        assert np.isfinite(cloud(points)).all()
+    except ValueError as error:
+        pytest.fail(str(error))
+    for wrong in (points[:, :3].T, points[:, :2], points[:, 0], points[:3, :3].T[:2],
+                  np.zeros((3, 20, 20)), np.full((9, 3), np.nan)):
+        with pytest.raises(ValueError, match='a.npy'):
+            cloud(wrong)
+    (tmp_path / 'a.xyz').write_bytes(b'\xef\xbb\xbf0,0,0\r\n1,2,3 # end\r\n')
+    assert sorted(data.read_geometry(tmp_path / 'a.xyz')[0].tolist()) == [[0, 0, 0], [1, 2, 3]]
+
+
+@pytest.mark.mutation('data.py', 'digits = 7 + max(0, math.ceil(math.log10(farness(vertices))))',
+                      'digits = 7')
+@pytest.mark.mutation('data.py', "('double', '<f8') if farness(vertices) > 2",
+                      "('double', '<f8') if False")
+def test_meshes_far_from_the_origin_keep_their_form(tmp_path):
+    vertices = 2 * CORNERS + [500_000, 4_649_776, 300] + np.random.default_rng(0).random((8, 3)) / 9
+    for suffix in ('.obj', '.ply'):
+        data.write_mesh(tmp_path / f'far{suffix}', vertices, TRIANGLES)
+        v, f = data.read_mesh(tmp_path / f'far{suffix}')
+        np.testing.assert_allclose(v[f], vertices[TRIANGLES], rtol=0, atol=2e-6)
+    with pytest.raises(ValueError, match='write .obj or .ply'):
+        data.write_mesh(tmp_path / 'far.stl', vertices, TRIANGLES)
 
 
 @pytest.mark.mutation('data.py', "faces + 1, 'f %d %d %d'", "faces, 'f %d %d %d'")
@@ -103,7 +271,7 @@ def test_what_is_written_is_read_back(tmp_path):
         data.write_mesh(tmp_path / 'mesh.off', vertices, TRIANGLES)
 
 
-@pytest.mark.mutation('data.py', 'faces.max() >= len(vertices)', 'False')
+@pytest.mark.mutation('data.py', 'max(corners) < len(vertices)', 'True')
 @pytest.mark.mutation('data.py', 'finite_extent(vertices[used], path)',
                       'finite_extent(vertices, path)')
 def test_files_that_are_no_mesh(tmp_path):
@@ -238,7 +406,7 @@ def meshes(tmp_path, monkeypatch):
 def prepare(capsys, *flags):
     """What `python data.py mesh set` prints."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('sys.argv', ['data.py', 'mesh', 'set', '--out', 'o', '--points', '4000', *flags])
+        patch.setattr('sys.argv', 'data.py mesh set --out o --points 4000'.split() + [*flags])
         data.main()
     return capsys.readouterr().out.splitlines()
 
@@ -275,7 +443,7 @@ def test_a_folder_of_meshes_becomes_the_occupancy_layout(meshes, capsys):
             assert np.abs(on.max(1) - 1).max() < 2e-3 and stored['normals'].shape == (4000, 3)
 
 
-@pytest.mark.mutation('data.py', "if not (folder / 'points.npz').exists():", 'if True:')
+@pytest.mark.mutation('data.py', 'if not solid_shares(folder, recipe):', 'if True:')
 def test_a_second_call_goes_on_where_the_first_stopped(meshes, capsys, monkeypatch):
     first = prepare(capsys)
     monkeypatch.setattr(data, 'read_mesh', lambda path: pytest.fail(f'{path} read again')
@@ -283,6 +451,52 @@ def test_a_second_call_goes_on_where_the_first_stopped(meshes, capsys, monkeypat
     again = prepare(capsys, '--keep')
     assert again[1] == first[1] and again[-1].endswith('1 doubtful, kept')
     assert 'm4' in sum(lists('chair').values(), [])
+
+
+@pytest.mark.mutation('data.py', "if str(stored['recipe']) == json.dumps(recipe):", 'if True:')
+@pytest.mark.mutation('data.py', "(folder / 'near.npz').unlink(missing_ok=True)", 'pass')
+@pytest.mark.mutation('data.py', 'except Exception:  # nothing there',
+                      'except OSError:  # nothing there')
+def test_what_was_made_otherwise_is_made_again(meshes, capsys):
+    def stored(name):
+        with np.load(f'o/chair/m0/{name}.npz') as file:
+            return file['points']
+    prepare(capsys, '--near', '0.5')
+    first = stored('points')
+    assert len(stored('near')) == 2000
+    prepare(capsys, '--seed', '1', '--near', '0')
+    assert not (stored('points') == first).all() and not Path('o/chair/m0/near.npz').exists()
+    data.write_mesh('set/chair/m0.obj', CORNERS * [1, 1, 9], TRIANGLES)
+    whole = Path('o/chair/m1/points.npz').read_bytes()
+    Path('o/chair/m1/points.npz').write_bytes(whole[:len(whole) // 2])
+    try:
+        prepare(capsys, '--seed', '1', '--near', '0')
+    except Exception as error:
+        pytest.fail(f'a traceback: {error}')
+    on = np.abs(stored('pointcloud').astype(float))
+    np.testing.assert_allclose(on.max(0), [1 / 18, 1 / 18, 1 / 2], atol=1e-3)
+    assert Path('o/chair/m1/points.npz').read_bytes() == whole
+
+
+@pytest.mark.mutation('data.py', 'if len({*column}) > 1]', 'if column]')
+@pytest.mark.mutation('data.py', 'if (root / n).is_file()]', ']')
+@pytest.mark.mutation('data.py', 'name=SHAPENET.get(g, g)', 'name=g')
+def test_shapenet_as_it_is_unpacked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for k in range(4):
+        folder = Path(f'set/03001627/id{k}/models')
+        data.write_mesh(folder / 'model_normalized.obj', CORNERS, TRIANGLES)
+        (folder / '._model_normalized.obj').write_bytes(b'AppleDouble')
+        (folder / 'model.glb').write_bytes(b'')
+    (folder / 'folder.obj').mkdir()
+    (tmp_path / 'set/dangling.obj').symlink_to('nowhere.obj')
+    try:
+        *told, summary = prepare(capsys)
+    except (OSError, ValueError) as error:
+        pytest.fail(str(error))
+    assert not told and summary.endswith('left out of the lists; 4 .glb passed over')
+    assert sorted(sum(lists('03001627').values(), [])) == [f'id{k}' for k in range(4)]
+    assert json.loads(Path('o/metadata.yaml').read_text())['03001627']['name'] == 'chair'
 
 
 def test_meshes_that_cannot_be_prepared(meshes, capsys, tmp_path):

@@ -5,6 +5,7 @@ No published weights are needed: networks are filled with random ones, in every 
 import copy
 import functools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -867,11 +868,18 @@ def test_files_that_hold_no_such_weights(tmp_path):
         metrics.load_network('resnet', path)
 
 
-def test_published_name_with_other_content_warns(tmp_path, random_file):
+@pytest.mark.filterwarnings('error')
+@pytest.mark.mutation('metrics.py', 'and path.name in [f.file for f in spec.files if f.sha256]', '')
+@pytest.mark.mutation('metrics.py', 'of the published file\', file=sys.stderr)',
+                      'of the published file\')')
+def test_published_name_with_other_content_is_noted(tmp_path, random_file, capsys):
     copy = tmp_path / 'pt_inception-2015-12-05-6726825d.pth'
     copy.write_bytes(random_file.read_bytes())
-    with pytest.warns(UserWarning, match='sha256'):
-        metrics.load_network('inception', tmp_path)
+    digest = metrics.file_digest(copy)
+    for path in (random_file, tmp_path):  # a name of one's own claims nothing
+        metrics.load_network('inception', path)
+    assert capsys.readouterr().err == (
+        f'note: {copy}: sha256 {digest} is not that of the published file\n')
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -936,6 +944,22 @@ def test_statistics_of_reals_are_kept_in_a_file(capsys, folders, colour_network)
     torch.save(dict(a=1), 'kept/A.pt')
     with pytest.raises(ValueError, match='not a checkpoint of this one'):
         metrics.main([*command])
+
+
+@pytest.mark.mutation('metrics.py', 'except OSError as error:  # the number',
+                      'except KeyError as error:  # the number')
+def test_statistics_that_cannot_be_kept_cost_no_number(capsys, folders, colour_network, monkeypatch):
+    """A disk that fills up meanwhile: the number all the same, and a note."""
+    def full(path, state):
+        raise OSError(f'{path}: not written, the disk is full (0.0 MiB free)')
+    monkeypatch.setattr(metrics, 'save_checkpoint', full)
+    try:
+        metrics.main(['fid', 'A', 'B', '--reference', 'kept/A.pt'])
+    except OSError as error:
+        pytest.fail(str(error))
+    out, err = capsys.readouterr()
+    close(json.loads(out.splitlines()[-1])['fid'], 3 * 10 ** 2, 1)
+    assert '\nnote: --reference kept/A.pt: not written, the disk is full (0.0 MiB free)\n' in err
 
 
 @pytest.mark.mutation('metrics.py', "f'precision {precision:.4f}", "f'precision {recall:.4f}")
@@ -1062,10 +1086,10 @@ def toy_run(tmp_path, monkeypatch):
     (tmp_path / 'ldm.pt').touch()
     info = dict(args=dict(dataset='toy_image'), step=7, splits=None)
     monkeypatch.setattr(metrics, 'ldm', SimpleNamespace(
-        SAMPLERS=metrics.ldm.SAMPLERS, ETA=1.5, generate=generate,
+        SAMPLERS=metrics.ldm.SAMPLERS, ETA=1.5, FINEST=2e-6, T=1000, generate=generate,
         load=lambda path, device: (Model(), 'ldm', info),
         load_vae=lambda path, device: (Model(), info)))
-    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: Signals())
+    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root, captions: Signals())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -1106,6 +1130,22 @@ def test_fid_of_a_run(capsys, toy_run, colour_network):
         metrics.main(['fid', str(toy_run), str(toy_run / 'B'), '--float'])
 
 
+@pytest.mark.mutation('metrics.py', 'args.seed, key, k),', 'args.seed, k),')
+def test_both_sides_of_the_same_meshes_are_drawn_on_their_own(tmp_path):
+    """Two draws of n points on area A: Chamfer 2 A / (pi n), as of Poisson processes in the plane.
+
+    E d^2 = 1 / (pi density) on either side, and somewhat more at the edges.
+    """
+    n, area = 2000, 6.0
+    corners = np.array([[0, 0, 0], [3, 0, 0], [3, 2, 0], [0, 2, 0]], dtype='float64')
+    for side in 'AB':
+        data.write_mesh(tmp_path / side / 'plate.obj', corners, np.array([[0, 1, 2], [0, 2, 3]]))
+    args = SimpleNamespace(points=n, seed=0)
+    a, b = (metrics.folder_clouds(tmp_path / side, args, 0, 9, key).read([0])[0]
+            for key, side in enumerate('AB'))
+    assert 1 < metrics.chamfer(a, b).item() / (2 * area / (math.pi * n)) < 1.15
+
+
 @pytest.mark.mutation('metrics.py', 'args.res or next((run.R', 'args.res or next((0')
 def test_a_folder_is_read_at_the_resolution_of_the_run(capsys, toy_run, colour_network):
     for i, x in enumerate(pictures(3, 50)):
@@ -1124,7 +1164,7 @@ def test_a_folder_is_read_at_the_resolution_of_the_run(capsys, toy_run, colour_n
                       'self.reals(self.args.split, self.args.num)')
 def test_floor_of_a_run(capsys, toy_run, colour_network, monkeypatch):
     sides = dict(train=Darker, test=Signals)
-    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: sides[split]())
+    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root, captions: sides[split]())
     manifest, _ = result(capsys, 'fid', toy_run, '--fakes', 'train', '--split', 'test')
     close(manifest['fid'], 3 * 12.75 ** 2, 40)  # 0.1 darker
     assert manifest['fake']['split'] == 'train' and manifest['real']['split'] == 'test'
@@ -1185,7 +1225,7 @@ class Torn(Signals):
 
 @pytest.mark.mutation('metrics.py', 'part = dataset.readable(part)', 'pass')
 def test_no_other_picture_stands_in_for_a_broken_one(capsys, toy_run, colour_network, monkeypatch):
-    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: Torn())
+    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root, captions: Torn())
     manifest, _ = result(capsys, 'rfid', toy_run, '--batch', 1)
     assert manifest['n_real'] == manifest['n_fake'] == 4
     manifest, _ = result(capsys, 'psnr', toy_run, '--batch', 1)
@@ -1231,7 +1271,8 @@ def test_samplers_side_by_side(capsys, toy_run, colour_network):
     line, text = capsys.readouterr().out.splitlines()
     assert json.loads(text)['fake'].get('eta') == 0.5 and 'sde-dpmpp steps 7 eta 0.5, NFE 7.0' in line
     assert metrics.parse_sampler('sde-dpmpp:7') == dict(sampler='sde-dpmpp', steps=7, eta=1.5)
-    for wrong in ('ddim', 'ddim:3:0.5', 'sde-dpmpp:3:0.5:1', 'sde-dpmpp:3:-1', 'rk45:0'):
+    for wrong in ('ddim', 'ddim:3:0.5', 'sde-dpmpp:3:0.5:1', 'sde-dpmpp:3:-1', 'rk45:0',
+                  'rk45:1e-7'):
         with pytest.raises(ValueError, match='expected NAME:STEPS'):
             metrics.main(['nfe', str(toy_run), '--samplers', wrong])
     with pytest.raises(ValueError, match='no such sampler'):
@@ -1551,6 +1592,34 @@ def test_two_processes_give_the_numbers_of_one(repo, folders, random_file, tmp_p
         for value in ('fid', 'precision', 'recall', 'psnr', 'ssim', 'distances', 'mean'):
             close(two.pop(value, 0), one.pop(value, 0), 1e-5)
         assert one == two
+
+
+@pytest.mark.mutation('metrics.py', "for name in ('out', 'picture', 'reference'):",
+                      'for name in ():')
+@pytest.mark.mutation('metrics.py', "for name in ('out', 'picture', 'reference'):",
+                      "for name in ('out', 'picture'):")
+@pytest.mark.mutation('metrics.py', 'require(value <= ldm.T', 'require(True')
+@pytest.mark.mutation('metrics.py', '    reals, fakes = real_and_fake(args)\n    net = open_network(args)\n'
+                      '    real = reals()\n    a = real', '    reals, fakes = real_and_fake(args)\n'
+                      '    real = reals()\n    net = open_network(args)\n    a = real')
+@pytest.mark.mutation('metrics.py', 'require(stage == 1 or args.num <= MOST', 'require(True')
+def test_what_cannot_end_well_is_refused_before_anything_is_read(toy_run, monkeypatch):
+    (toy_run / 'file').touch()
+    monkeypatch.setattr(data, 'open_run_data', lambda *args, **more: pytest.fail('read'))
+    for argv, words in ((['fid', str(toy_run), '--out', 'file/x'], '--out: nothing can be written'),
+                        (['fid', str(toy_run), '--out', str(toy_run)], 'a folder; name a file'),
+                        (['nn', str(toy_run), '--picture', 'file/x.png'], '--picture'),
+                        (['fid', str(toy_run), '--reference', 'file/x.pt'], '--reference: nothing'),
+                        (['fid', str(toy_run), '--samplers', 'dpmpp:20,ddim:2000'], 'ddim:2000'),
+                        (['pr', str(toy_run), '--sampler', 'foo'], 'foo: no such sampler'),
+                        (['pr', str(toy_run), '--seed', '-1'], '--seed'),
+                        (['fid', str(toy_run)], 'no weights'),
+                        (['fid', str(toy_run), '--num', '1000000000'], '--num 1000000000'),
+                        (['nfe', str(toy_run), '--num', '1000000000'], '--num 1000000000'),
+                        (['shapes', str(toy_run), '--points', '1000000000'], '--points')):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            metrics.main(argv)
+    assert {p.name for p in toy_run.iterdir()} == {'file', 'ldm.pt'}
 
 
 def test_errors_are_one_line(repo, folders, tmp_path):

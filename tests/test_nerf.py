@@ -535,9 +535,16 @@ def test_pictures_with_skipping_are_those_without():
 
 
 @pytest.mark.mutation('inr.py', 'kernel_size=4, stride=1, padding=1', 'kernel_size=2, stride=1')
-@pytest.mark.mutation('inr.py', '[0, 0] > least', '[0, 0] > 2 * least')
+@pytest.mark.mutation('inr.py', '[0, 0] <= least', '[0, 0] <= 2 * least')
+@pytest.mark.mutation('inr.py', 'return ~(F.max_pool3d(values, kernel_size=4, stride=1, padding=1)'
+                      '[0, 0] <= least)', 'return (F.max_pool3d(values, kernel_size=4, stride=1, '
+                      'padding=1)[0, 0] > least)')
 def test_cells_round_a_dense_node_are_occupied():
-    """All that touch it and their neighbours: the density rises between the nodes, too."""
+    """All that touch it and their neighbours: the density rises between the nodes, too.
+
+    What is not a number is not empty, so that it comes to light in the picture.
+    """
+    assert inr.occupied_cells(lambda p: p[:, 0] * math.nan, 2).all()
     node = torch.tensor([0.0, -0.5, 0.25])  # of 8 cells a side: x 4, y 2, z 5
     cells = inr.occupied_cells(lambda p: ((p - node).norm(dim=1) < 1e-3) * 0.15, 8)
     expected = torch.zeros(8, 8, 8, dtype=torch.bool)

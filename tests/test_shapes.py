@@ -404,6 +404,54 @@ def test_captions_are_joined_by_model(shapenet):
         data.make_dataset('shapenet', root, captions=str(root / 'none.csv'))
 
 
+@pytest.mark.mutation('data.py', 'if len(values) == n:', 'if len(values) == n and values.dtype == bool:')
+@pytest.mark.mutation('data.py', 'np.packbits(values > 0.5)', 'np.packbits(values > 0)')
+@pytest.mark.mutation('data.py', 'len(values) == math.ceil(n / 8)', 'len(values) >= n / 8')
+@pytest.mark.mutation('data.py', '((values >= 0) & (values <= 1)).all()', 'True')
+@pytest.mark.mutation('data.py', 'require(np.isfinite(points).all()', 'require(True')
+def test_occupancies_packed_or_one_by_one(shapenet):
+    root, _ = shapenet
+    place = root / '03001627' / 'm3' / 'points.npz'
+    points = np.random.default_rng(0).uniform(-0.5, 0.5, (61, 3))
+    inside = np.linalg.norm(points, axis=1) < 0.4
+
+    def truth(occupancies, points=points):
+        np.savez(place, points=points, occupancies=occupancies)
+        return data.make_dataset('shapenet_chair', root, 'test').truth(0)[1].numpy()
+    for kind in ('bool', 'uint8', 'int64', 'float16', 'float64'):
+        try:
+            np.testing.assert_array_equal(truth(inside.astype(kind)), inside)
+        except ValueError as error:
+            pytest.fail(str(error))
+    np.testing.assert_array_equal(truth(inside[:, None] * 0.9 + 0.05), inside)
+    np.testing.assert_array_equal(truth(np.packbits(inside)), inside)
+    broken = np.where(np.arange(61)[:, None] == 5, np.nan, points)
+    for wrong in ((inside[:60],), (np.packbits(inside).astype(int),), (np.zeros(9, 'uint8'),),
+                  (2.0 * inside,), (np.where(inside, np.nan, 0),), (np.packbits(inside), broken),
+                  (inside[:0], points[:0]), (inside, points[:, :2])):
+        with pytest.raises(ValueError, match='m3'):
+            truth(*wrong)
+    np.savez(place, points=points, occupancies=inside)
+    np.savez(place.with_name('pointcloud.npz'), points=points[:0])
+    with pytest.raises(ValueError, match='m3'):
+        truth(inside)
+
+
+@pytest.mark.mutation('common.py', "encoding='utf-8-sig'", "encoding='utf-8'")
+def test_lists_with_a_byte_order_mark(shapenet):
+    root, _ = shapenet
+    for file in root.glob('*/*.lst'):
+        file.write_text(file.read_text(), encoding='utf-8-sig')
+    (root / 'split.json').write_text(json.dumps(dict(test=['04379243/m6'])), encoding='utf-8-sig')
+    assert data.make_dataset('shapenet', root).names == [
+        '03001627/m0', '03001627/m1', '04379243/m4', '04379243/m5']
+    try:
+        held = data.make_dataset('shapenet', root, 'test', holdout=str(root / 'split.json'))
+    except ValueError as error:
+        pytest.fail(str(error))
+    assert held.names == ['04379243/m6']
+
+
 def test_broken_shapes(shapenet, capsys):
     """Missing ones are listed; a cut one is stood in for; too many end the run; so does no place."""
     root, _ = shapenet

@@ -204,7 +204,7 @@ def clip_run(tmp_path, monkeypatch):
     (tmp_path / 'vae.pt').touch()
     monkeypatch.setattr(ldm, 'load_vae', lambda path, device: (Reader(), info))
     monkeypatch.setattr(ldm, 'load', lambda path, device: (Reader(), None, info))
-    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: Clips())
+    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root, captions: Clips())
     return str(tmp_path)
 
 
@@ -336,8 +336,8 @@ def flags(**changes):
 @pytest.mark.mutation('sample.py', 'frames[i * len(frames) // 8]', 'frames[i]')
 def test_written_videos_are_the_function(saved):
     z = 5 * torch.randn(2, 4, 56)  # no two frames alike
-    sample.write_videos(saved, z, ['a', 'b'], [(12, 10)], flags(frames=4, slow=2, time=(-0.5, 0.5)),
-                        '')
+    sample.write_videos(saved, zip(z, 'ab'), [(12, 10)],
+                        flags(frames=4, slow=2, time=(-0.5, 0.5)), None)
     expected = data.to_uint8(saved.signal(saved.decode(z[1:]), (12, 10), frames=8,
                                           times=(-0.5, 0.5))[0])
     frames = shot(Path('out/12x10/b'))
@@ -348,7 +348,8 @@ def test_written_videos_are_the_function(saved):
             film.seek(k)
             assert np.array_equal(np.asarray(film.convert('RGB')), frames[k].permute(1, 2, 0))
     assert Image.open('out/grid_12x10.png').size == (8 * 12 + 2, 2 * 14 + 2)
-    sample.write_videos(saved, z[:1], ['a'], (), flags(out='b', frames=16, box=(-1, 0, 0, 1)), '')
+    sample.write_videos(saved, zip(z, 'a'), [(8, 8)],
+                        flags(out='b', frames=16, box=(-1, 0, 0, 1)), None)
     shown = np.asarray(Image.open('b/grid_8x8.png'))[2:10, 2:].reshape(8, 8, 10, 3)[:, :, :8]
     corner = saved.render(saved.decode(z[:1]), (8, 8), ((-1, 0), (0, 1)), at=(-1 + 9 / 16,))
     assert np.array_equal(shown[:, 2], data.to_uint8(corner[0]).permute(1, 2, 0))
@@ -370,4 +371,4 @@ def test_clips_are_reconstructed_from_files(saved):
                                            torch.device('cpu'))
     assert names == ['long_webp', 'short_webp'] and extra is None
     x = data.to_float(torch.stack(frames[1:6], 1))[None]
-    torch.testing.assert_close(z, saved.encode(x).mean.expand(2, -1, -1))
+    torch.testing.assert_close(torch.stack([*z]), saved.encode(x).mean.expand(2, -1, -1))
