@@ -522,7 +522,11 @@ def writing(path):
     """OSErrors name the file `path`; those of a full disk say so, and how much is free."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError):
+            error = error.__context__  # torch.save ends in another error than that of the disk
+        if not isinstance(error, OSError):
+            raise
         why = one_line(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(Path(path).parent).free / 2 ** 20

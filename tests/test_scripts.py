@@ -296,7 +296,7 @@ def step_of(path):
 
 @pytest.mark.mutation('common.py', 'start = step * batch + rank * local', 'start = rank * local')
 @pytest.mark.mutation('common.py', 'except (ValueError, RecursionError):', 'except KeyError:')
-@pytest.mark.mutation('common.py', "path.with_name(f'{path.name}.{secrets.token_hex(4)}.tmp')", 'path')
+@pytest.mark.mutation('common.py', 'file)\n    replace(path, write)', 'file)\n    write(path)')
 @pytest.mark.parametrize('script', STAGES)
 def test_a_kill_loses_nothing(script, toy, copy, repo):
     """kill -9 while a checkpoint is written, again within a line of the log, then to the end.
@@ -993,6 +993,27 @@ def test_metrics_of_shapes(shapes, tmp_path):
     again = done(shapes.folder, 'metrics.py', 'iou', flags, '--data moved').out.splitlines()
     moved.rename(shapes.folder / 'set')
     assert json.loads(again[-1]) == result
+
+
+@pytest.mark.mutation('metrics.py', "captions if self.args.command == 'text' else ''", 'captions')
+@pytest.mark.mutation('metrics.py', 'self.args.captions or stages[0]', 'stages[0]')
+@pytest.mark.mutation('metrics.py', "    resolved('--captions', args.captions)\n", '')
+def test_captions_that_have_moved(shapes, tmp_path, repo):
+    """What reads none does without them; the rest is told where they are."""
+    folder, flags = Path(shutil.copytree(shapes.folder, tmp_path / 'copy')), '--device cpu'
+    state = common.load_checkpoint(folder / 'runs' / 'things' / 'ldm.pt')
+    state['args']['captions'] = str(folder / 'gone.csv')
+    common.save_checkpoint(folder / 'runs' / 'things' / 'ldm.pt', state)
+    text = f'text things {flags} --each 2 --sampler dpmpp:2 --res 8 --num 1'
+    done(folder, 'metrics.py', f'shapes things {flags} --res 8 --sampler dpmpp:1 --points 9',
+         repo=repo)
+    assert_refused(call(folder, 'metrics.py', text, repo=repo), '--captions', 'gone.csv')
+    row = json.loads(done(folder, 'metrics.py', text, '--captions captions.csv', repo=repo)
+                     .out.splitlines()[-1])
+    assert row['captions'] == 1 and 0 <= row['tmd'] <= 1
+    with mock.patch.object(data, 'make_dataset', lambda *args, **more: pytest.fail('read')):
+        assert_refused(call(folder, 'metrics.py', text, '--captions none.csv', repo=repo),
+                       '--captions none.csv')
 
 
 # ---- videos --------------------------------------------------------------------------------------
