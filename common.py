@@ -471,7 +471,7 @@ STOPPED = 'stopped; the same command continues from the last checkpoint'
 MAY_CHANGE = {'steps', 'log_every', 'eval_every', 'save_every', 'workers', 'restart', 'slim',
               'device', 'data', 'vae', 'name'}  # the last four say where, not what
 MAY_MOVE = {'captions', 'text', 'init', 'split'}  # of files, the folder may change
-STAGE_1 = dict(dataset=str, preset=str, data=str, flip=bool, steps=int)  # what is asked of a run
+STAGE_1 = dict(dataset=str, preset=str, data=str, flip=bool, steps=int, resolution=int)  # flags
 MODEL = dict(step=int, args=dict, vae_config=dict, vae=dict, splits=dict(train=list, test=list))
 CONTENTS = dict(  # by kind, what a checkpoint must hold: types by name, nested
     vae=dict(MODEL, args=STAGE_1),
@@ -839,7 +839,7 @@ def start_run(folder, stage, args, process, step, facts):
     if not process.is_first:
         return None
     lock_run(folder, process)
-    (folder / 'samples').mkdir(exist_ok=True)
+    (folder / 'samples').mkdir(parents=True, exist_ok=True)
     path, stages = folder / 'args.json', read_stages(folder)
     if path.exists() and not stages:
         print(f'note: {path}: damaged; written anew, with the flags of this stage alone')

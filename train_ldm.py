@@ -136,6 +136,9 @@ class Latents:
             self.table = np.load(file, mmap_mode='c')  # torch warns of read-only arrays
 
     def write(self, vae, shape, path):
+        size, free = 4 * math.prod(shape), shutil.disk_usage(path.parent).free
+        common.require(size < free, f'--cache disk: needs {size / 2 ** 20:.1f} MiB in {path.parent}'
+                       f', {free / 2 ** 20:.1f} MiB are free; try --cache none')
         self.table = np.lib.format.open_memmap(path, 'w+', 'float32', shape)
         self.fill(vae, range(shape[0]))
         self.table.flush()
@@ -167,11 +170,7 @@ def open_latents(dataset, vae, args, vae_path, folder):
         return dataset
     if args.cache != 'disk':
         return Latents(dataset, vae)
-    file = folder / f'latents_{common.file_digest(vae_path)[:16]}.npy'
-    free = shutil.disk_usage(folder).free  # a map of a full disk would end the process
-    common.require(file.exists() or size < free, f'--cache disk: {size / 2 ** 20:.0f} MiB for '
-                   f'{file}, of which {free / 2 ** 20:.0f} MiB are free; --cache none needs none')
-    return Latents(dataset, vae, file)
+    return Latents(dataset, vae, folder / f'latents_{common.file_digest(vae_path)[:16]}.npy')
 
 
 @torch.no_grad()

@@ -237,8 +237,8 @@ def test_clipping():
 
 def checkpoint(kind='vae', **changes):
     """A checkpoint that holds all it must, but for the weights."""
-    flags, splits = dict(dataset='d', preset='p', data='', flip=False, steps=9), dict(
-        train=['a'], test=['b'])
+    flags, splits = dict(dataset='d', preset='p', data='', flip=False, steps=9,
+                         resolution=8), dict(train=['a'], test=['b'])
     return dict(kind=kind, step=1, args=flags, vae_args=flags, vae_config={}, vae={}, opt={},
                 splits=splits, ldm_config={}, ema={}, model={}, vae_hash='0') | changes
 

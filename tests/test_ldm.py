@@ -644,7 +644,8 @@ def checkpoint(tmp_path):
     model.set_null_context(torch.randn(7, 6))
     state = dict(kind='ldm', vae_config=dataclasses.asdict(vae_config), step=3, args=dict(seed=2),
                  ldm_config=dataclasses.asdict(model.config), splits=dict(train=[], test=[]),
-                 vae_args=dict(dataset='d', preset='p', data='', flip=False, steps=1),
+                 vae_args=dict(dataset='d', preset='p', data='', flip=False, steps=1,
+                               resolution=8),
                  **{k: {n: v.half() if v.is_floating_point() else v
                         for n, v in m.state_dict().items()}
                     for k, m in (('vae', first), ('ema', model))})

@@ -1534,6 +1534,16 @@ def test_a_run_that_is_trained_is_left_alone(copy, repo):
     done(copy, 'train_vae.py', VAE, '--steps 7', repo=repo)
 
 
+@pytest.mark.mutation('train_ldm.py', 'common.require(size < free', 'common.require(True')
+def test_latents_need_room_on_the_disk(copy, repo):
+    """20,000 latents of 4 x 16 floats, means and deviations: 9.8 MiB, which a map cannot ask for."""
+    flags, usage = f'{LDM.replace("none", "disk")} --name new', SimpleNamespace(free=9 * 2 ** 20)
+    with mock.patch.object(shutil, 'disk_usage', lambda path: usage):
+        assert_refused(call(copy, 'train_ldm.py', flags, repo=repo), '--cache disk: needs 9.8 MiB',
+                       '9.0 MiB are free')
+    assert {p.name for p in (copy / 'runs' / 'new').iterdir()} == {'lock'}
+
+
 @pytest.mark.mutation('common.py', "if path.exists() and not stages:", 'if False:')
 @pytest.mark.mutation('train_ldm.py', "    with common.fitting(folder / 'ldm.pt'):\n            ema",
                       "    with common.fitting(folder / 'x'):\n            ema")
