@@ -217,6 +217,7 @@ def run(main, stopped='stopped'):
     except KeyboardInterrupt:
         message, code = stopped, 130
     finally:
+        HELD.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
     gc.collect()  # the exception's frames, and with them progress bars that are still open
@@ -550,11 +551,11 @@ def replace(path, write):
             temporary.unlink(missing_ok=True)
 
 
-HELD = {}  # run folder: its open lock, which ends with this process
+HELD = {}  # run folder: its lock, an open file
 
 
 def lock_run(folder, process):
-    """Make a run's folder and keep other processes from training there until this one has ended.
+    """Make a run's folder and keep other processes from training there until `run` has ended.
 
     ValueError, which names the other, if there is one. What killed writers left is removed. On a
     file system without locks, and in processes that do not write, this does nothing.

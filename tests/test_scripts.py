@@ -1516,6 +1516,7 @@ def test_runs_are_copied_renamed_and_nested(toy, copy, repo):
 
 
 @pytest.mark.mutation('common.py', '    lock_run(folder, process)\n    (folder', '    (folder')
+@pytest.mark.mutation('common.py', '        HELD.clear()\n', '')
 def test_a_run_that_is_trained_is_left_alone(copy, repo):
     run = copy / 'runs' / 'toy_image'
     child = subprocess.Popen([sys.executable, '-c', 'import fcntl, sys, time\n'
@@ -1532,6 +1533,9 @@ def test_a_run_that_is_trained_is_left_alone(copy, repo):
         child.communicate()
     assert snapshot(run) == before
     done(copy, 'train_vae.py', VAE, '--steps 7', repo=repo)
+    with open(run / 'lock', 'a') as lock:  # this process has let go of it
+        free = 'import fcntl, sys; fcntl.lockf(sys.stdin, fcntl.LOCK_EX | fcntl.LOCK_NB)'
+        assert not subprocess.run([sys.executable, '-c', free], stdin=lock).returncode
 
 
 @pytest.mark.mutation('train_ldm.py', 'common.require(size < free', 'common.require(True')
