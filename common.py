@@ -217,7 +217,7 @@ def run(main, stopped='stopped'):
     except KeyboardInterrupt:
         message, code = stopped, 130
     finally:
-        HELD.clear()
+        HELD.close()
         if dist.is_initialized():
             dist.destroy_process_group()
     gc.collect()  # the exception's frames, and with them progress bars that are still open
@@ -551,7 +551,7 @@ def replace(path, write):
             temporary.unlink(missing_ok=True)
 
 
-HELD = {}  # run folder: its lock, an open file
+HELD = contextlib.ExitStack()  # open files: the locks of the runs that this process trains
 
 
 def lock_run(folder, process):
@@ -560,11 +560,10 @@ def lock_run(folder, process):
     ValueError, which names the other, if there is one. What killed writers left is removed. On a
     file system without locks, and in processes that do not write, this does nothing.
     """
-    key = folder.absolute()
-    if not process.is_first or key in HELD:
+    if not process.is_first:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / 'lock', 'a+')
+    lock = HELD.enter_context(open(folder / 'lock', 'a+'))
     try:
         fcntl and fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -573,7 +572,6 @@ def lock_run(folder, process):
                          'give another --name') from None
     except OSError:
         pass
-    HELD[key] = lock
     lock.truncate(0)
     print(f'number {os.getpid()} on {platform.node()}', end='', file=lock, flush=True)
     for left in folder.glob('*.tmp'):

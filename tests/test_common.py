@@ -313,7 +313,8 @@ def other_process(work):
 
 @pytest.mark.mutation('common.py', 'fcntl and fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)',
                       'pass')
-@pytest.mark.mutation('common.py', 'if not process.is_first or key in HELD:', 'if key in HELD:')
+@pytest.mark.mutation('common.py', 'if not process.is_first:\n        return\n    folder',
+                      'if False:\n        return\n    folder')
 @pytest.mark.mutation('common.py', "folder.glob('*.tmp')", "folder.glob('*.pt.tmp')")
 def test_one_process_trains_a_run(tmp_path):
     run, second = tmp_path / 'runs' / 'a', processes(2)[1]
