@@ -4,11 +4,16 @@ import json
 import os
 import pickle
 import re
+import shutil
+import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import types
+import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -18,6 +23,7 @@ from torch.utils.data import DataLoader
 
 import common
 import data
+import metrics
 
 FULL = torch.tensor([[-1.0, 1.0], [-1.0, 1.0]])
 
@@ -199,7 +205,7 @@ def test_every_mode_becomes_rgb(tmp_path):
         assert np.abs(got - np.array(expected)).max() <= name.endswith('jpg'), (name, got[0, 0])
 
 
-@pytest.mark.mutation('data.py', 'ImageOps.exif_transpose(im, in_place=True)', 'ImageOps')
+@pytest.mark.mutation('data.py', 'TURNS.get(im.getexif().get(0x112))', 'None')
 def test_exif_orientation_is_applied(tmp_path):
     upright = noise(24, 24)
     stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
@@ -262,6 +268,143 @@ def test_a_zip_is_a_folder(folder, monkeypatch):
     assert torch.equal(got, torch.stack([item['image'] for item in map(plain.item, range(12))]))
 
 
+@pytest.mark.mutation('data.py', '            if place in seen:\n', '            if False:\n')
+@pytest.mark.mutation('data.py', 'todo.append if link else todo.appendleft', 'todo.appendleft')
+@pytest.mark.mutation('data.py', 'first.setdefault(identity(self.path_of(name)), (side, name))',
+                      'first.setdefault(name, (side, name))')
+@pytest.mark.mutation('data.py', 'key=lambda n: os.path.islink(self.path_of(n))', 'key=natural')
+def test_a_picture_with_several_names_is_used_once(folder):
+    """By links of folders, of files, and hard ones; the name that is no link stays."""
+    os.symlink('set', folder.parent / 'other')
+    os.symlink(folder, folder / 'again')
+    os.makedirs(folder / 'deep')
+    shutil.move(folder / 'p0.png', folder / 'deep' / 'p0.png')
+    for name in ('above', 'very'):
+        os.symlink('deep', folder / name)
+    for k in range(1, 5):
+        os.symlink(f'p{k}.png', folder / f'a{k}.png')
+    os.link(folder / 'p7.png', folder / 'p99.png')
+    dataset = pictures(folder.parent / 'other', tolerant=True)
+    assert dataset.names == ['deep/p0.png', *(f'p{k}.png' for k in range(1, 12))]
+    assert sorted(sum(dataset.splits().values(), [])) == sorted(dataset.names)
+    assert dataset.notes == ['5 pictures left out: other names (links) of those there',
+                             'passed over: 3 folders under a second name']
+
+
+@pytest.mark.mutation('data.py', "for side in ('test', 'train'):\n            for name in sorted(",
+                      "for side in ('train', 'test'):\n            for name in sorted(")
+@pytest.mark.mutation('data.py', 'for n in dict.fromkeys(names) if (side, n) in used]',
+                      'for n in names if (side, n) in used]')
+@pytest.mark.mutation('data.py', "self.header(n) if n in known else\n", "self.header(n) if True else\n")
+def test_what_a_split_lists_is_used_once_and_on_one_side(folder):
+    os.symlink('p1.png', folder / 'link.png')
+    shutil.copy(folder / 'p5.png', folder / '.hidden.png')
+    sides = dict(train=['p1.png', 'p2.png', 'p2.png', '.hidden.png'], test=['link.png', 'p3.png'])
+    train, test = (pictures(folder, side, holdout=sides) for side in ('train', 'test'))
+    assert (train.names, test.names) == (['p2.png'], ['link.png', 'p3.png'])
+    assert train.splits()['train'] == ['p2.png', '.hidden.png']
+    assert train.bad == [('.hidden.png', 'not there')]
+
+
+@pytest.mark.mutation('data.py', 'posixpath.normpath(n): n for n', 'n: n for n')
+@pytest.mark.mutation('data.py', 'self.file().open(self.entries[name])',
+                      'self.file().open([n for n in self.file().infolist() if '
+                      'n.filename == self.entries[name]][0])')
+def test_an_entry_that_a_zip_lists_twice_is_one_picture(folder):
+    with zipfile.ZipFile(folder / 'set.zip', 'w') as file, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for name, picture in (('a/x.png', 'p0'), ('a/x.png', 'p1'), ('./a/y.png', 'p2'),
+                              ('a//y.png', 'p3')):
+            file.writestr(name, (folder / f'{picture}.png').read_bytes())
+    dataset = pictures(folder / 'set.zip')
+    assert dataset.names == ['a/x.png', 'a/y.png']
+    assert dataset.notes == ['passed over: 2 entries listed again']
+    own = pictures(folder)
+    for k, name in enumerate(['p1.png', 'p3.png']):  # the later one, as unzip has it
+        assert torch.equal(dataset.picture(k, 16), own.picture(own.names.index(name), 16))
+
+
+@pytest.mark.mutation('data.py', "self.lost.append((inner, f'cannot be listed", "str((inner, f'")
+@pytest.mark.mutation('data.py', '[*self.files.lost, *((n, h)', '[*((n, h)')
+@pytest.mark.mutation('data.py', 'for folder, why in files.lost:', 'for folder, why in ():')
+@pytest.mark.mutation('metrics.py', 'for inner, why in files.lost:', 'for inner, why in ():')
+def test_a_folder_that_cannot_be_listed_is_said(folder, monkeypatch):
+    write(folder / 'sub' / 'x.png', noise(16, 16))
+    listed = os.scandir
+
+    def refuse(path):
+        if str(path).rstrip('/').endswith('sub'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return listed(path)
+    monkeypatch.setattr(os, 'scandir', refuse)
+    assert pictures(folder).bad == [('sub/', 'cannot be listed: Permission denied')]
+    with pytest.raises(ValueError, match='sub: cannot be listed: Permission denied'):
+        pictures(folder / 'sub')
+    with pytest.raises(OSError, match='sub/: cannot be listed: Permission denied'):
+        metrics.all_files(folder)
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    """A named pipe at which whoever waits to read finds the end."""
+    path, done = tmp_path / 'pipe', threading.Event()
+    os.mkfifo(path)
+
+    def end():
+        while not done.wait(0.01):
+            try:
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            except OSError:  # nobody reads
+                pass
+    threading.Thread(target=end, daemon=True).start()
+    yield path
+    done.set()
+
+
+@pytest.mark.mutation('data.py', 'if not path.is_file() and path.exists():', 'if path.is_dir():')
+@pytest.mark.mutation('data.py', 'isinstance(file, Path) and regular(file)',
+                      'isinstance(file, Path)')
+@pytest.mark.mutation('data.py', 'require(root.is_dir() or root.is_file(), f', 'require(True, f')
+def test_pipes_are_not_waited_for(folder, pipe):
+    os.symlink(pipe, folder / 'x.png')
+    why = 'a folder, pipe or device where a file is needed'
+    assert pictures(folder).bad == [('x.png', f'OSError: {why}')]
+    with pytest.raises(ValueError, match='pipe: neither a folder nor a file'):
+        pictures(pipe)
+
+
+@pytest.mark.mutation('data.py', '.webp .avif', '.webp')
+@pytest.mark.mutation('data.py', "text and f'passed over", "'' and f'passed over")
+def test_formats_and_what_is_passed_over(folder, monkeypatch, capsys):
+    for suffix in 'avif jpe pnm apng pbm'.split():
+        picture = Image.fromarray(noise(24, 24))
+        picture.convert('1' if suffix == 'pbm' else 'RGB').save(folder / f'x.{suffix}')
+    for name in ('a.heic', 'b.HEIC', 'set.zip', 'README', '.hidden'):
+        (folder / name).write_text('x')
+    check(monkeypatch, folder, '--res', 16, '--out', folder.parent / 'a.png')
+    text = capsys.readouterr().out
+    assert '16 RGB' in text and 'bad       0 files' in text
+    assert ('passed over: 2 .heic, 1 files without suffix, 1 .zip (to read a zip, name the zip '
+            'itself)') in text
+    (folder / 'only').mkdir()
+    shutil.copy(folder / 'set.zip', folder / 'only')
+    with pytest.raises(ValueError, match='in it; passed over: 1 .zip .to read a zip, name'):
+        pictures(folder / 'only')
+
+
+@pytest.mark.mutation('data.py', "if selection.split != 'all':", 'if False:')
+@pytest.mark.mutation('data.py', '        dataset.refuse_one()\n', '')
+def test_one_picture_is_no_data_set(folder, monkeypatch):
+    for place in (folder / 'p3.png', folder / 'alone'):
+        write(folder / 'alone' / 'a.png', noise(24, 24))
+        for side in ('train', 'test'):
+            with pytest.raises(ValueError, match='a single picture, .*add others'):
+                pictures(place, side)
+        assert len(pictures(place)) == 1  # to be looked at or encoded
+        with pytest.raises(ValueError, match='a single picture'):
+            check(monkeypatch, place, '--out', folder / 'out.png')
+
+
 @pytest.mark.mutation('data.py', "root.name + '.zip').exists()", "root.name + '.rar').exists()")
 def test_the_default_place_may_be_a_zip(folder, monkeypatch):
     (folder.parent / 'data').mkdir()
@@ -273,7 +416,7 @@ def test_the_default_place_may_be_a_zip(folder, monkeypatch):
         pytest.fail(str(error))
 
 
-@pytest.mark.mutation('data.py', "root.glob('**/data.mdb')", '[]')
+@pytest.mark.mutation('data.py', "if '.mdb' in files.passed:", 'if False:')
 def test_an_lmdb_is_refused_with_the_tool_that_unpacks_it(tmp_path):
     (tmp_path / 'church_outdoor_train_lmdb').mkdir()
     (tmp_path / 'church_outdoor_train_lmdb' / 'data.mdb').write_bytes(b'')
@@ -323,7 +466,7 @@ def test_three_and_one_percent_are_too_many(folder):
     with pytest.raises(ValueError, match='3 of 12 pictures cannot be used, e.g. p2.png'):
         dataset.item(8)
     for k in range(400):
-        os.link(folder / 'p0.png', folder / f'q{k}.png')
+        shutil.copy(folder / 'p0.png', folder / f'q{k}.png')
     try:
         pictures(folder).verify()
     except ValueError as error:
@@ -575,7 +718,7 @@ def test_a_finished_run_gets_its_split_back(folder):
     assert train.splits() == test.splits() == {'train': train.names, 'test': test.names}
     splits = json.loads(json.dumps(train.splits()))
     for k in range(30):  # pictures added later are in neither part
-        os.link(folder / 'p0.png', folder / f'new{k}.png')
+        shutil.copy(folder / 'p0.png', folder / f'new{k}.png')
     again = data.open_run_data(dict(args=args, splits=splits), 'test', scales=(2.0,))
     assert again.names == test.names and again.sizes == [32]
     with pytest.raises(FileNotFoundError, match='trained on are gone'):

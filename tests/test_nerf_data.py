@@ -589,7 +589,7 @@ def test_lenses_that_can_be_undone_and_that_cannot(tmp_path, scene_views):
 @pytest.mark.mutation('data.py', 'require(np.isfinite(pose).all()', 'require(True')
 def test_bad_scenes_are_listed_and_skipped(folders, scene_views):
     for k in range(3, 300):
-        (folders / f'json/car{k}').symlink_to(folders / 'json/car0')
+        shutil.copytree(folders / 'json/car0', folders / f'json/car{k}')
     BAD['frame 0: not finite'](folders / 'json/car1')
     (folders / 'json/car2/train/r_9.png').write_bytes(b'broken')
     items = opened(folders / 'json')
