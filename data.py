@@ -1023,8 +1023,8 @@ def upright(im):
 def clear_colour(im):
     """What a PIL picture, not yet loaded, calls transparent, in the numbers of its pixels."""
     clear, stored = im.info.get('transparency'), im.tile[0][3] if getattr(im, 'tile', 0) else ''
-    if isinstance(clear, bytes):  # opacities of a palette's colours, of which there are no more
-        return clear[:256]
+    if isinstance(clear, bytes):  # opacities of a palette's colours
+        return clear
     if isinstance(clear, tuple) and stored == 'RGB;16B':
         return tuple(value >> 8 for value in clear)
     return clear if clear is None else clear * {'L;2': 85, 'L;4': 17}.get(stored, 1)

@@ -18,7 +18,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from torch.utils.data import DataLoader
 
 import common
@@ -218,6 +218,156 @@ def test_exif_orientation_is_applied(tmp_path):
         assert (only(path, 24) == upright).all(), orientation
 
 
+def chunk(kind, body, checksum=None):
+    """A chunk of a PNG."""
+    checksum = zlib.crc32(kind + body) if checksum is None else checksum
+    return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', checksum)
+
+
+def grey_png(depth, colour, row, *chunks):
+    """An 8 x 8 PNG of equal rows, grey (colour 0), RGB (2) or with a palette (3)."""
+    header = struct.pack('>IIBBBBB', 8, 8, depth, colour, 0, 0, 0)
+    return b''.join([b'\x89PNG\r\n\x1a\n', chunk(b'IHDR', header), *chunks,
+                     chunk(b'IDAT', zlib.compress((b'\0' + row) * 8)), chunk(b'IEND', b'')])
+
+
+def tried(path, content):
+    """uint8 (H,W,3) of a picture of these bytes, or why there is none."""
+    path.write_bytes(content)
+    try:
+        return np.asarray(data.find_files(path).open(path.name, data.to_rgb))
+    except Exception as error:
+        return data.reason(error)
+
+
+@pytest.mark.mutation('data.py', 'values == clear, 0, 255', 'values < clear, 0, 255')
+@pytest.mark.mutation('data.py', 'im = eight_bit(im, clear)', 'im = eight_bit(im, None)')
+@pytest.mark.mutation('data.py', "'L;2': 85, 'L;4': 17", "'L;2': 85")
+@pytest.mark.mutation('data.py', 'value >> 8 for value in clear', 'value for value in clear')
+def test_the_colour_that_a_png_calls_transparent_is_white(tmp_path):
+    """Greys of all depths, 16 bits a channel, palettes: the pixels of the key turn white."""
+    keyed = {  # depth, colour, a row, its key; the first values in 8 bits, None for transparent
+        'one': (1, 0, b'\x50', b'\0\0', [None, 255, None, 255]),
+        'two': (2, 0, b'\x6c\0', b'\0\1', [None, 170, 255, 0]),
+        'four': (4, 0, b'\x51\x2f\0\0', b'\0\5', [None, 17, 34, 255]),
+        'eight': (8, 0, bytes([5, 6, 4, 0] * 2), b'\0\5', [None, 6, 4, 0]),
+        'sixteen': (16, 0, struct.pack('>8H', *[300, 302, 299, 50 * 257] * 2), b'\1\x2c',
+                    [None, 1, 1, 50]),
+        'none of them': (16, 0, struct.pack('>8H', *[0, 257, 514, 0] * 2), b'\1\2', [0, 1, 2, 0])}
+    for name, (depth, colour, row, key, expected) in keyed.items():
+        got = tried(tmp_path / 'a.png', grey_png(depth, colour, row, chunk(b'tRNS', key)))
+        expected = [255 if v is None else v for v in expected]
+        assert got[0, :4].tolist() == [[v] * 3 for v in expected], name
+    row = struct.pack('>24H', *([300, 5000, 60000] + [300, 5000, 50000]) * 4)
+    got = tried(tmp_path / 'a.png', grey_png(16, 2, row, chunk(b'tRNS', row[:6])))
+    assert got[0, :2].tolist() == [[255] * 3, [1, 19, 195]]
+    row, colours = bytes([0, 1] * 4), chunk(b'PLTE', bytes([9, 8, 7, 6, 5, 4]))
+    got = tried(tmp_path / 'a.png', grey_png(8, 3, row, colours, chunk(b'tRNS', b'\xff' * 300)))
+    assert np.ndim(got) and got[0, :2].tolist() == [[9, 8, 7], [6, 5, 4]]  # more than there are
+
+
+def segment(kind, body):
+    """A segment of a JPEG."""
+    return bytes([255, kind]) + struct.pack('>H', len(body) + 2) + body
+
+
+def exif(*more, orientation=6):
+    """EXIF with an orientation and more entries (tag, type, count, 4 bytes)."""
+    entries = [(0x112, 3, 1, struct.pack('<HH', orientation, 0)), *more]
+    return b'II*\0' + struct.pack('<IH', 8, len(entries)) + b''.join(
+        struct.pack('<HHI', *e[:3]) + e[3] for e in entries) + b'\0' * 4
+
+
+TURNED = {  # EXIF that turns: every value but the orientation is one that cannot be written back
+    'sound': exif(), 'text for a ratio': exif((0x11a, 2, 2, b'x\0\0\0')),
+    'bytes for a ratio': exif((0x11b, 7, 4, b'\xff' * 4)),
+    'negative': exif((0x11a, 9, 1, b'\xfb' + b'\xff' * 3)),
+    'text for a number': exif((0x100, 2, 4, b'abc\0')),
+    'a ratio for text': exif((0x132, 5, 1, struct.pack('<I', 9))),
+    'no offset': exif((0x10f, 2, 99, b'\xff' * 4)),
+    'unknown type': exif((0x9999, 77, 1, b'abcd')), 'inner': exif((0x8769, 4, 1, b'\x08\0\0\0')),
+    'far': exif((0x8769, 4, 1, b'\xff' * 4))}
+PLAIN = {'none': b'', 'garbage': b'no TIFF', 'cut': exif()[:14], 'odd': exif(orientation=9),
+         'nowhere': b'II*\0' + b'\xff' * 4, 'big': b'II+\0' + exif()[4:]}
+ODD_CHUNKS = {
+    'pHYs': chunk(b'pHYs', b'\0'), 'cHRM': chunk(b'cHRM', b'abc'), 'sRGB': chunk(b'sRGB', b''),
+    'iCCP': chunk(b'iCCP', b'name\0\5abc'), 'no iCCP': chunk(b'iCCP', b''),
+    'long zTXt': chunk(b'zTXt', b'k\0\0' + zlib.compress(bytes(3_000_000))),
+    'zTXt': chunk(b'zTXt', b'k\0\7abc'), 'checksum': chunk(b'tEXt', b'k\0v', 5),
+    'private': chunk(b'abCd', b'x', 5), 'acTL': chunk(b'acTL', b'\0'),
+    'fcTL': chunk(b'fcTL', bytes(26)), 'fdAT': chunk(b'fdAT', b'\0')}
+ODD_SEGMENTS = {
+    'JFIF': segment(0xe0, b'JFIF\0'), 'Adobe': segment(0xee, b'Adobe'), 'junk': b'\0\0\0',
+    'ICC': segment(0xe2, b'ICC_PROFILE\0'), 'MPF': segment(0xe2, b'MPF\0nothing'),
+    'Photoshop': segment(0xed, b'Photoshop 3.0\x008BIM\3\xed'), 'comment': segment(0xfe, b'\xff'),
+    'both': segment(0xe0, b'JFIF\0') + segment(0xee, b'Adobe')}
+
+
+def encoded(picture, suffix, **options):
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, suffix, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.mutation('data.py', '        turn = None\n', '        raise\n')
+@pytest.mark.mutation('data.py', 'im.getexif().get(0x112)', 'im.getexif().tobytes() and 6')
+@pytest.mark.mutation('data.py', "('tRNS eXIf acTL fcTL fdAT', 'tRNS eXIf', 'eXIf')", "('tRNS',)")
+@pytest.mark.mutation('data.py', "'e1 ee', 'e0 e1', 'e1')", "'ee', 'e0')")
+def test_metadata_turn_a_picture_and_no_more(tmp_path):
+    upright = noise(16, 24)
+    jpeg, png = encoded(upright, 'jpeg'), encoded(upright, 'png')
+    decoded = np.asarray(Image.open(io.BytesIO(jpeg)))
+    for turned, kinds in ((True, TURNED), (False, PLAIN)):
+        for name, tags in kinds.items():
+            for odd in (b'', ODD_SEGMENTS['both']):
+                content = jpeg[:2] + odd + segment(0xe1, b'Exif\0\0' + tags) + jpeg[2:]
+                got = tried(tmp_path / 'a.jpg', content)
+                assert np.array_equal(got, np.rot90(decoded, -1) if turned else decoded), name
+            for odd in (b'', ODD_CHUNKS['pHYs']):
+                content = png[:33] + odd + chunk(b'eXIf', tags) + png[33:]
+                got = tried(tmp_path / 'a.png', content)
+                assert np.array_equal(got, np.rot90(upright, -1) if turned else upright), name
+            content = encoded(upright, 'webp', lossless=True, exif=b'Exif\0\0' + tags)
+            got = tried(tmp_path / 'a.webp', content)
+            assert np.array_equal(got, np.rot90(upright, -1) if turned else upright), name
+
+
+@pytest.mark.mutation('data.py', 'for data in without_metadata(data):', 'for data in ():')
+@pytest.mark.mutation('data.py', 'kept in choices:', 'kept in choices[:1]:')
+@pytest.mark.mutation('data.py', "if needed or zlib", "if True or zlib")
+@pytest.mark.mutation('data.py', "if not isinstance(im.info.get('xmp'), bytes):", 'if False:')
+def test_what_pillow_stumbles_over_is_left_out(tmp_path):
+    picture = noise(16, 24)
+    jpeg, png = encoded(picture, 'jpeg'), encoded(picture, 'png')
+    decoded = np.asarray(Image.open(io.BytesIO(jpeg)))
+    for name, odd in ODD_CHUNKS.items():
+        for place in (33, -12):  # before and after the pixels
+            assert np.array_equal(tried(tmp_path / 'a.png', png[:place] + odd + png[place:]),
+                                  picture), name
+    damaged = png[:33] + chunk(b'eXIf', exif(), 5) + png[33:]
+    assert np.array_equal(tried(tmp_path / 'a.png', damaged), picture)
+    for name, odd in ODD_SEGMENTS.items():
+        assert np.array_equal(tried(tmp_path / 'a.jpg', jpeg[:2] + odd + jpeg[2:]), decoded), name
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[700], tags[700] = 2, 'XMP that is no bytes'
+    tiff = encoded(picture, 'tiff', tiffinfo=tags)
+    assert np.array_equal(tried(tmp_path / 'a.tif', tiff), picture)
+    (tmp_path / 'a.png').write_bytes(png[:33] + ODD_CHUNKS['pHYs'] + png[33:])
+    assert not pictures(tmp_path / 'a.png').bad  # by its header, too
+
+
+@pytest.mark.mutation('data.py', 'raise explained(data, error)', 'raise error')
+@pytest.mark.mutation('data.py', "return OSError('an empty file')", 'data = b"x"')
+@pytest.mark.mutation('data.py', "return OSError(f'{kind}: {why}')", 'continue')
+def test_the_reason_is_the_real_one(tmp_path):
+    png = encoded(noise(40, 40), 'png')
+    for content, why in ((b'', 'an empty file'), (png[:-300], 'truncated'),
+                         (png[:29] + b'abcd' + png[33:], "PNG: .*checksum in b'IHDR'"),
+                         (png[:29] + b'abcd' + ODD_CHUNKS['pHYs'] + png[33:], "in b'IHDR'"),
+                         (b'<!DOCTYPE html>', 'no picture: it begins with b.<!DOCTYPE html>')):
+        assert re.search(why, str(tried(tmp_path / 'a.png', content))), why
+
+
 @pytest.mark.mutation('data.py', '(width - side) // 2', '0')
 @pytest.mark.mutation('data.py', '(height - side) // 2', '0')
 def test_the_centre_square_is_taken(tmp_path):
@@ -295,7 +445,8 @@ def test_a_picture_with_several_names_is_used_once(folder):
                       "for side in ('train', 'test'):\n            for name in sorted(")
 @pytest.mark.mutation('data.py', 'for n in dict.fromkeys(names) if (side, n) in used]',
                       'for n in names if (side, n) in used]')
-@pytest.mark.mutation('data.py', "self.header(n) if n in known else\n", "self.header(n) if True else\n")
+@pytest.mark.mutation('data.py', "self.header(n) if n in known else\n",
+                      "self.header(n) if True else\n")
 def test_what_a_split_lists_is_used_once_and_on_one_side(folder):
     os.symlink('p1.png', folder / 'link.png')
     shutil.copy(folder / 'p5.png', folder / '.hidden.png')
