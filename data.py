@@ -1529,7 +1529,7 @@ class FileItems(Items):
         return [headers[n] for n in self.names]
 
     def path_of(self, name):
-        """The file or folder of an item, if it is one; of names that share it one is used."""
+        """The file or folder that an item is, if it is one: names of the same are of one item."""
         return Path(self.place) / name
 
     def distinct(self, sides):
@@ -2776,6 +2776,7 @@ class SceneFiles:
 
     def __init__(self, path):
         self.file, self.folder = path, path.parent
+        self.place = path if isinstance(self, ArrayScene) else path.parent
 
     @staticmethod
     def applies(path):
@@ -3391,8 +3392,7 @@ class FileScenes(FileItems, Scenes):
             self.notes.append(f'{self.apart} scenes of neither train nor test are left alone')
 
     def path_of(self, name):
-        scene = self.scenes.get(name)
-        return scene and (scene.file if isinstance(scene, ArrayScene) else scene.folder) or name
+        return self.scenes[name].place if name in self.scenes else name
 
     def read_cameras(self, name):
         scene = self.scenes[name]
