@@ -1094,8 +1094,7 @@ def about_files(folder, kind, resolution, **more):
 def read_picture(files, name, resolution=0):
     """uint8 (3,H,W), or the centre square reduced; OSError if broken, ValueError if smaller."""
     try:
-        with files.open(name) as image:
-            image = data.to_rgb(image)
+        image = files.open(name, data.to_rgb)
     except Exception as error:  # a decoder may raise anything on a broken file
         raise OSError(f'{name}: cannot be read ({data.reason(error)})') from None
     if resolution:
@@ -1105,9 +1104,17 @@ def read_picture(files, name, resolution=0):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def all_files(folder):
+    """`data.find_files`; OSError if there may be more in folders that cannot be listed."""
+    files = data.find_files(folder)
+    for inner, why in files.lost:
+        raise OSError(f'{folder}/{inner}: {why}; make it readable, or move it elsewhere')
+    return files
+
+
 def folder_pictures(folder, args, resolution, limit, key):
     """The first `limit` pictures of a folder, at any depth, or of a zip, as a Source."""
-    files = data.find_files(folder)
+    files = all_files(folder)
     names = files.names[:limit]
 
     def size(name):
@@ -1125,7 +1132,7 @@ def folder_pictures(folder, args, resolution, limit, key):
 
 def folder_pairs(args):
     """Pictures (B,2,3,H,W) in [0, 1] of two folders, paired by sorted name, as a Source."""
-    sets = [data.find_files(folder) for folder in (args.a, args.b)]
+    sets = [all_files(folder) for folder in (args.a, args.b)]
     a, b = (files.names[:args.num] for files in sets)
     require(len(a) == len(b), f'{args.a} has {len(a)} pictures, {args.b} has {len(b)}: no pairs')
 
@@ -1154,7 +1161,7 @@ def draw_clips(lengths, frames, interval, num, key):
 
 def folder_clips(folder, args, resolution, limit, key):
     """Up to `limit` clips of the videos in a folder or zip, as a Source; `key` is of the draws."""
-    files = data.find_files(folder)
+    files = all_files(folder)
     videos = data.find_videos(files)
     clips = draw_clips([len(v) for v in videos], args.frames, args.interval, limit,
                        (args.seed, key))

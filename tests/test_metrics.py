@@ -1296,10 +1296,10 @@ def test_a_run_is_measured_by_what_its_domain_has(capsys, toy_run, colour_networ
 def test_a_broken_picture_of_a_folder_is_skipped(folders, capsys, monkeypatch):
     read = data.Folder.open
 
-    def broken(files, name):
+    def broken(files, name, use=None):
         if name == '2.png':
             raise SyntaxError('broken PNG file')  # so does Pillow, among others
-        return read(files, name)
+        return read(files, name, use)
     monkeypatch.setattr(data.Folder, 'open', broken)
     try:
         kept = torch.cat(passed(folder('A', batch=4)))
