@@ -848,7 +848,7 @@ def open_picture(file, use=None):
 
 
 class Files:
-    """Pictures that have relative `names`; a Counter `passed` of the suffixes of what else is there.
+    """Pictures of relative `names`; a Counter `passed` of the suffixes of what else is there.
 
     `lost` are pairs: a folder that cannot be listed, and why.
     """
@@ -2598,8 +2598,6 @@ SHAPENET = {'02691156': 'airplane', '02828884': 'bench', '02933112': 'cabinet', 
             '03001627': 'chair', '03211117': 'display', '03636649': 'lamp', '03691459': 'speaker',
             '04090263': 'rifle', '04256520': 'sofa', '04379243': 'table', '04401088': 'telephone',
             '04530566': 'watercraft'}
-FOREIGN = tuple('.glb .gltf .fbx .dae .3ds .blend .usd .usda .usdc .usdz .x3d .wrl .stp .step'
-                .split())  # shapes in formats that are not read
 HALF_BOX = 0.55  # volume points lie in [-0.55, 0.55]^3 around a mesh in the unit cube
 AMBIGUOUS, HOLLOW = 0.05, 0.005  # largest share with 0.1 < |w| < 0.9, smallest share inside
 
@@ -2676,15 +2674,16 @@ def read_classes(path):
 
 
 def find_meshes(root, classes):
-    """{(class, id): path} of the meshes below a folder; the class: of `classes`, or that folder.
+    """{(class, id): path} of the meshes below a folder, and in words what else is there.
 
-    The id is what lies below the class, less the parts that all paths share: the ID of
-    SYNSET/ID/models/model_normalized.obj.
+    The class is that of `classes`, or that folder. The id is what lies below the class, less the
+    parts that all paths share: the ID of SYNSET/ID/models/model_normalized.obj.
     """
     root = Path(root)
-    names = Folder(root, suffixes=tuple(MESH_READERS)).names if root.is_dir() else []
-    names = [n for n in names if (root / n).is_file()]  # a link may lead nowhere
-    require(names, f'{root}: no such folder, or no meshes ({" ".join(MESH_READERS)}) in it')
+    require(root.is_dir(), f'{root}: no such folder')
+    files = Folder(root, suffixes=tuple(MESH_READERS))
+    names = [n for n in files.names if (root / n).is_file()]  # a link may lead nowhere
+    require(names, f'{root}: no meshes ({" ".join(MESH_READERS)}) in it')
     found = {}
     for name, key in zip(names, telling_parts([n.split('/') for n in names])):
         parts = name.split('/')
@@ -2694,7 +2693,7 @@ def find_meshes(root, classes):
             raise ValueError(f'{root / name} and {found[key]} would get the same name; rename one '
                              'of them')
         found[key] = root / name
-    return found
+    return found, files.others()
 
 
 def telling_parts(paths):
@@ -2723,16 +2722,16 @@ def write_lists(out, keys, args):
         for side, members in sides.items():
             ids = [n.removeprefix(f'{group}/') for n in members if n.startswith(f'{group}/')]
             text = ''.join(f'{i}\n' for i in ids)
-            common.replace(out / group / f'{side}.lst', lambda t, text=text: t.write_text(text))
+            common.write_text(out / group / f'{side}.lst', text)
     text = json.dumps({g: dict(id=g, name=SHAPENET.get(g, g)) for g in groups}, indent=1)
-    common.replace(out / 'metadata.yaml', lambda t: t.write_text(text))
+    common.write_text(out / 'metadata.yaml', text)
     return ', '.join(f'{len(members)} {side}' for side, members in sides.items())
 
 
 def mesh(args):
     """What `python data.py mesh` does; a second call goes on where the first one was stopped."""
     require(args.near <= 1, f'--near {args.near}: a share, from 0 to 1')
-    found, out = find_meshes(args.folder, read_classes(args.classes)), Path(args.out)
+    (found, others), out = find_meshes(args.folder, read_classes(args.classes)), Path(args.out)
 
     def convert(key):
         """Shares of points inside and of ambiguous ones, or why the mesh cannot be read."""
@@ -2758,10 +2757,9 @@ def mesh(args):
         raise ValueError(f'{args.folder}: {len(bad)} of {len(results)} meshes cannot be read, '
                          f'{len(doubts)} are doubtful: mend or remove them, or try --keep')
     sides = write_lists(out, keys, args)
-    others = Counter(Path(n).suffix.lower() for n in Folder(args.folder, suffixes=FOREIGN).names)
-    print('; '.join([f'{out}: {sides}', f'{len(bad)} unreadable, {len(doubts)} doubtful, '
-                     + ('kept' if args.keep else 'left out of the lists'),
-                     *(f'{n} {suffix} passed over' for suffix, n in others.items())]))
+    print('; '.join(filter(None, (
+        f'{out}: {sides}', f'{len(bad)} unreadable, {len(doubts)} doubtful, '
+        + ('kept' if args.keep else 'left out of the lists'), others))))
 
 
 # ---- data sets of shapes -------------------------------------------------------------------------
@@ -2935,10 +2933,13 @@ class FileShapes(FileItems, Shapes):
         if given and not selection.holdout and lists['val']:
             self.notes.append(f'{len(lists["val"])} shapes of val.lst are left alone')
 
+    def path_of(self, name):
+        return self.folders.get(name, name)
+
     def header(self, name):
         """None, or why the shape is of no use."""
         missing = [f for f in ('points.npz', 'pointcloud.npz', *['near.npz'] * bool(self.near))
-                   if name not in self.folders or not (self.folders[name] / f).exists()]
+                   if name not in self.folders or not (self.folders[name] / f).is_file()]
         hint = '; use --near 0' if missing == ['near.npz'] else ''
         return f'no {missing[0]}{hint}' if missing else None
 

@@ -1183,7 +1183,7 @@ def folder_clips(folder, args, resolution, limit, key):
 
 def folder_clouds(folder, args, resolution, limit, key):
     """Clouds of up to `limit` meshes of a folder, evenly spaced, as a Source."""
-    every = list(data.find_meshes(folder, {}).values())
+    every = list(data.find_meshes(folder, {})[0].values())
     meshes = [every[k] for k in evenly_spaced(len(every), limit)]
     return file_source(
         range(len(meshes)),

@@ -1262,7 +1262,8 @@ def broken(toy, tmp_path_factory):
         data.save_png(folder / 'afhq' / side / 'cat' / '0.png', torch.zeros(3, 16, 16))
     (folder / 'notes').mkdir()
     (folder / 'notes' / 'a.txt').write_text('no picture')
-    (folder / 'notes' / 'tiny.png').write_bytes(b'')
+    for name in ('tiny.png', 'other.png'):
+        (folder / 'notes' / name).write_bytes(b'')
     for name, file in (('cut1', 'vae.pt'), ('cut2', 'ldm.pt')):
         (folder / 'runs' / name).mkdir()
         whole = (toy.run / file).read_bytes()
