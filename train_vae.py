@@ -50,7 +50,7 @@ SMALL_FIELDS = dict(SMALL_POINTS, coord_octaves=4, colour_width=64, sn_start=0.1
 VIDEOS = dict(resolution=256, decoder_mult=(8, 4, 2, 1), fields=(2, 4, 8), across=True,
               scale_injection=False, kl_weight=0.1, pixels=65_536, accumulate=5)
 SMALL_VIDEOS = dict(TINY, vit_width=96, vit_depth=2, vit_heads=2, plane_depth=1,
-                    plane_hidden=192, across=True, scale_injection=False, batch=8)
+                    plane_hidden=192, across=True, scale_injection=False, loss='l2', batch=2)
 PRESETS = {
     'toy_image': dict(SMALL, dataset='toy_image', resolution=32, ch=24, decoder_ch=24,
                       ch_mult=(1, 2, 3), decoder_mult=(3, 2, 1), kl_weight=0.01, lr=3e-3,
@@ -81,10 +81,12 @@ PRESETS = {
     'shapenet_chair_code': dict(SHAPES, dataset='shapenet_chair', decoder_ch=64, sn_start=5.0,
                                 steps=3_000),
     'toy_video': dict(SMALL_VIDEOS, dataset='toy_video', resolution=32, frames=8, patch=4,
-                      pixels=2048, decoder_ch=24, decoder_mult=(3, 2, 1), kl_weight=0.01, lr=2e-3,
-                      warmup=200, steps=1600),
+                      vit_width=64, vit_depth=1, plane_hidden=96, decoder_ch=24,
+                      decoder_mult=(3, 2, 1), kl_weight=0.003, pixels=1024, lr=3e-3,
+                      warmup=200, steps=6000, eval_every=6000),  # 2 cores 6.6 minutes, 28.9 dB
     'video_small': dict(SMALL_VIDEOS, dataset='video', resolution=64, decoder_mult=(4, 3, 2, 1),
-                        fields=(2, 4, 8), pixels=4096, kl_weight=0.02, lr=2e-3, steps=2500),
+                        fields=(2, 4, 8), pixels=2048, kl_weight=0.003, lr=2e-3, steps=10_000,
+                        eval_every=2500),
     'skytimelapse': dict(VIDEOS, dataset='skytimelapse', batch=80, steps=6_000),
     'toy_nerf': dict(SMALL_FIELDS, dataset='toy_nerf', side=32, clouds=1, points=1500,
                      view_dirs=False, kl_weight=0.002, ray_samples=32, rays=256, lr=3e-3,
