@@ -631,7 +631,7 @@ def first_stage(state, device, path):
             f'{path} holds a {state["kind"]} checkpoint; give a run folder or ldm.pt')
     vae = restore(lambda: D2CVAE(VAEConfig(**state['vae_config'])), state['vae'], device, path)
     return vae, dict(args=state.get('vae_args', state['args']), step=state['step'],
-                     splits=state['splits'], vae_config=state['vae_config'])
+                     splits=state['splits'], vae_config=vars(vae.config))
 
 
 def load_vae(path, device='cpu'):

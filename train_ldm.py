@@ -263,12 +263,12 @@ def parse(argv=None):
     return args, path, state
 
 
-def open_data(first, args):
-    """The training and held-out data of stage 1's checkpoint, with what conditions stage 2."""
+def open_data(info, args):
+    """The training and held-out data of stage 1, by its info, with what conditions stage 2."""
     options = dict(data.DATASETS[args.dataset][0].encoder_only)
     if args.captions:
         options['captions'] = args.captions
-    train, held_out = (data.open_run_data(first, split, args.data, **options)
+    train, held_out = (data.open_run_data(info, split, args.data, **options)
                        for split in ('train', 'test'))
     common.require(not args.num_classes or train.labels is not None,
                    f'--num_classes {args.num_classes}: {args.dataset} has no labels')
@@ -305,7 +305,7 @@ def main():
         return
 
     # 1. the frozen first stage, the model, what it starts from; last, the data
-    vae, _ = first_stage(first, device, vae_path)
+    vae, info = first_stage(first, device, vae_path)
     config = common.from_flags(args, LDMConfig, domain=vae.domain, planes=vae.latent_sizes(),
                                z_channels=vae.config.z_channels,
                                context_channels=reader.channels if reader else 0)
@@ -321,7 +321,7 @@ def main():
     elif args.init:
         path = common.the_checkpoint(args.init, 'ldm.pt')
         common.load_weights(model, common.load_checkpoint(path, 'ldm')['ema'], path)
-    train, held_out = open_data(first, args)
+    train, held_out = open_data(info, args)
 
     # 2. continue, or measure the latents
     common.lock_run(folder, process)
@@ -395,7 +395,7 @@ def main():
             guard.check()
             common.save_checkpoint(folder / 'ldm.pt', dict(
                 kind='ldm', step=step, args=vars(args), vae_args=first['args'],
-                splits=first['splits'], vae_hash=digest, vae_config=first['vae_config'],
+                splits=first['splits'], vae_hash=digest, vae_config=info['vae_config'],
                 vae=first['vae'], ldm_config=asdict(config), model=model.state_dict(),
                 ema=ema.state_dict(), opt=opt.state_dict()))
     bar.close()
