@@ -59,7 +59,7 @@ PRESETS = {
     'shapenet_chair_code': dict(SHAPES, ch_mult=(1, 2, 4, 6), triplane='concat', lr=1e-4,
                                 steps=36_000),
     'toy_video': dict(TOY, steps=900),  # 2.4 minutes
-    'video_small': dict(TOY, lr=1e-3, ema=0.999, steps=3000),
+    'video_small': dict(TOY, lr=1e-3, ema=0.999, steps=3000),  # 1 core 22 minutes
     'skytimelapse': dict(PAPER, weight_decay=0.01, attn_factors=(1, 2, 4, 8), head_channels=64,
                          accumulate=1, batch=16, steps=225_000),
     'toy_nerf': dict(TOY, triplane='concat', steps=1100, eval_every=1100),

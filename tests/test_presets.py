@@ -32,7 +32,7 @@ PARAMETERS = {
     ('toy_shape', 'shape_small', 'shape'): ('0.8', '4.7'),
     ('shapenet_chair', 'shapenet', 'text2shape'): ('11.1', '358'),
     ('shapenet_chair_code',): ('17.4', '679'),
-    ('toy_video',): ('1.3', '4.7'),
+    ('toy_video',): ('0.9', '4.7'),
     ('video_small', 'video'): ('2.9', '4.7'),
     ('skytimelapse',): ('71.0', '360'),
     ('toy_nerf',): ('0.8', '4.7'),
@@ -83,7 +83,7 @@ def second_stage(args, first, text=''):
 
 def items_of(args):
     """Items that one of eight GPUs sees at a time."""
-    return args.batch // args.accumulate // GPUS
+    return max(args.batch // args.accumulate // GPUS, 1)  # small presets are for one process
 
 
 def millions(model):
