@@ -804,7 +804,7 @@ def test_presets_fit_both_scripts():
         for name in presets:
             args = module.build_parser().parse_preset(presets, 'image', ['--preset', name])
             assert all(getattr(args, k) == v for k, v in presets[name].items())
-            common.check_run_flags(args, 8)
+            common.check_run_flags(args, min(8, args.batch))
     assert set(data.NAMES) <= set(train_vae.PRESETS) == set(train_ldm.PRESETS)
     assert all(train_vae.PRESETS[n]['dataset'] == n for n in data.NAMES)
 
