@@ -1571,8 +1571,8 @@ def test_small_damaged_files_of_a_run(copy, repo):
 @pytest.mark.mutation('train_vae.py', '        path = common.the_checkpoint(args.init',
                       '        open_data(args, "train")\n        path = common.the_checkpoint(args.init')
 @pytest.mark.mutation('train_vae.py', "    with torch.device('meta'):", '    if False:')
-@pytest.mark.mutation('train_ldm.py', '    vae, _ = first_stage(first, device, vae_path)\n',
-                      '    vae, _ = first_stage(first, device, vae_path)\n    open_data(first, args)\n')
+@pytest.mark.mutation('train_ldm.py', '    vae, info = first_stage(first, device, vae_path)\n',
+                      '    vae, info = first_stage(first, device, vae_path)\n    open_data(info, args)\n')
 def test_flags_are_checked_before_the_data_are_read(copy, repo):
     """What to start from, what a run was made with, and which networks can be."""
     with mock.patch.object(data, 'make_dataset', lambda *args, **more: pytest.fail('read')):
