@@ -9,12 +9,15 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import gc
 import hashlib
 import json
 import math
 import os
 import platform
+import secrets
+import shutil
 import signal
 import sys
 import tempfile
@@ -28,6 +31,11 @@ from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: runs are not locked
+    fcntl = None
 
 
 # ---- flags -----------------------------------------------------------------------------------
@@ -209,6 +217,7 @@ def run(main, stopped='stopped'):
     except KeyboardInterrupt:
         message, code = stopped, 130
     finally:
+        HELD.close()
         if dist.is_initialized():
             dist.destroy_process_group()
     gc.collect()  # the exception's frames, and with them progress bars that are still open
@@ -461,24 +470,112 @@ class EMA:
 RUNS = Path('runs')
 STOPPED = 'stopped; the same command continues from the last checkpoint'
 MAY_CHANGE = {'steps', 'log_every', 'eval_every', 'save_every', 'workers', 'restart', 'slim',
-              'device', 'data', 'vae'}  # the last three say where, not what
+              'device', 'data', 'vae', 'name'}  # the last four say where, not what
+MAY_MOVE = {'captions', 'text', 'init', 'split'}  # of files, the folder may change
+STAGE_1 = dict(dataset=str, preset=str, data=str, flip=bool, steps=int, resolution=int)  # flags
+MODEL = dict(step=int, args=dict, vae_config=dict, vae=dict, splits=dict(train=list, test=list))
+CONTENTS = dict(  # by kind, what a checkpoint must hold: types by name, nested
+    vae=dict(MODEL, args=STAGE_1),
+    ldm=dict(MODEL, vae_args=STAGE_1, ldm_config=dict, ema=dict),
+    function=dict(about=dict(read_out=dict), mlp=dict, xi=list),
+    reference=dict(about=dict, stats=dict(
+        dim=int, n=int, shift=torch.Tensor, sum=torch.Tensor, outer=torch.Tensor)))
+TO_TRAIN = dict(vae=dict(opt=dict), ldm=dict(opt=dict, model=dict, vae_hash=str))
+
+
+def run_folder(name):
+    """The folder of the run `name`, such as exp or exp/a; ValueError if that is not below runs/."""
+    folder = Path(os.path.normpath(RUNS / name))
+    require(RUNS in folder.parents, f'--name {name}: not a folder below {RUNS}/')
+    return folder
+
+
+def resolved(flag, path):
+    """The absolute form of a file's path, '' of ''; ValueError if it is not there."""
+    require(not path or Path(path).is_file(), f'{flag} {path}: no such file')
+    return path and str(Path(path).resolve())
+
+
+def run_name(checkpoint):
+    """The name, below runs/, of the run in which a checkpoint lies; elsewhere its folder's."""
+    folder = Path(os.path.abspath(checkpoint)).parent
+    for runs, path in (RUNS.absolute(), folder), (RUNS.resolve(), folder.resolve()):
+        if runs in path.parents:
+            return str(path.relative_to(runs))
+    return folder.name
 
 
 def save_checkpoint(path, state):
     """Write a dict of tensors and builtins to `path`; see `replace`."""
-    replace(path, lambda temporary: torch.save(state, temporary))
+    def write(temporary):
+        with open(temporary, 'wb') as file:  # a path would be named in the file, and errors not
+            torch.save(state, file)
+    replace(path, write)
+
+
+def write_text(path, text):
+    """Write a text file; see `replace`."""
+    replace(path, lambda temporary: temporary.write_text(text))
+
+
+@contextlib.contextmanager
+def writing(path):
+    """OSErrors name the file `path`; those of a full disk say so, and how much is free."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError):
+            error = error.__context__  # torch.save ends in another error than that of the disk
+        if not isinstance(error, OSError):
+            raise
+        why = one_line(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(Path(path).parent).free / 2 ** 20
+            why = f'the disk is full ({free:.1f} MiB free)'
+        raise OSError(f'{path}: not written, {why}') from None
 
 
 def replace(path, write):
-    """Call write(temporary path), then move into place: a kill leaves the old file or the new."""
+    """Call write(temporary path), then move into place: a kill leaves the old file or the new.
+
+    Failures are those of `writing`, and leave nothing behind.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + '.tmp')
+    temporary = path.with_name(f'{path.name}.{secrets.token_hex(4)}.tmp')  # no other writer's
+    with writing(path):
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+HELD = contextlib.ExitStack()  # open files: the locks of the runs that this process trains
+
+
+def lock_run(folder, process):
+    """Make a run's folder and keep other processes from training there until `run` has ended.
+
+    ValueError, which names the other, if there is one. What killed writers left is removed. On a
+    file system without locks, and in processes that do not write, this does nothing.
+    """
+    if not process.is_first:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = HELD.enter_context(open(folder / 'lock', 'a+'))
     try:
-        write(temporary)
-    except RuntimeError as error:  # what torch.save makes of a full disk
-        raise OSError(f'{path}: not written, {str(error).splitlines()[0]}') from None
-    os.replace(temporary, path)
+        fcntl and fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        raise ValueError(f'{folder}: another process trains there ({lock.read()}); wait for it, or '
+                         'give another --name') from None
+    except OSError:
+        pass
+    lock.truncate(0)
+    print(f'number {os.getpid()} on {platform.node()}', end='', file=lock, flush=True)
+    for left in folder.glob('*.tmp'):
+        left.unlink()
 
 
 def read_text(path):
@@ -507,9 +604,18 @@ def try_writing(flag, folder):
 
 
 def try_file(flag, path):
-    """The same for a file that `path` shall name."""
+    """The same for a file that `path` shall name; it must not be one that training continues."""
     require(not Path(path).is_dir(), f'{flag} {path}: a folder; name a file')
+    require(not trains(path), f'{flag} {path}: a checkpoint that training continues; name another')
     try_writing(flag, Path(path).parent)
+
+
+def trains(path):
+    """Whether a file is a checkpoint that training can continue, rather than a slim one."""
+    try:
+        return is_checkpoint(path) and 'opt' in load_checkpoint(path)
+    except ValueError:
+        return False
 
 
 def load_checkpoint(path, kind=None, device='cpu'):
@@ -526,7 +632,31 @@ def load_checkpoint(path, kind=None, device='cpu'):
         raise ValueError(f'{path}: a file of some other program, not a checkpoint of this one')
     if kind and state['kind'] != kind:
         raise ValueError(f'{path}: holds a {state["kind"]} checkpoint where {kind} is needed')
+    if missing := lacking(state, CONTENTS.get(str(state['kind']), {})):
+        raise ValueError(f'{path}: damaged, without {", ".join(missing)}; take a copy of it, or '
+                         'make it anew, a run with --restart')
     return state
+
+
+def lacking(found, wanted, name=''):
+    """Names of what a dict lacks or has as another type; `wanted`: types by name, nested."""
+    if not isinstance(wanted, dict):
+        return [] if isinstance(found, wanted) else [name]
+    if not isinstance(found, dict):
+        return [name]
+    return [lost for key, kind in wanted.items()
+            for lost in lacking(found.get(key), kind, f'{name} {key}'.strip())]
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """Whatever loading parts of a checkpoint raises becomes a ValueError that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [''])[-1].strip()[:200]
+        raise ValueError(f'{path} does not fit this model, or is of another version of this code: '
+                         f'{type(error).__name__}, {reason}') from None
 
 
 def file_digest(path):
@@ -540,16 +670,40 @@ def find_checkpoint(text, *files):
 
     text: a .pt, .pth or .ckpt file, a run's folder, the name of a run in runs/, or '' for the
     newest run. Of a run the first of `files` ('vae.pt', 'ldm.pt') that it has; the newest is that
-    with the newest first file, or if none has it, the next.
+    with the newest first file, or if none has it, the next. What begins with ./ is no name.
     """
     if not text:
-        found = [sorted(RUNS.glob(f'*/{file}'), key=lambda p: p.stat().st_mtime) for file in files]
-        return next((paths[-1] for paths in found if paths), None)
-    for path in (Path(text), RUNS / text):
+        found = [[p for run in RUNS.glob('*') for p in run.rglob(file) if p.is_file()]
+                 for file in files]
+        return next((max(p, key=lambda p: p.stat().st_mtime) for p in found if p), None)
+    for path in places(text):
         for candidate in (path, *(path / file for file in files)):
-            if candidate.suffix in ('.pt', '.pth', '.ckpt') and candidate.is_file():
+            if is_checkpoint(candidate):
                 return candidate
     return None
+
+
+def is_checkpoint(path):
+    """Whether this is a file that is called as checkpoints are."""
+    return Path(path).suffix in ('.pt', '.pth', '.ckpt') and os.path.isfile(path)
+
+
+def places(text):
+    """Where a checkpoint that a user calls `text` may lie: there, or in the run of this name."""
+    relative = not str(text).startswith(('./', '../', '/'))
+    return [Path(text), RUNS / text] if relative else [Path(text)]
+
+
+def the_checkpoint(text, *files):
+    """The same where there must be one, or FileNotFoundError, which names where it was looked for.
+
+    Any other file is taken as it is, for `load_checkpoint` to say what is wrong with it.
+    """
+    found = find_checkpoint(text, *files)
+    if found or os.path.isfile(text):
+        return found or Path(text)
+    raise FileNotFoundError(f'{text}: no such checkpoint, nor {" or ".join(files)} in '
+                            f'{" or ".join(map(str, places(text)))}')
 
 
 def resume(path, args, kind):
@@ -557,8 +711,12 @@ def resume(path, args, kind):
     if args.restart or not path.exists():
         return None
     state = load_checkpoint(path, kind)
+    missing = lacking(state, TO_TRAIN[kind])
+    require(not missing, f'{path} is slim or damaged, without {", ".join(missing)} that training '
+            'needs; start from it with --init and another --name')
     saved = {**vars(args), **state['args']}
-    changed = [k for k, v in vars(args).items() if k not in MAY_CHANGE and saved[k] != v]
+    changed = [k for k, v in vars(args).items() if k not in MAY_CHANGE and saved[k] != v
+               and not (k in MAY_MOVE and Path(str(saved[k])).name == Path(v).name)]
     if changed:
         raise ValueError(f'{path} was made with other flags: ' + ', '.join(
             f'--{k} {saved[k]} (now {getattr(args, k)})' for k in changed)
@@ -570,15 +728,27 @@ def parse_json(text):
     """A JSON object as a dict; {} of anything else, such as what a kill has torn."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
+def salvaged(path):
+    """The text of a file that may be damaged; '' if there is none."""
+    return path.read_text('utf-8-sig', 'replace') if path.exists() else ''
+
+
 def read_log(path):
     """The lines of a log.jsonl as dicts, but for damaged ones."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [v for v in map(parse_json, lines) if {'stage', 'step'} < {*v}]
+    return [v for v in map(parse_json, salvaged(path).splitlines())
+            if {'stage', 'step'} < {*v} and all(
+                isinstance(x, str if k == 'stage' else (int, float)) for k, x in v.items())]
+
+
+def read_stages(folder):
+    """The flags of each stage of a run, from args.json, by the stage's name; not damaged ones."""
+    return {stage: args for stage, args in parse_json(salvaged(folder / 'args.json')).items()
+            if not lacking(args, dict(preset=str))}
 
 
 class Log:
@@ -586,13 +756,15 @@ class Log:
 
     def __init__(self, path, stage, step):
         self.path, self.stage = path, stage
-        kept = [v for v in read_log(path) if v['stage'] != stage or v['step'] <= step]
-        text = ''.join(json.dumps(v) + '\n' for v in kept)
-        replace(path, lambda temporary: temporary.write_text(text))
+        lines = read_log(path)
+        if lost := len(salvaged(path).splitlines()) - len(lines):
+            print(f'note: {path}: {lost} damaged lines are left out')
+        kept = [v for v in lines if v['stage'] != stage or v['step'] <= step]
+        write_text(path, ''.join(json.dumps(v) + '\n' for v in kept))
 
     def write(self, **values):
         values = {k: v.item() if hasattr(v, 'item') else v for k, v in values.items()}
-        with self.path.open('a') as file:
+        with writing(self.path), self.path.open('a') as file:
             file.write(json.dumps(dict(stage=self.stage, **values)) + '\n')
 
 
@@ -613,13 +785,12 @@ def draw_curves(folder):
 
     Runs of the same preset beside this one are drawn faintly behind it.
     """
-    runs = {path.parent: parse_json(path.read_text())
-            for path in folder.parent.glob('*/args.json')}
+    runs = {path.parent: read_stages(path.parent) for path in folder.parent.glob('*/args.json')}
     picture = Image.new('RGB', (3 * PANEL[0], len(runs[folder]) * PANEL[1]), 'white')
     draw = ImageDraw.Draw(picture)
     for row, (stage, args) in enumerate(runs[folder].items()):
         others = [curves(other, stage) for other, stages in runs.items() if other != folder
-                  and stages.get(stage, {}).get('preset') == args['preset']]
+                  and stage in stages and stages[stage]['preset'] == args['preset']]
         for column, (name, own) in enumerate(curves(folder, stage).items()):
             draw_panel(draw, np.array([column, row]) * PANEL, f'{stage} {name}', own,
                        [other[name] for other in others if name in other])
@@ -666,11 +837,12 @@ def start_run(folder, stage, args, process, step, facts):
     """
     if not process.is_first:
         return None
+    lock_run(folder, process)
     (folder / 'samples').mkdir(parents=True, exist_ok=True)
-    path = folder / 'args.json'  # of both stages
-    stages = parse_json(path.read_text()) if path.exists() else {}
-    text = json.dumps({**stages, stage: vars(args)}, indent=1)
-    replace(path, lambda temporary: temporary.write_text(text))
+    path, stages = folder / 'args.json', read_stages(folder)
+    if path.exists() and not stages:
+        print(f'note: {path}: damaged; written anew, with the flags of this stage alone')
+    write_text(path, json.dumps({**stages, stage: vars(args)}, indent=1))
     progress = f'continues at step {step}' if step else 'starts'
     print(', '.join([f'{folder}: {args.dataset}', process.describe(), *facts,
                      f'{progress} of {args.steps}']), flush=True)
@@ -696,13 +868,9 @@ def load_weights(module, weights, path):
 
     Nor if it is not finite.
     """
-    try:
+    with fitting(path):
         module.load_state_dict({k: v.float() if v.is_floating_point() else v
                                 for k, v in weights.items()})
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()[:200]
-        raise ValueError(f'{path} does not fit this model, or is of another version of this code: '
-                         f'{reason}') from None
     for value in weights.values():
         require_finite(value, path)
 

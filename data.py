@@ -18,13 +18,17 @@ import json
 import math
 import os
 import pickle
+import posixpath
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import tarfile
+import warnings
 import zipfile
-from collections import Counter
+import zlib
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
@@ -39,7 +43,7 @@ if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from scipy import interpolate, ndimage
 from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
@@ -727,8 +731,10 @@ def upwards(many):
 
 # ---- files of pictures ---------------------------------------------------------------------------
 
-SUFFIXES = tuple('.png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .ppm .pgm'.split())
+SUFFIXES = tuple('.png .apng .jpg .jpeg .jpe .jfif .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm '
+                 '.pnm'.split())
 MIN_SIDE = 8  # pixels; anything smaller is no picture
+warnings.filterwarnings('ignore', category=UserWarning, module='PIL')  # about odd metadata
 
 
 def natural(name):
@@ -737,41 +743,178 @@ def natural(name):
     return [int(p) if k % 2 else p for k, p in enumerate(parts)], name
 
 
+def is_hidden(name):
+    """Whether a relative path is one of .thumbs/x.png, __MACOSX/x.png and the like."""
+    return re.search(r'(^|/)(\.|__MACOSX/)', name)
+
+
 def picture_names(names, suffixes=SUFFIXES):
-    """Those that end like a picture and are not hidden (.thumbs/x.png, __MACOSX/), in order."""
-    return sorted((n for n in names if n.lower().endswith(suffixes)
-                   and not re.search(r'(^|/)(\.|__MACOSX/)', n)), key=natural)
+    """Those that end like a picture and are not hidden, in order."""
+    return sorted((n for n in names if n.lower().endswith(suffixes) and not is_hidden(n)),
+                  key=natural)
 
 
-class Folder:
+def identity(path):
+    """What all names of one file or folder, by links of any kind, have in common."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return str(path)
+    number = about.st_ino or str(path)  # not every system has numbers, or has no two alike
+    return about.st_dev, number, about.st_size, about.st_mtime_ns
+
+
+def regular(path):
+    """The path; OSError if what is there is no file: to read a pipe would wait for ever."""
+    if not path.is_file() and path.exists():
+        raise OSError('a folder, pipe or device where a file is needed')
+    return path
+
+
+def png_parts(data, start):
+    """Yield names and bytes of a PNG's chunks, '' for what all pictures need; others if sound."""
+    while start < len(data):
+        size, = struct.unpack('>I', data[start:start + 4].ljust(4, b'\0'))
+        part, start = data[start:start + size + 12], start + size + 12
+        needed = not part[4:5].islower()
+        if needed or zlib.crc32(part[4:-4]).to_bytes(4, 'big') == part[-4:]:
+            yield '' if needed else part[4:8].decode('latin1'), part
+
+
+def jpeg_parts(data, start):
+    """Yield names and bytes of a JPEG's segments: the marker if it is APPn or COM, else ''."""
+    while marker := re.compile(b'\xff+([^\xff\0])').search(data, start):
+        kind, end = marker[1].hex(), marker.end()
+        size = max(int.from_bytes(data[end:end + 2], 'big'), 2)
+        start = len(data) if kind == 'da' else end + size  # the picture itself goes on to the end
+        yield kind if kind[0] == 'e' or kind == 'fe' else '', data[end - 2:start]
+
+
+# How a file begins: what splits it, and the metadata kept in the first, second, .. attempt to read
+# it, of those that change how the picture looks.
+WITHOUT_METADATA = {
+    b'\x89PNG\r\n\x1a\n': (png_parts, ('tRNS eXIf acTL fcTL fdAT', 'tRNS eXIf', 'eXIf')),
+    b'\xff\xd8': (jpeg_parts, ('e0 e1 ee', 'e1 ee', 'e0 e1', 'e1'))}
+
+
+def without_metadata(data):
+    """Yield a PNG or JPEG, given as bytes, with ever less of its metadata; no other file."""
+    for magic, (parts, choices) in WITHOUT_METADATA.items():
+        if data.startswith(magic):
+            found = [*parts(data, len(magic))]
+            for kept in choices:
+                yield magic + b''.join(part for name, part in found if name in kept)
+
+
+def explained(data, error):
+    """The error or, if all it says is that Pillow cannot identify the bytes, one that says why."""
+    if not isinstance(error, UnidentifiedImageError):
+        return error
+    if not data:
+        return OSError('an empty file')
+    for kind, (make, accepts) in Image.OPEN.items():
+        try:
+            if accepts and accepts(data[:16].ljust(16, b'\0')) is True:
+                make(io.BytesIO(data), '')
+        except Exception as why:  # a decoder may raise anything on a broken file
+            return OSError(f'{kind}: {why}')
+    return OSError(f'no picture: it begins with {data[:16]}')
+
+
+def open_picture(file, use=None):
+    """use(PIL picture) of a path or a binary stream; without `use` the picture itself, left open.
+
+    Metadata that Pillow stumbles over are left out: what a browser shows is a picture. Of a broken
+    file, whatever error a decoder raises.
+    """
+    def attempt(file):
+        im = Image.open(file)
+        if not use:
+            return im
+        with im:
+            return use(im)
+    on_disk = isinstance(file, Path) and regular(file)
+    try:
+        return attempt(file)
+    except Exception as failed:  # a decoder may raise anything on a broken file
+        error = failed
+    data = file.read_bytes() if on_disk else file.seek(0) or file.read()
+    for data in without_metadata(data):
+        try:
+            return attempt(io.BytesIO(data))
+        except Exception as failed:
+            error = failed
+    raise explained(data, error)
+
+
+class Files:
+    """Pictures of relative `names`; a Counter `passed` of the suffixes of what else is there.
+
+    `lost` are pairs: a folder that cannot be listed, and why.
+    """
+
+    passed, lost = Counter(), ()
+
+    def pick(self, names, suffixes):
+        """Set `names` to the pictures; the others are passed over."""
+        self.names = picture_names(names, suffixes)
+        picked = {*self.names}
+        self.passed += Counter(os.path.splitext(n)[1].lower() or 'files without suffix'
+                               for n in names if n not in picked and not is_hidden(n))
+
+    def others(self):
+        """What was passed over, in words, or ''."""
+        text = ', '.join(f'{count} {what}' for what, count in self.passed.most_common(9))
+        hint = ' (to read a zip, name the zip itself)' if '.zip' in self.passed else ''
+        return text and f'passed over: {text}{hint}'
+
+
+class Folder(Files):
     """Pictures below a folder, at any depth, links followed; names are relative, with '/'."""
 
     def __init__(self, root, names=None, suffixes=SUFFIXES):
-        self.root, self.names = root, names or self.walk(root, suffixes)
+        self.root, self.passed, self.lost = root, Counter(), []
+        self.pick(names or [*self.walk()], suffixes)
 
-    @staticmethod
-    def walk(root, suffixes):
-        found, seen = [], set()
-        for folder, below, files in os.walk(root, followlinks=True):
-            seen.add(os.path.realpath(folder))
-            below[:] = [d for d in below if os.path.realpath(os.path.join(folder, d)) not in seen]
-            inner = Path(folder).relative_to(root)
-            found += [(inner / f).as_posix() for f in files]
-        return picture_names(found, suffixes)
+    def walk(self):
+        """Yield the names of the files, each folder once; links to folders wait to the last."""
+        seen, todo = set(), deque([''])
+        while todo:
+            inner = todo.popleft()
+            place = identity(self.root / inner)
+            if place in seen:
+                self.passed['folders under a second name'] += 1
+                continue
+            seen.add(place)
+            try:
+                entries = sorted(os.scandir(self.root / inner), key=attrgetter('name'))
+            except OSError as error:
+                self.lost.append((inner, f'cannot be listed: {error.strerror}'))
+                continue
+            for entry in entries:
+                name, link = inner + entry.name, entry.is_symlink()
+                if not (os.path.isdir(entry) if link else entry.is_dir()):
+                    yield name
+                elif not is_hidden(f'{name}/'):
+                    (todo.append if link else todo.appendleft)(f'{name}/')
 
-    def open(self, name):
-        return Image.open(self.root / name)
+    def open(self, name, use=None):
+        return open_picture(self.root / name, use)
 
     def stream(self, name):
-        return open(self.root / name, 'rb')
+        return open(regular(self.root / name), 'rb')
 
 
-class Zip:
+class Zip(Files):
     """Pictures in a zip, at any depth; every process opens the file anew."""
 
     def __init__(self, root, suffixes=SUFFIXES):
-        self.root, self.opened = root, (None, None)
-        self.names = picture_names(self.file().namelist(), suffixes)
+        self.root, self.opened, self.passed = root, (None, None), Counter()
+        inside = [n for n in self.file().namelist() if not n.endswith('/')]
+        self.entries = {posixpath.normpath(n): n for n in inside}  # of equal ones the last is read
+        if len(self.entries) < len(inside):
+            self.passed['entries listed again'] = len(inside) - len(self.entries)
+        self.pick([*self.entries], suffixes)
 
     def __getstate__(self):
         return dict(vars(self), opened=(None, None))
@@ -785,11 +928,11 @@ class Zip:
                                  f'({error})') from None
         return self.opened[1]
 
-    def open(self, name):
-        return Image.open(self.stream(name))
+    def open(self, name, use=None):
+        return open_picture(self.stream(name), use)
 
     def stream(self, name):
-        return self.file().open(name)
+        return self.file().open(self.entries[name])
 
 
 def find_files(root, suffixes=SUFFIXES):
@@ -802,17 +945,20 @@ def find_files(root, suffixes=SUFFIXES):
         root = root.with_name(root.name + '.zip')
     if not root.exists():
         raise FileNotFoundError(f'{root}: no such folder or zip')
+    require(root.is_dir() or root.is_file(), f'{root}: neither a folder nor a file')
     if root.is_file() and root.suffix.lower() in suffixes:
-        return Folder(root.parent, [root.name])
+        return Folder(root.parent, [root.name], suffixes)
     files = Folder(root, suffixes=suffixes) if root.is_dir() else Zip(root, suffixes)
     if files.names:
         return files
-    if any(root.glob('**/data.mdb')):
+    for folder, why in files.lost:
+        raise ValueError(f'{root / folder}: {why}; make it readable to you')
+    if '.mdb' in files.passed:
         raise ValueError(f'{root}: an lmdb; the data.py of the LSUN repository writes its pictures '
                          'into a folder: python data.py export LMDB --out_dir FOLDER')
-    meshes = any(p.suffix.lower() in MESH_READERS for p in root.rglob('*'))
-    hint = '; meshes are prepared by python data.py mesh' if meshes else ''
-    raise ValueError(f'{root}: no pictures ({" ".join(suffixes)}) in it{hint}')
+    meshes = {*MESH_READERS} & {*files.passed} and 'meshes are prepared by python data.py mesh'
+    none = f'{root}: no pictures ({" ".join(suffixes)}) in it'
+    raise ValueError('; '.join(filter(None, (none, files.others(), meshes))))
 
 
 def reason(error):
@@ -833,7 +979,7 @@ class ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f'refused to load {module}.{name}')
 
 
-class Cifar:
+class Cifar(Files):
     """cifar-10-batches-py: the folder, its parent or the .tar.gz. names 'train/0'.., labels."""
 
     def __init__(self, root):
@@ -847,7 +993,7 @@ class Cifar:
         self.pixels, self.labels = {}, {}
         try:
             if place.is_dir():
-                files = {path.name: path.read_bytes() for path in place.glob('*_batch*')}
+                files = {path.name: regular(path).read_bytes() for path in place.glob('*_batch*')}
             else:
                 with tarfile.open(place) as tar:
                     files = {Path(m.name).name: tar.extractfile(m).read()
@@ -866,21 +1012,65 @@ class Cifar:
                              'fetch cifar-10-python.tar.gz again') from None
         self.names = sorted(self.pixels, key=natural)
 
-    def open(self, name):
-        return Image.fromarray(self.pixels[name])
+    def open(self, name, use=lambda im: im):
+        return use(Image.fromarray(self.pixels[name]))
+
+
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # by EXIF's number of how it is stored
+
+
+def upright(im):
+    """The PIL picture turned as its EXIF says, which is read and never written."""
+    if not isinstance(im.info.get('xmp'), bytes):  # in a TIFF anything
+        im.info.pop('xmp', None)
+    im.load()  # which turns a TIFF
+    try:
+        turn = TURNS.get(im.getexif().get(0x112))
+    except Exception:  # Pillow raises anything on odd metadata
+        turn = None
+    return im if turn is None else im.transpose(turn)
+
+
+def clear_colour(im):
+    """What a PIL picture, not yet loaded, calls transparent, in the numbers of its pixels."""
+    clear, stored = im.info.get('transparency'), im.tile[0][3] if getattr(im, 'tile', 0) else ''
+    if isinstance(clear, bytes):  # opacities of a palette's colours
+        return clear
+    if isinstance(clear, tuple) and stored == 'RGB;16B':
+        return tuple(value >> 8 for value in clear)
+    return clear if clear is None else clear * {'L;2': 85, 'L;4': 17}.get(stored, 1)
+
+
+def eight_bit(im, clear):
+    """A PIL picture of mode I;16*, I or F, which Pillow would clip at 255, as L or LA.
+
+    clear: the value that is transparent, or None.
+    """
+    values = np.nan_to_num(np.asarray(im, 'float64'))
+    peak = values.max()
+    scale = 255 if im.mode == 'F' and peak <= 1 else 1
+    if im.mode.startswith('I;16') or peak > 255:
+        scale = 1 / 257  # 65535 -> 255
+    grey = Image.fromarray((values * scale).round().clip(0, 255).astype('uint8'))
+    if clear is not None:
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype('uint8')))
+    return grey
 
 
 def to_rgb(im):
     """Any PIL picture -> RGB: EXIF turned, transparency over white, 16 bit and float to 8 bit."""
-    ImageOps.exif_transpose(im, in_place=True)
-    if im.mode[0] in 'IF':  # I;16*, I, F: wide numbers that PIL would clip at 255
-        values = np.nan_to_num(np.asarray(im, 'float64'))
-        peak = values.max()
-        scale = 255 if im.mode == 'F' and peak <= 1 else 1
-        if im.mode.startswith('I;16') or peak > 255:
-            scale = 1 / 257  # 65535 -> 255
-        im = Image.fromarray((values * scale).round().clip(0, 255).astype('uint8'))
-    return whitened(im.convert('RGBA')) if has_opacity(im) else im.convert('RGB')
+    clear = clear_colour(im)
+    im = upright(im)
+    if im.mode[0] in 'IF':
+        im = eight_bit(im, clear)
+    elif clear is not None:
+        im.info['transparency'] = clear
+    im = whitened(im.convert('RGBA')) if has_opacity(im) else im.convert('RGB')
+    im.info = {}  # it is turned, and nothing of it transparent
+    return im
 
 
 def has_opacity(im):
@@ -922,7 +1112,7 @@ def threaded(function, items, what, workers=8):
 
 FILMS = tuple('.mp4 .m4v .webm .mov .avi .mkv'.split())  # what ffmpeg reads
 MOVING = ('.apng', '.npy', *FILMS)  # a video each, whatever lies beside them
-VIDEO_SUFFIXES = SUFFIXES + MOVING
+VIDEO_SUFFIXES = tuple(dict.fromkeys(SUFFIXES + MOVING))
 
 
 @dataclass
@@ -1001,10 +1191,9 @@ def moving_frames(files, video, numbers):
 
 
 def still_frames(files, video, numbers):
-    """Yields those of a folder of pictures; each is closed when the next is asked for."""
+    """Yields those of a folder of pictures."""
     for k in numbers:
-        with files.open(video.frames[k]) as image:
-            yield image
+        yield files.open(video.frames[k], to_rgb)
 
 
 def array_shape(stream):
@@ -1035,7 +1224,8 @@ def array_frames(files, video, numbers):
 
 def look_film(files, name):
     """Frames, (width, height) and frames a second of a film, by ffprobe; ValueError if none."""
-    require((files.root / name).is_file(), 'a film in a zip cannot be read; unpack the zip')
+    require(isinstance(files, Folder), 'a film in a zip cannot be read; unpack the zip')
+    regular(files.root / name)
     done = subprocess.run(
         ['ffprobe', '-v', 'error', '-select_streams', 'v:0', '-count_packets', '-show_entries',
          'stream=width,height,avg_frame_rate,nb_read_packets,duration', '-of', 'json',
@@ -1324,25 +1514,59 @@ class FileItems(Items):
     selection is tolerant; `spared` of them are whole, of no use all the same, and do not count. A
     subclass has `header(name)`, which returns what is known from a glance or a text that says what
     is wrong, `decode(i)`, which reads a file and raises if it cannot, and `bytes_kept` of what it
-    made, for the cache.
+    made, for the cache. Those from a Folder or Zip have it as `files`.
     """
+
+    files = Files()
 
     def select(self, names, place, selection, official=None):
         """Divide the names and keep those wanted; the headers of the good ones."""
-        self.place, self.tolerant = str(place), selection.tolerant
-        self.sides = divide(names, selection.holdout, selection.group, selection.seed, official)
+        self.place, self.tolerant, known = str(place), selection.tolerant, {*names}
+        sides = divide(names, selection.holdout, selection.group, selection.seed, official)
+        self.sides, self.apart = self.distinct(sides), len(known - {*sum(sides.values(), [])})
         chosen = ('train', 'test') if selection.split == 'all' else (selection.split,)
         wanted = sorted((n for side in chosen for n in self.sides[side]), key=natural)
-        require(wanted, f'{place}: no {self.kind} in the {selection.split} part; change --split')
-        headers = dict(zip(wanted, threaded(self.header, wanted, 'reading headers')))
-        self.bad = [(n, h) for n, h in headers.items() if isinstance(h, str)]
+        if selection.split != 'all':
+            self.refuse_one()
+        require(wanted, f'{place}: no {self.kind} in the {selection.split} part; change --split'
+                + ' or --group' * bool(selection.group))
+        headers = dict(zip(wanted, threaded(lambda n: self.header(n) if n in known else
+                                            'not there', wanted, 'reading headers')))
+        self.bad = [*self.files.lost, *((n, h) for n, h in headers.items() if isinstance(h, str))]
         self.names = [n for n, h in headers.items() if not isinstance(h, str)]
-        self.total, self.last, self.spared = len(wanted), (None, None), 0
+        self.total, self.last, self.spared = len(wanted) + len(self.files.lost), (None, None), 0
+        self.notes += filter(None, [self.files.others()])
         self.sound = {}  # index -> whether the file could be read, of those that were tried
         self.refuse_bad()
         if selection.captions:
             self.add_captions(read_captions(selection.captions))
         return [headers[n] for n in self.names]
+
+    def path_of(self, name):
+        """The file or folder that an item is, if it is one: names of the same are of one item."""
+        return Path(self.place) / name
+
+    def distinct(self, sides):
+        """The two sides without names of what is there under another name, by links, or again.
+
+        A name that is held out is preferred, then one that is no link.
+        """
+        first = {}
+        for side in ('test', 'train'):
+            for name in sorted(sides[side], key=lambda n: os.path.islink(self.path_of(n))):
+                first.setdefault(identity(self.path_of(name)), (side, name))
+        used = {*first.values()}
+        kept = {side: [n for n in dict.fromkeys(names) if (side, n) in used]
+                for side, names in sides.items()}
+        if again := sum(map(len, sides.values())) - sum(map(len, kept.values())):
+            self.notes.append(f'{again} {self.kind} left out: other names (links) of those there')
+        return kept
+
+    def refuse_one(self):
+        """ValueError if all there is cannot be divided."""
+        one = len(self.sides['train'] + self.sides['test']) == 1
+        require(not one, f'{self.place}: a single {self.kind[:-1]}, so that none is held out from '
+                'training; add others')
 
     def add_captions(self, texts):
         """Join captions {key: [texts]} by an item's name, its last part, or that without suffix."""
@@ -1572,8 +1796,7 @@ class FilePictures(FileItems, Pictures):
 
     def decode(self, i):
         """The centre square of picture i as it is on disk, PIL RGB."""
-        with self.files.open(self.names[i]) as im:
-            return square(to_rgb(im))
+        return square(self.files.open(self.names[i], to_rgb))
 
     def largest(self, i):
         return min(self.shapes[i])
@@ -2375,8 +2598,6 @@ SHAPENET = {'02691156': 'airplane', '02828884': 'bench', '02933112': 'cabinet', 
             '03001627': 'chair', '03211117': 'display', '03636649': 'lamp', '03691459': 'speaker',
             '04090263': 'rifle', '04256520': 'sofa', '04379243': 'table', '04401088': 'telephone',
             '04530566': 'watercraft'}
-FOREIGN = tuple('.glb .gltf .fbx .dae .3ds .blend .usd .usda .usdc .usdz .x3d .wrl .stp .step'
-                .split())  # shapes in formats that are not read
 HALF_BOX = 0.55  # volume points lie in [-0.55, 0.55]^3 around a mesh in the unit cube
 AMBIGUOUS, HOLLOW = 0.05, 0.005  # largest share with 0.1 < |w| < 0.9, smallest share inside
 
@@ -2453,15 +2674,16 @@ def read_classes(path):
 
 
 def find_meshes(root, classes):
-    """{(class, id): path} of the meshes below a folder; the class: of `classes`, or that folder.
+    """{(class, id): path} of the meshes below a folder, and in words what else is there.
 
-    The id is what lies below the class, less the parts that all paths share: the ID of
-    SYNSET/ID/models/model_normalized.obj.
+    The class is that of `classes`, or that folder. The id is what lies below the class, less the
+    parts that all paths share: the ID of SYNSET/ID/models/model_normalized.obj.
     """
     root = Path(root)
-    names = Folder(root, suffixes=tuple(MESH_READERS)).names if root.is_dir() else []
-    names = [n for n in names if (root / n).is_file()]  # a link may lead nowhere
-    require(names, f'{root}: no such folder, or no meshes ({" ".join(MESH_READERS)}) in it')
+    require(root.is_dir(), f'{root}: no such folder')
+    files = Folder(root, suffixes=tuple(MESH_READERS))
+    names = [n for n in files.names if (root / n).is_file()]  # a link may lead nowhere
+    require(names, f'{root}: no meshes ({" ".join(MESH_READERS)}) in it')
     found = {}
     for name, key in zip(names, telling_parts([n.split('/') for n in names])):
         parts = name.split('/')
@@ -2471,7 +2693,7 @@ def find_meshes(root, classes):
             raise ValueError(f'{root / name} and {found[key]} would get the same name; rename one '
                              'of them')
         found[key] = root / name
-    return found
+    return found, files.others()
 
 
 def telling_parts(paths):
@@ -2500,16 +2722,16 @@ def write_lists(out, keys, args):
         for side, members in sides.items():
             ids = [n.removeprefix(f'{group}/') for n in members if n.startswith(f'{group}/')]
             text = ''.join(f'{i}\n' for i in ids)
-            common.replace(out / group / f'{side}.lst', lambda t, text=text: t.write_text(text))
+            common.write_text(out / group / f'{side}.lst', text)
     text = json.dumps({g: dict(id=g, name=SHAPENET.get(g, g)) for g in groups}, indent=1)
-    common.replace(out / 'metadata.yaml', lambda t: t.write_text(text))
+    common.write_text(out / 'metadata.yaml', text)
     return ', '.join(f'{len(members)} {side}' for side, members in sides.items())
 
 
 def mesh(args):
     """What `python data.py mesh` does; a second call goes on where the first one was stopped."""
     require(args.near <= 1, f'--near {args.near}: a share, from 0 to 1')
-    found, out = find_meshes(args.folder, read_classes(args.classes)), Path(args.out)
+    (found, others), out = find_meshes(args.folder, read_classes(args.classes)), Path(args.out)
 
     def convert(key):
         """Shares of points inside and of ambiguous ones, or why the mesh cannot be read."""
@@ -2535,10 +2757,9 @@ def mesh(args):
         raise ValueError(f'{args.folder}: {len(bad)} of {len(results)} meshes cannot be read, '
                          f'{len(doubts)} are doubtful: mend or remove them, or try --keep')
     sides = write_lists(out, keys, args)
-    others = Counter(Path(n).suffix.lower() for n in Folder(args.folder, suffixes=FOREIGN).names)
-    print('; '.join([f'{out}: {sides}', f'{len(bad)} unreadable, {len(doubts)} doubtful, '
-                     + ('kept' if args.keep else 'left out of the lists'),
-                     *(f'{n} {suffix} passed over' for suffix, n in others.items())]))
+    print('; '.join(filter(None, (
+        f'{out}: {sides}', f'{len(bad)} unreadable, {len(doubts)} doubtful, '
+        + ('kept' if args.keep else 'left out of the lists'), others))))
 
 
 # ---- data sets of shapes -------------------------------------------------------------------------
@@ -2712,10 +2933,13 @@ class FileShapes(FileItems, Shapes):
         if given and not selection.holdout and lists['val']:
             self.notes.append(f'{len(lists["val"])} shapes of val.lst are left alone')
 
+    def path_of(self, name):
+        return self.folders.get(name, name)
+
     def header(self, name):
         """None, or why the shape is of no use."""
         missing = [f for f in ('points.npz', 'pointcloud.npz', *['near.npz'] * bool(self.near))
-                   if name not in self.folders or not (self.folders[name] / f).exists()]
+                   if name not in self.folders or not (self.folders[name] / f).is_file()]
         hint = '; use --near 0' if missing == ['near.npz'] else ''
         return f'no {missing[0]}{hint}' if missing else None
 
@@ -2824,6 +3048,7 @@ class SceneFiles:
 
     def __init__(self, path):
         self.file, self.folder = path, path.parent
+        self.place = path if isinstance(self, ArrayScene) else path.parent
 
     @staticmethod
     def applies(path):
@@ -2832,9 +3057,8 @@ class SceneFiles:
     def pictures(self, numbers):
         """Yield these pictures as PIL RGBA, see `with_opacity`."""
         for k in numbers:
-            mask = self.masks[k] and Image.open(self.masks[k])
-            with Image.open(self.files[k]) as im:
-                yield with_opacity(im, mask, self.files[k].name)
+            mask = self.masks[k] and open_picture(self.masks[k], Image.Image.copy)
+            yield open_picture(self.files[k], lambda im: with_opacity(im, mask, self.files[k].name))
 
 
 class SrnScene(SceneFiles):
@@ -2852,8 +3076,8 @@ class SrnScene(SceneFiles):
     @staticmethod
     def numbers(path):
         try:
-            return [[float(w) for w in line.split()] for line in common.read_text(path).split('\n')
-                    if line.strip()]
+            lines = common.read_text(regular(path)).split('\n')
+            return [[float(w) for w in line.split()] for line in lines if line.strip()]
         except (OSError, ValueError):
             raise ValueError(f'{path.parent.name}/{path.name}: missing, or not numbers; unpack '
                              'the data again') from None
@@ -2866,8 +3090,7 @@ class SrnScene(SceneFiles):
         require(len(rows) > 1 and len(rows[0]) > 2 and len(rows[-1]) == 2 and rows[0][0] > 0
                 and min(rows[-1]) > 0, 'intrinsics.txt: not `focal cx cy 0.` and `height width`')
         focal, cx, cy = rows[0][:3]
-        with Image.open(self.files[0]) as im:
-            size = im.size
+        size = open_picture(self.files[0], attrgetter('size'))
         lens = resized_lens(np.array([focal, focal, cx, cy, 0, 0, 0, 0]), rows[-1][::-1], size)
         texts = [self.folder / 'pose' / f'{f.stem}.txt' for f in self.files]
         poses = [as_pose(sum(self.numbers(t), []), axes, f'pose/{t.name}') for t in texts]
@@ -2933,12 +3156,14 @@ class JsonScene(SceneFiles):
         frames = about.get('frames') if isinstance(about, dict) else None
         require(isinstance(frames, list) and frames and all(isinstance(f, dict) for f in frames),
                 f'{self.pattern}: no list `frames`; export it again')
-        self.files = [self.find(f.get('file_path'), k) for k, f in enumerate(frames)]
-        self.masks = [self.find_mask(*pair) for pair in zip(frames, self.files)]
-        views = []
-        for k, (frame, file) in enumerate(zip(frames, self.files)):
-            with Image.open(file) as im:
-                size = im.size
+        views, once = [], {}
+        for k, frame in enumerate(frames):  # a picture that is listed again adds nothing
+            file = self.find(frame.get('file_path'), k)
+            once.setdefault(identity(file), (k, frame, file))
+        self.files = [file for _, _, file in once.values()]
+        self.masks = [self.find_mask(frame, file) for _, frame, file in once.values()]
+        for k, frame, file in once.values():
+            size = open_picture(file, attrgetter('size'))
             first = next((k // 2 * 2 for k, key in enumerate(self.FOCAL) if key in frame), 4)
             shared = {key: v for key, v in about.items() if key not in self.FOCAL[first:]}
             views.append((as_pose(frame.get('transform_matrix'), axes,
@@ -3011,7 +3236,7 @@ def scenes_at(root, glance=False):
         yield root.stem, ArrayScene(root)
     for layout, depth in product(LAYOUTS, range(3)):
         for path in sorted(root.glob('*/' * depth + layout.pattern)):
-            if layout.applies(path):
+            if path.is_file() and layout.applies(path):
                 place = path.relative_to(root).with_suffix('')
                 yield (place if layout is ArrayScene else place.parent).as_posix(), layout(path)
             elif glance:
@@ -3435,9 +3660,11 @@ class FileScenes(FileItems, Scenes):
         self.views_of = self.select(known, root, selection, official)
         self.centre, self.extent, self.up = self.find_box(known)
         self.side = min(self.side, int(np.median([c.sizes.min() for c in self.views_of])))
-        apart = len(known) - len(sum(self.sides.values(), []))
-        if apart:
-            self.notes.append(f'{apart} scenes of neither train nor test are left alone')
+        if self.apart:
+            self.notes.append(f'{self.apart} scenes of neither train nor test are left alone')
+
+    def path_of(self, name):
+        return self.scenes[name].place if name in self.scenes else name
 
     def read_cameras(self, name):
         scene = self.scenes[name]
@@ -3631,6 +3858,7 @@ def check(args):
     print(f'preview   {out}')
     if not dataset.computed:
         dataset.tolerant = False
+        dataset.refuse_one()
         dataset.refuse_bad()
 
 

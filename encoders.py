@@ -14,6 +14,7 @@ import html
 import json
 import math
 import re
+import unicodedata
 import warnings
 import zipfile
 from pathlib import Path
@@ -570,13 +571,74 @@ def clip_text(state, path):
     return tower.eval().requires_grad_(False)
 
 
+# Windows-1252: the character of each byte, and of the five bytes that it lacks that of Latin-1.
+WINDOWS = ''.join(bytes([b]).decode('cp1252', 'ignore') or chr(b) for b in range(256))
+BYTES = {chr(b): b for b in range(256)} | {c: b for b, c in enumerate(WINDOWS)}
+LATER = f'[{WINDOWS[128:192]}\x80-\x9f]'  # what the bytes of a character after its first look like
+MOJIBAKE = re.compile('|'.join((  # UTF-8 read as Windows-1252, where that is no word of a language
+    f'[ÂÃ](?![…’]){LATER}', '[Ä-ß][\x80-\x9f]', '[Ä-ÖØ-Þ][¢-¨¬¯±µ¶¸¼-¾†‡ˆ‰‹›ƒ€˜‚„]',
+    f'(?<=[a-z])[Ä-ß]{LATER}', f'[ÄÅ]{LATER}(?=[a-z])', f'(?:[Ä-ß]{LATER}){{2,}}',
+    f'[âï]{LATER}{{2}}', f'[à-ï](?!\xa0){LATER}(?![\xa0«»‘’“”–—…•®™°¹²³]){LATER}',
+    f'ð{LATER}{{3}}')))
+SPELT = {c: unicodedata.normalize('NFKC', chr(c)) for c in (  # ligatures, full and half width
+    0x132, 0x133, 0x149, *range(0x1c4, 0x1cd), *range(0x1f1, 0x1f4), 0x3000, *range(0xfb00, 0xfb07),
+    *range(0xff01, 0xfff0))}
+SPELT |= {b: WINDOWS[b] for b in range(128, 160)}
+SPELT |= dict.fromkeys((0x2bc, *range(0x2018, 0x201c)), "'")
+SPELT |= dict.fromkeys(range(0x201c, 0x2020), '"')
+SPELT |= dict.fromkeys((*range(9), 11, *range(14, 32), 127, *range(0x206a, 0x2070), 0xfeff,
+                        *range(0xfff9, 0xfffd)))  # control characters
+
+
+def as_utf8(text):
+    """The text before its UTF-8 was read as Windows-1252; as it is if it cannot be that."""
+    try:
+        return bytes(BYTES[c] for c in text).decode()
+    except (KeyError, UnicodeDecodeError):
+        return text
+
+
+def without_mojibake(text):
+    """The text, all of it or the pieces that match MOJIBAKE, `as_utf8`."""
+    text = re.sub(r'(?<![^\W\d_a-z])([ÂÃ]) ', '\\1\xa0 ', text)  # whose second byte is \xa0
+    whole = as_utf8(text) if MOJIBAKE.search(text) else text
+    return MOJIBAKE.sub(lambda match: as_utf8(match[0]), text) if whole == text else whole
+
+
+def settled(change, text):
+    """The text after as many changes as make a difference."""
+    while (changed := change(text)) != text:
+        text = changed
+    return text
+
+
+def fix_text(text):
+    """The text as ftfy mends it, which CLIP's captions went through.
+
+    Straight quotes, ligatures and full-width letters spelt out, NFC, neither control characters nor
+    HTML entities (where there is no <), and UTF-8 that was read as Latin-1 or Windows-1252, the
+    commonest of the mistakes that ftfy undoes.
+    """
+    unescape = str if '<' in text else html.unescape
+
+    def mend(text):
+        text = settled(without_mojibake, unescape(text))
+        text = re.sub(r'\x1b\[[\d;]*[a-zA-Z]', '', text).translate(SPELT)
+        text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+        return unicodedata.normalize('NFC', text)
+    return settled(mend, text)
+
+
 class BPETokenizer:
     """CLIP's byte-pair encoding: list of B texts -> tokens (B,length).
 
     `path` is bpe_simple_vocab_16e6.txt.gz or Hugging Face's merges.txt; ValueError for other files.
     """
 
-    pattern = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
+    # Of \w, letters are what is neither _ nor a number, be it a digit \d or of these two kinds.
+    numbers = ''.join(c for c in map(chr, range(0x20000)) if unicodedata.category(c) in 'Nl No')
+    pattern = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+                         rf"|[^\W\d_{numbers}]+|[\d{numbers}]|(?:[^\s\w]|_)+", re.IGNORECASE)
 
     def __init__(self, path, length=77):
         path = Path(path)
@@ -594,8 +656,9 @@ class BPETokenizer:
         self.symbols = dict(zip(printable + others, order))  # what is printed for each byte
         words = order + [s + '</w>' for s in order] + [''.join(m) for m in merges]
         self.number = {w: k for k, w in enumerate(words)}
-        self.rank, self.length, self.cache = {m: k for k, m in enumerate(merges)}, length, {}
+        self.rank, self.length = {m: k for k, m in enumerate(merges)}, length
         self.start, self.end = len(words), len(words) + 1
+        self.cache = {'<|startoftext|>': [self.start], '<|endoftext|>': [self.end]}
 
     def merge(self, word):
         """Numbers of the tokens of one word, given as the symbols of its bytes.
@@ -618,7 +681,7 @@ class BPETokenizer:
 
     def encode(self, text):
         """Numbers of the tokens of a text, without those of start and end."""
-        text = ' '.join(html.unescape(html.unescape(text)).split()).lower()
+        text = ' '.join(html.unescape(html.unescape(fix_text(text))).split()).lower()
         numbers = []
         for word in self.pattern.findall(text):
             if word not in self.cache:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import load_checkpoint, load_weights, require, save_checkpoint
+from common import fitting, load_checkpoint, load_weights, require, save_checkpoint
 
 # plane name -> (coordinate along the width, coordinate along the height), in packing order
 PLANES = {
@@ -436,10 +436,12 @@ def load_function(path, device='cpu'):
     ValueError or FileNotFoundError, one line, for any other file.
     """
     state = load_checkpoint(path, 'function', device)
-    mlp = CFCMLP(**state['about']['read_out'])
+    with fitting(path):
+        mlp = CFCMLP(**state['about']['read_out'])
+        xi = [{name: field.float() for name, field in level.items()} for level in state['xi']]
+        f = Function(state['about'], xi, mlp.to(device)).requires_grad_(False)
     load_weights(mlp, state['mlp'], path)
-    xi = [{name: field.float() for name, field in level.items()} for level in state['xi']]
-    return Function(state['about'], xi, mlp.to(device)).requires_grad_(False)
+    return f
 
 
 # ---- iso-surfaces ------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import (find_checkpoint, flag, load_checkpoint, load_weights, require, require_finite,
-                    torch_seeded)
+from common import (fitting, flag, load_checkpoint, load_weights, require, require_finite,
+                    the_checkpoint, torch_seeded)
 from encoders import Attention, ByteText, Downsample, ResBlock, Upsample, conv3x3, norm, zeroed
 from inr import PLANES, pack, unpack
 
@@ -618,11 +618,8 @@ def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler=SAMPLER, steps=ST
 
 def restore(make, weights, device, path):
     """The network `make()` with these weights, frozen, in evaluation mode; ValueError if not."""
-    try:
+    with fitting(path):
         network = make()
-    except (TypeError, KeyError) as error:
-        raise ValueError(f'{path}: written by another version of this code '
-                         f'({str(error).splitlines()[0]}); train again') from None
     load_weights(network, weights, path)
     return network.to(device).eval().requires_grad_(False)
 
@@ -632,10 +629,9 @@ def first_stage(state, device, path):
     from vae import D2CVAE, VAEConfig  # here: the diffusion itself needs no VAE
     require(state['kind'] in ('vae', 'ldm'),
             f'{path} holds a {state["kind"]} checkpoint; give a run folder or ldm.pt')
-    vae = restore(lambda: D2CVAE(VAEConfig(**state['vae_config'])), state.get('vae', {}), device,
-                  path)
+    vae = restore(lambda: D2CVAE(VAEConfig(**state['vae_config'])), state['vae'], device, path)
     return vae, dict(args=state.get('vae_args', state['args']), step=state['step'],
-                     splits=state['splits'], vae_config=state['vae_config'])
+                     splits=state['splits'], vae_config=vars(vae.config))
 
 
 def load_vae(path, device='cpu'):
@@ -644,7 +640,7 @@ def load_vae(path, device='cpu'):
     info: `args`, the flags of stage 1, its `step` and `vae_config`, and the data set's `splits`.
     ValueError or FileNotFoundError, one line, for anything else.
     """
-    path = Path(find_checkpoint(path, 'vae.pt', 'ldm.pt') or path)
+    path = the_checkpoint(path, 'vae.pt', 'ldm.pt')
     return first_stage(load_checkpoint(path), device, path)
 
 
@@ -654,11 +650,10 @@ def load(path, device='cpu'):
     info: that of `load_vae`, but `step` is that of stage 2, and `ldm_args`, its flags. ValueError
     or FileNotFoundError, one line, for anything that is not a finished or running second stage.
     """
-    path = Path(find_checkpoint(path, 'ldm.pt', 'vae.pt') or path)
+    path = the_checkpoint(path, 'ldm.pt', 'vae.pt')
     state = load_checkpoint(path)
     require(state['kind'] != 'vae', f'{path} holds stage 1 only; train stage 2 with: '
             f'python train_ldm.py --vae {path.parent}')
     vae, info = first_stage(state, device, path)
-    ldm = restore(lambda: LDM(LDMConfig(**state['ldm_config'])), state.get('ema', {}), device,
-                  path)
+    ldm = restore(lambda: LDM(LDMConfig(**state['ldm_config'])), state['ema'], device, path)
     return vae, ldm, dict(info, step=state['step'], ldm_args=state['args'])

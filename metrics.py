@@ -53,8 +53,8 @@ from tqdm import tqdm
 import data
 import ldm
 from common import (Parser, evenly_spaced, file_digest, find_checkpoint, flag, load_checkpoint,
-                    move, require, require_finite, run, save_checkpoint, seeded, start_process,
-                    torch_seeded, try_file)
+                    move, require, require_finite, resolved, run, save_checkpoint, seeded,
+                    start_process, the_checkpoint, torch_seeded, try_file, writing)
 from encoders import (BPETokenizer, CLIPText, TextBlock, from_hugging_face, layers_of,
                       read_tensors, text_reader)
 from inr import render_mesh
@@ -1094,8 +1094,7 @@ def about_files(folder, kind, resolution, **more):
 def read_picture(files, name, resolution=0):
     """uint8 (3,H,W), or the centre square reduced; OSError if broken, ValueError if smaller."""
     try:
-        with files.open(name) as image:
-            image = data.to_rgb(image)
+        image = files.open(name, data.to_rgb)
     except Exception as error:  # a decoder may raise anything on a broken file
         raise OSError(f'{name}: cannot be read ({data.reason(error)})') from None
     if resolution:
@@ -1105,9 +1104,17 @@ def read_picture(files, name, resolution=0):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def all_files(folder):
+    """`data.find_files`; OSError if there may be more in folders that cannot be listed."""
+    files = data.find_files(folder)
+    for inner, why in files.lost:
+        raise OSError(f'{folder}/{inner}: {why}; make it readable, or move it elsewhere')
+    return files
+
+
 def folder_pictures(folder, args, resolution, limit, key):
     """The first `limit` pictures of a folder, at any depth, or of a zip, as a Source."""
-    files = data.find_files(folder)
+    files = all_files(folder)
     names = files.names[:limit]
 
     def size(name):
@@ -1125,7 +1132,7 @@ def folder_pictures(folder, args, resolution, limit, key):
 
 def folder_pairs(args):
     """Pictures (B,2,3,H,W) in [0, 1] of two folders, paired by sorted name, as a Source."""
-    sets = [data.find_files(folder) for folder in (args.a, args.b)]
+    sets = [all_files(folder) for folder in (args.a, args.b)]
     a, b = (files.names[:args.num] for files in sets)
     require(len(a) == len(b), f'{args.a} has {len(a)} pictures, {args.b} has {len(b)}: no pairs')
 
@@ -1154,7 +1161,7 @@ def draw_clips(lengths, frames, interval, num, key):
 
 def folder_clips(folder, args, resolution, limit, key):
     """Up to `limit` clips of the videos in a folder or zip, as a Source; `key` is of the draws."""
-    files = data.find_files(folder)
+    files = all_files(folder)
     videos = data.find_videos(files)
     clips = draw_clips([len(v) for v in videos], args.frames, args.interval, limit,
                        (args.seed, key))
@@ -1176,7 +1183,7 @@ def folder_clips(folder, args, resolution, limit, key):
 
 def folder_clouds(folder, args, resolution, limit, key):
     """Clouds of up to `limit` meshes of a folder, evenly spaced, as a Source."""
-    every = list(data.find_meshes(folder, {}).values())
+    every = list(data.find_meshes(folder, {})[0].values())
     meshes = [every[k] for k in evenly_spaced(len(every), limit)]
     return file_source(
         range(len(meshes)),
@@ -1230,10 +1237,11 @@ class Run:
         return {}
 
     def data(self, split):
-        """'train' or 'test' of its data set, with stage 2's captions if there are any."""
-        captions = self.info.get('ldm_args', {}).get('captions')
+        """'train' or 'test' of its data set; captions, stage 2's if it has any, only if need be."""
+        stages = self.info.get('ldm_args', {}), self.info['args']
+        captions = self.args.captions or stages[0].get('captions') or stages[1].get('captions', '')
         return data.open_run_data(self.info, split, self.args.data or None,
-                                  **dict(captions=captions) if captions else {})
+                                  captions=captions if self.args.command == 'text' else '')
 
     def encoded(self, dataset, part):
         """Latents (B,C,L) of items: posterior means, or with --posterior sample a draw of each."""
@@ -1525,8 +1533,7 @@ def is_run(path):
 
 def open_run(path, args, stage=1):
     """The Run at `path`, with stage 2 to sample; ValueError if it has not what is measured."""
-    file = find_checkpoint(path, *(('ldm.pt', 'vae.pt') if stage == 2 else ('vae.pt', 'ldm.pt')))
-    require(file, f'{path}: not a run; give a folder with vae.pt or ldm.pt')
+    file = the_checkpoint(path, *(('ldm.pt', 'vae.pt') if stage == 2 else ('vae.pt', 'ldm.pt')))
     vae, *diffusion, info = (ldm.load if stage == 2 else ldm.load_vae)(file, args.device)
     run = DOMAINS[vae.domain](vae, *(diffusion or [None]), info, file, args)
     able = [name for name, command in COMMANDS.items()
@@ -1540,9 +1547,10 @@ def open_run(path, args, stage=1):
 
 
 def real_and_fake(args):
-    """A Source of the reals, and a function that makes one of the fakes as the flags then are.
+    """Functions that make a Source of the reals and one of the fakes, as the flags then are.
 
-    They are A and B, or a run's own data and what it makes. A folder is read as the run is.
+    They are A and B, or a run's own data and what it makes. A folder is read as the run is. Nothing
+    but the runs is read before the first call of `reals`, which comes before that of `fakes`.
     """
     command, alone = COMMANDS[args.command], args.b is None
     folder = FOLDERS[command.thing.split()[0]]
@@ -1561,9 +1569,11 @@ def real_and_fake(args):
     R = args.res or next((run.R for run in (a, b) if run), 0)
     if command.thing == 'clip':
         args.frames = args.frames or next((run.frames for run in (a, b) if run), 16)
-    real = a.reals(args.split, limit) if a else folder(args.a, args, R, limit, 0)
 
-    def fakes():
+    def reals():
+        return a.reals(args.split, limit) if a else folder(args.a, args, R, limit, 0)
+
+    def fakes(real):
         fake = (getattr(b, args.fakes)() if b else  # the choices of --fakes are methods of Run
                 folder(args.b, args, R, args.num, 0 if paired else 1))
         shown = [' or '.join(f'{m} x {n}' for m, n in sorted(s.sizes)[:3]) for s in (fake, real)]
@@ -1572,7 +1582,7 @@ def real_and_fake(args):
         require(not paired or alone or list(real.items) == list(fake.items), f'{args.a} and '
                 f'{args.b}: not the same number of things of the same lengths, so no pairs')
         return fake
-    return real, fakes
+    return reals, fakes
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -1581,7 +1591,7 @@ def report(args, line, values, net=None, **sources):
     """Prints a line and, with all that a number depends on, one of JSON, which --out keeps."""
     if ranks()[0] > 0:
         return
-    places = 'weights data reference classifier reader sampler samplers device out'.split()
+    places = 'weights data captions reference classifier reader sampler samplers device out'.split()
     flags = {k: getattr(args, k) for k in COMMANDS[args.command].flags.split() if k not in places}
     network = dict(net.source, resize=net.resize) if net else {}
     text = json.dumps(dict(command=args.command) | flags | network | values
@@ -1589,7 +1599,7 @@ def report(args, line, values, net=None, **sources):
     print(f'{line}\n{text}')
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        with open(args.out, 'a') as file:
+        with writing(args.out), open(args.out, 'a') as file:
             file.write(text + '\n')
 
 
@@ -1625,7 +1635,10 @@ def real_stats(net, real, args):
         return stats
     stats = feature_stats(net, real)
     if path and ranks()[0] == 0:
-        save_checkpoint(path, dict(kind='reference', about=own, stats=stats.state_dict()))
+        try:
+            save_checkpoint(path, dict(kind='reference', about=own, stats=stats.state_dict()))
+        except OSError as error:  # the number is worth more than what is kept of it
+            print(f'note: --reference {error}', file=sys.stderr)
     return stats
 
 
@@ -1639,12 +1652,13 @@ def sampler_name(about):
 
 def frechet_command(args):
     """fid, rfid, fvd, rfvd: Frechet distance of the features of reals and fakes, by sampler."""
-    real, fakes = real_and_fake(args)
+    reals, fakes = real_and_fake(args)
     net = open_network(args)
+    real = reals()
     a = real_stats(net, real, args)
     for sampler in args.samplers:
         args.sampler = sampler  # a Run reads it when it samples
-        fake = fakes()
+        fake = fakes(real)
         b = feature_stats(net, fake)
         a.ddof = b.ddof = args.ddof
         value = stats_distance(a, b)
@@ -1666,9 +1680,10 @@ def nfe_command(args):
 
 def real_and_fake_features(args):
     """The network --features, Sources of reals and fakes, and features (N,D) of both."""
-    real, fakes = real_and_fake(args)
+    reals, fakes = real_and_fake(args)
     net = open_network(args)
-    fake = fakes()
+    real = reals()
+    fake = fakes(real)
     return net, real, fake, *(features(net, source).to(args.device) for source in (real, fake))
 
 
@@ -1772,10 +1787,11 @@ def iou_command(args):
 
 def shapes_command(args):
     """MMD, COV and 1-NNA of two sets of clouds of one size, in two normalisations."""
-    real, fakes = real_and_fake(args)
+    reals, fakes = real_and_fake(args)
+    real = reals()
     clouds = torch.cat(measured(real, lambda batch: batch))
     args.num = len(clouds)
-    fake = fakes()
+    fake = fakes(real)
     sets = [clouds, torch.cat(measured(fake, lambda batch: batch))]
     n = min(map(len, sets))
     refs, made = (clouds[evenly_spaced(len(clouds), n)] for clouds in sets)
@@ -1994,16 +2010,20 @@ def accuracy(vae, xi, label, net, numbers, published):
 def text_command(args):
     """TMD, accuracy and CLIP-S of what a run makes of held-out captions (Table 7)."""
     run = open_run(args.a, args, stage=2)
-    dataset, text = run.data(args.split), run.ldm.config.text
+    text = run.ldm.config.text
     require(text, f'{args.a}: reads no text; train stage 2 with --text')
     reader = text_reader(args.reader or text, args.device)
+    clip = load_network('clip', args.weights).to(args.device) if args.clip else None
+    require(not clip or clip.tokenise, f'{args.weights}: CLIP-S needs bpe_simple_vocab_16e6.txt.gz '
+            'beside the weights')
+    if args.classifier:
+        find_weights('classifier', args.classifier)  # before the data are read
+    resolved('--captions', args.captions)
+    dataset = run.data(args.split)
     captioned = [i for i in range(len(dataset)) if dataset.captions[i]]
     index = [captioned[k] for k in evenly_spaced(len(captioned), args.num)]
     require(index, f'{args.a}: no caption among its {args.split} shapes')
     classifier = open_classifier(args, dataset.groups) if args.classifier else None
-    clip = load_network('clip', args.weights).to(args.device) if args.clip else None
-    require(not clip or clip.tokenise, f'{args.weights}: CLIP-S needs bpe_simple_vocab_16e6.txt.gz '
-            'beside the weights')
 
     def measure(i):
         caption, seeds = dataset.captions[i][0], range(args.seed, args.seed + args.each)
@@ -2037,6 +2057,7 @@ def text_command(args):
 FLAGS = dict(
     weights=flag('weights', 'weight file, or folder with it under its published name'),
     data=flag('', "where a run's data are now, if they have moved"),
+    captions=flag('', 'CSV of captions; empty = where it was when the run was trained'),
     reference=flag('', 'file of statistics of the reals: read if it is there, else written'),
     resize=flag('tf', "how pictures come to the network's size", choices=tuple(RESIZE)),
     features=flag('vgg16', 'network of the features', choices=('vgg16', 'inception')),
@@ -2132,7 +2153,7 @@ COMMANDS = dict(
                        dict(split='test', classifier='weights/classifier.pt'),
                        'train a voxel classifier on the classes of a data set'),
     text=Command(text_command, 'cloud', RUN, 'data num split each guidance res classifier reader '
-                 'clip weights views seed amp sampler', dict(
+                 'clip weights views seed amp sampler captions', dict(
                      split='test', num=234, res=flag(64, CELLS)),
                  'TMD, accuracy and CLIP-S of samples of held-out captions'))
 
@@ -2174,6 +2195,7 @@ def parse_sampler(text):
                          f'{ldm.FINEST:g}, or sde-dpmpp:STEPS:ETA') from None
     if name == 'rk45':
         return dict(sampler=name, rtol=value, atol=value)
+    require(value <= ldm.T, f'--sampler {text}: at most {ldm.T} steps')
     return dict(sampler=name, steps=value, **dict(eta=[ldm.ETA, *eta][-1]) if kinds[1:] else {})
 
 
@@ -2184,7 +2206,7 @@ def main(argv=None):
     args.sampler, args.samplers = parse_sampler(args.sampler), [
         parse_sampler(text) for text in args.samplers.split(',')]
     args.device = start_process(args.device).device
-    for name in ('out', 'picture'):
+    for name in ('out', 'picture', 'reference'):
         if getattr(args, name) and ranks()[0] == 0:
             try_file(f'--{name}', getattr(args, name))
     COMMANDS[args.command].function(args)

@@ -9,9 +9,11 @@ Encoder, decoder and MLP are frozen. The result is runs/NAME/ldm.pt, which holds
 stages; the same command continues it from its last checkpoint.
 """
 import math
+import shutil
 import signal
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -99,6 +101,7 @@ def build_parser():
 def write_slim(path, target):
     """Copy ldm.pt without optimiser and raw weights, floats in half precision."""
     state = common.load_checkpoint(path, 'ldm')
+    common.try_file('--slim', target)
     half = {part: {k: v.half() if v.is_floating_point() else v for k, v in state[part].items()}
             for part in ('vae', 'ema')}
     kept = {k: v for k, v in state.items() if k not in ('opt', 'model')}
@@ -127,14 +130,18 @@ class Latents:
                 dist.all_reduce(self.table)
         else:
             if rank == 0 and not file.exists():
-                part = file.with_suffix('.tmp')
-                self.table = np.lib.format.open_memmap(part, 'w+', 'float32', shape)
-                self.fill(vae, range(shape[0]))
-                self.table.flush()
-                part.rename(file)
+                common.replace(file, partial(self.write, vae, shape))
             if world > 1:
                 dist.barrier()
             self.table = np.load(file, mmap_mode='c')  # torch warns of read-only arrays
+
+    def write(self, vae, shape, path):
+        size, free = 4 * math.prod(shape), shutil.disk_usage(path.parent).free
+        common.require(size < free, f'--cache disk: needs {size / 2 ** 20:.1f} MiB in {path.parent}'
+                       f', {free / 2 ** 20:.1f} MiB are free; try --cache none')
+        self.table = np.lib.format.open_memmap(path, 'w+', 'float32', shape)
+        self.fill(vae, range(shape[0]))
+        self.table.flush()
 
     @torch.no_grad()
     def fill(self, vae, rows, batch=64):
@@ -237,27 +244,31 @@ def parse(argv=None):
     parser = build_parser()
     vae = parser.known(argv).vae
     try:
-        path = common.find_checkpoint(vae, 'vae.pt')
-        common.require(path or vae, 'no stage-1 run in runs/: train one with python train_vae.py')
-        path = path or Path(vae)
+        common.require(vae or common.find_checkpoint('', 'vae.pt'),
+                       'no stage-1 run in runs/: train one with python train_vae.py')
+        path = common.the_checkpoint(vae, 'vae.pt')
         state = common.load_checkpoint(path, 'vae')
     except (ValueError, OSError):
         parser.description += ' Defaults are those of no preset, for lack of a stage 1.'
         parser.parse_known_args(argv)  # -h works without a stage 1
         raise
     args = parser.parse_preset(PRESETS, state['args']['preset'], argv)
-    args.vae, args.name = str(path), args.name or path.resolve().parent.name
+    args.vae = str(path)
+    if not args.name:
+        args.name = common.run_name(path)
+        own = common.run_folder(args.name) / 'vae.pt'
+        common.require(not own.exists() or common.file_digest(own) == common.file_digest(path),
+                       f'{own} is another stage 1 than {path}; give the run of stage 2 a --name')
     args.dataset = state['args']['dataset']
     return args, path, state
 
 
-def open_data(first, args):
-    """The training and held-out data of stage 1's checkpoint, with what conditions stage 2."""
+def open_data(info, args):
+    """The training and held-out data of stage 1, by its info, with what conditions stage 2."""
     options = dict(data.DATASETS[args.dataset][0].encoder_only)
     if args.captions:
-        common.require(Path(args.captions).is_file(), f'--captions {args.captions}: no such file')
-        options['captions'] = args.captions = str(Path(args.captions).resolve())
-    train, held_out = (data.open_run_data(first, split, args.data, **options)
+        options['captions'] = args.captions
+    train, held_out = (data.open_run_data(info, split, args.data, **options)
                        for split in ('train', 'test'))
     common.require(not args.num_classes or train.labels is not None,
                    f'--num_classes {args.num_classes}: {args.dataset} has no labels')
@@ -275,20 +286,26 @@ def open_data(first, args):
 def main():
     """The command line: read the flags, then train from where the run stands."""
     args, vae_path, first = parse()
-    folder = common.RUNS / args.name
+    folder, digest = common.run_folder(args.name), common.file_digest(vae_path)
     if args.slim:
         return write_slim(folder / 'ldm.pt', args.slim)
     process = common.start_process(args.device, args.amp)
     device = process.device
     common.check_run_flags(args, process.world)
     common.require(args.ema < 1, f'--ema {args.ema}: must be below 1')
-
-    # 1. the frozen first stage, its data, the model
-    vae, _ = first_stage(first, device, vae_path)
+    args.captions = common.resolved('--captions', args.captions)
     reader = text_reader(args.text, device) if args.text else None
-    train, held_out = open_data(first, args)
     if args.text not in ('', 'bytes'):
         args.text = str(Path(args.text).resolve())
+    state = common.resume(folder / 'ldm.pt', args, 'ldm')
+    step = state['step'] if state else 0
+    common.require(not state or state['vae_hash'] == digest, f'{vae_path} is not what stage 2 '
+                   f'in {folder} began on, or has changed; give another --name, or --restart')
+    if common.finished(folder / 'ldm.pt', state, args, process):
+        return
+
+    # 1. the frozen first stage, the model, what it starts from; last, the data
+    vae, info = first_stage(first, device, vae_path)
     config = common.from_flags(args, LDMConfig, domain=vae.domain, planes=vae.latent_sizes(),
                                z_channels=vae.config.z_channels,
                                context_channels=reader.channels if reader else 0)
@@ -297,32 +314,26 @@ def main():
     average = LDM(config).to(device).requires_grad_(False)
     opt = torch.optim.AdamW(model.param_groups(args.lr, args.weight_decay, args.mixing_lr_mult),
                             lr=args.lr, betas=(0.9, args.beta2), fused=True)
-
-    # 2. continue if there is something to continue
-    step, digest = 0, common.file_digest(vae_path)
-    state = common.resume(folder / 'ldm.pt', args, 'ldm')
-    common.require(not state or 'opt' in state, f'{folder}/ldm.pt is slim, without what '
-                   'training needs; start from it with --init and another --name')
-    common.require(not state or state['vae_hash'] == digest,
-                   f'{vae_path} has changed since stage 2 began on it; start over with --restart')
-    if common.finished(folder / 'ldm.pt', state, args, process):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    latents = open_latents(train, vae, args, vae_path, folder)
     if state:
         common.load_weights(model, state['model'], folder / 'ldm.pt')
-        opt.load_state_dict(state['opt'])
-        step = state['step']
-    else:
-        if args.init:
-            path = common.find_checkpoint(args.init, 'ldm.pt') or args.init
-            common.load_weights(model, common.load_checkpoint(path, 'ldm')['ema'], path)
+        with common.fitting(folder / 'ldm.pt'):
+            opt.load_state_dict(state['opt'])
+    elif args.init:
+        path = common.the_checkpoint(args.init, 'ldm.pt')
+        common.load_weights(model, common.load_checkpoint(path, 'ldm')['ema'], path)
+    train, held_out = open_data(info, args)
+
+    # 2. continue, or measure the latents
+    common.lock_run(folder, process)
+    latents = open_latents(train, vae, args, vae_path, folder)
+    if not state:
         model.set_latent_stats(*measure_latents(latents, vae, args, device))
         if reader and model.text is None:
             model.set_null_context(reader([''])[0])
     ema = common.EMA(model, args.ema)
     if state:
-        ema.load_state_dict(state['ema'])
+        with common.fitting(folder / 'ldm.pt'):
+            ema.load_state_dict(state['ema'])
     low, high = model.z_std.min().item(), model.z_std.max().item()
     log = common.start_run(folder, 'ldm', args, process, step, [
         f'{len(train)} training items', common.parameters_of(model),
@@ -384,7 +395,7 @@ def main():
             guard.check()
             common.save_checkpoint(folder / 'ldm.pt', dict(
                 kind='ldm', step=step, args=vars(args), vae_args=first['args'],
-                splits=first['splits'], vae_hash=digest, vae_config=first['vae_config'],
+                splits=first['splits'], vae_hash=digest, vae_config=info['vae_config'],
                 vae=first['vae'], ldm_config=asdict(config), model=model.state_dict(),
                 ema=ema.state_dict(), opt=opt.state_dict()))
     bar.close()

@@ -157,8 +157,18 @@ def main():
     common.require(not args.data or not data.DATASETS[args.dataset][0].computed,
                    f'--data {args.data}: {args.dataset} is computed; say what the data are, as in '
                    '--dataset image')
+    common.resolved('--captions', args.captions)
 
-    # 1. data and model
+    # 1. what to start from; then data and model
+    folder = common.run_folder(args.name)
+    state = common.resume(folder / 'vae.pt', args, 'vae')
+    step = state['step'] if state else 0
+    if args.init and not state:
+        path = common.the_checkpoint(args.init, 'vae.pt', 'ldm.pt')
+        start = common.load_checkpoint(path).get('vae', {})
+    base = data.DATASETS[args.dataset][0]
+    with torch.device('meta'):  # what cannot be is refused before the data are read
+        D2CVAE(common.from_flags(args, VAEConfig, domain=base.domain, channels=base.channels))
     train, held_out = open_data(args, 'train'), open_data(args, 'test')
     config = common.from_flags(args, VAEConfig, **train.settles())
     torch.manual_seed(args.seed)
@@ -167,20 +177,17 @@ def main():
                             weight_decay=args.weight_decay, fused=True)
 
     # 2. continue if there is something to continue
-    folder, step = common.RUNS / args.name, 0
-    state = common.resume(folder / 'vae.pt', args, 'vae')
     if state:
         common.require(state['splits'] == train.splits(), f'{folder}/vae.pt was made with other '
                        'data: files have come or gone; start over with --restart or another --name')
         if common.finished(folder / 'vae.pt', state, args, process):
             return
         common.load_weights(model, state['vae'], folder / 'vae.pt')
-        opt.load_state_dict(state['opt'])
-        step = state['step']
+        with common.fitting(folder / 'vae.pt'):
+            opt.load_state_dict(state['opt'])
     else:
         if args.init:
-            path = common.find_checkpoint(args.init, 'vae.pt', 'ldm.pt') or args.init
-            common.load_weights(model, common.load_checkpoint(path)['vae'], path)
+            common.load_weights(model, start, path)
         model.spectral(rounds=40)
     log = common.start_run(folder, 'vae', args, process, step, [
         f'{len(train)} training items', common.parameters_of(model),
@@ -188,7 +195,7 @@ def main():
     if process.is_first:
         common.list_notes(train.notes, train.bad + held_out.bad)
         if not state:
-            (folder / 'splits.json').write_text(json.dumps(train.splits()))
+            common.write_text(folder / 'splits.json', json.dumps(train.splits()))
     ddp = common.parallel(model, args, process)
     batches = common.stream(train, args, step, process)
     guard, bar = common.FiniteGuard(process.device), common.progress(args, step, process)

@@ -1,9 +1,13 @@
 """What the scripts share: keyed randomness, positions, schedules, EMA, checkpoints, log, flags."""
+import contextlib
 import ctypes
+import errno
 import io
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -231,27 +235,109 @@ def test_clipping():
 
 # ---- checkpoints and log -----------------------------------------------------------------------
 
-@pytest.mark.mutation('common.py', "path.with_name(path.name + '.tmp')", 'path')
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / 'a' / 'vae.pt'
-    common.save_checkpoint(path, dict(kind='vae', step=1, x=torch.ones(3)))  # makes the folder
+def checkpoint(kind='vae', **changes):
+    """A checkpoint that holds all it must, but for the weights."""
+    flags, splits = dict(dataset='d', preset='p', data='', flip=False, steps=9,
+                         resolution=8), dict(train=['a'], test=['b'])
+    return dict(kind=kind, step=1, args=flags, vae_args=flags, vae_config={}, vae={}, opt={},
+                splits=splits, ldm_config={}, ema={}, model={}, vae_hash='0') | changes
 
-    def torn(state, target):
-        with open(target, 'wb') as file:
-            file.write(b'PK')
-        raise RuntimeError('[enforce fail at inline_container.cc] . PytorchStreamWriter failed\n!')
+
+@pytest.mark.mutation('common.py', "path.with_name(f'{path.name}.{secrets.token_hex(4)}.tmp')", 'path')
+@pytest.mark.mutation('common.py', '(errno.ENOSPC, errno.EDQUOT)', '()')
+@pytest.mark.mutation('common.py', 'error = error.__context__', 'pass')
+@pytest.mark.mutation('common.py', '/ 2 ** 20\n            why', '\n            why')
+@pytest.mark.mutation('common.py', 'temporary.unlink(missing_ok=True)', 'pass')
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / 'a' / 'vae.pt'
+    common.save_checkpoint(path, checkpoint(x=torch.ones(3)))  # makes the folder
+
+    def torn(state, file):
+        file.write(b'PK')
+        try:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        finally:
+            if state['step'] == 3:  # as torch does
+                raise RuntimeError('unexpected pos 64 vs 0')
     monkeypatch.setattr(torch, 'save', torn)
-    with pytest.raises(OSError, match='not written') as caught:
-        common.save_checkpoint(path, dict(kind='vae', step=2))
-    assert '\n' not in str(caught.value)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=2 ** 20 * 3 // 2))
+    for step in (2, 3):
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            common.save_checkpoint(path, checkpoint(step=step))
+        assert str(caught.value) == f'{path}: not written, the disk is full (1.5 MiB free)'
     state = load_or_none(path)
     assert state is not None and state['step'] == 1 and torch.equal(state['x'], torch.ones(3))
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.mutation('common.py', "path.with_name(f'{path.name}.{secrets.token_hex(4)}.tmp')",
+                      "path.with_name(path.name + '.tmp')")
+def test_two_writers_of_a_file_never_tear_it(tmp_path):
+    """The second begins and ends while the first is writing."""
+    path = tmp_path / 'vae.pt'
+
+    def slowly(temporary):
+        with open(temporary, 'w') as file:
+            file.write('first, ')
+            file.flush()
+            common.write_text(path, 'second')
+            assert path.read_text() == 'second'
+            file.write('whole')
+    try:
+        common.replace(path, slowly)
+    except OSError as error:
+        pytest.fail(str(error))
+    assert path.read_text() == 'first, whole' and list(tmp_path.iterdir()) == [path]
+
+
+@contextlib.contextmanager
+def other_process(work):
+    """Another process that has done work() and still lives."""
+    done, say = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            work()
+            os.write(say, b'.')
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(say)
+    os.read(done, 1)
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.mutation('common.py', 'fcntl and fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)',
+                      'pass')
+@pytest.mark.mutation('common.py', 'if not process.is_first:\n        return\n    folder',
+                      'if False:\n        return\n    folder')
+@pytest.mark.mutation('common.py', "folder.glob('*.tmp')", "folder.glob('*.pt.tmp')")
+def test_one_process_trains_a_run(tmp_path):
+    run, second = tmp_path / 'runs' / 'a', processes(2)[1]
+    left = run / 'ldm.pt.0123abcd.tmp'
+    with other_process(lambda: common.lock_run(run, ALONE)) as number:
+        try:
+            common.lock_run(run, ALONE)
+            pytest.fail('DID NOT RAISE')
+        except ValueError as error:
+            assert f'{run}: another process trains there (number {number} on ' in str(error)
+        try:
+            common.lock_run(run, second)  # the others of a job do not write
+        except ValueError as error:
+            pytest.fail(str(error))
+        left.touch()
+    common.lock_run(run, ALONE)  # that of a process which was killed is no lock
+    assert not left.exists()
 
 
 def load_or_none(path):
     try:
         return common.load_checkpoint(path)
-    except ValueError:
+    except (ValueError, OSError):
         return None
 
 
@@ -259,7 +345,7 @@ def load_or_none(path):
 @pytest.mark.mutation('common.py', "or 'kind' not in state", 'or False')
 def test_checkpoints_that_cannot_be_used(tmp_path):
     good, cut, empty = (tmp_path / f'{n}.pt' for n in ('good', 'cut', 'empty'))
-    common.save_checkpoint(good, dict(kind='vae', step=1, x=torch.zeros(1000)))
+    common.save_checkpoint(good, checkpoint(x=torch.zeros(1000)))
     cut.write_bytes(good.read_bytes()[:2000])
     empty.write_bytes(b'')
     torch.save(dict(weights=torch.zeros(2)), tmp_path / 'foreign.pt')
@@ -280,13 +366,98 @@ def test_checkpoints_that_cannot_be_used(tmp_path):
     assert common.load_checkpoint(good, 'vae')['step'] == 1
 
 
+@pytest.mark.mutation('common.py', "if missing := lacking(state, CONTENTS.get(str(state['kind']), {})):",
+                      'if missing := []:')
+@pytest.mark.mutation('common.py', "[] if isinstance(found, wanted) else [name]", '[]')
+@pytest.mark.mutation('common.py', "    if not isinstance(found, dict):\n        return [name]\n",
+                      '    if not isinstance(found, dict):\n        return []\n')
+def test_incomplete_checkpoints_name_what_they_lack(tmp_path):
+    """Each part of them in turn is absent, a list or a number."""
+    stats = dict(dim=1, n=1, **{k: torch.ones(1) for k in ('shift', 'sum', 'outer')})
+    wholes = dict(vae=checkpoint(), ldm=checkpoint('ldm'),
+                  function=dict(kind='function', about=dict(read_out={}), mlp={}, xi=[]),
+                  reference=dict(kind='reference', about={}, stats=stats))
+    path, tried = tmp_path / 'x.pt', 0
+    for kind, whole in wholes.items():
+        common.save_checkpoint(path, whole)
+        assert common.load_checkpoint(path, kind).keys() == whole.keys()
+        for name in common.CONTENTS[kind]:
+            others = [{k: v for k, v in whole.items() if k != name}]
+            others += [whole | {name: wrong} for wrong in ([], 1.5, 'x')
+                       if type(wrong) is not type(whole[name])]
+            others += [whole | {name: {}}] * isinstance(common.CONTENTS[kind][name], dict)
+            for state in others:
+                torch.save(state, path)
+                with pytest.raises(ValueError) as caught:
+                    common.load_checkpoint(path)
+                assert f'{path}: damaged, without {name}' in str(caught.value)
+                assert '--restart' in str(caught.value) and '\n' not in str(caught.value)
+                tried += 1
+    assert tried > 60
+
+
+@pytest.mark.mutation('common.py', 'except Exception as error:\n        reason',
+                      'except RuntimeError as error:\n        reason')
+def test_whatever_does_not_fit_is_one_line_with_the_file():
+    """Weights and states of the optimiser that are cut, of other shapes or no tensors at all."""
+    layer = nn.Linear(2, 2)
+    opt, good = torch.optim.AdamW(layer.parameters()), layer.state_dict()
+
+    def message(load, *what):
+        try:
+            load(*what)
+            return ''
+        except ValueError as error:
+            return str(error)
+        except Exception as error:
+            pytest.fail(repr(error))
+
+    def restore(state):
+        with common.fitting('a.pt'):
+            opt.load_state_dict(state)
+    assert message(common.load_weights, layer, good, 'a.pt') == ''
+    assert message(restore, opt.state_dict()) == ''
+    for bad in ({}, dict(good, bias=torch.zeros(3)), dict(good, bias=[1]), dict(good, more=good), [1]):
+        assert message(common.load_weights, layer, bad, 'a.pt').startswith('a.pt does not fit')
+    for bad in ({}, [], dict(opt.state_dict(), param_groups=[]), dict(state={}, param_groups=3)):
+        found = message(restore, bad)
+        assert found.startswith('a.pt does not fit') and '\n' not in found
+
+
+@pytest.mark.mutation('common.py', "'data', 'vae', 'name'}", "'data', 'vae'}")
+@pytest.mark.mutation('common.py', 'k in MAY_MOVE and', 'False and')
+@pytest.mark.mutation('common.py', 'Path(str(saved[k])).name == Path(v).name', 'True')
+def test_runs_and_files_may_move(tmp_path):
+    path, args = tmp_path / 'vae.pt', arguments(name='a', captions='/old/c.csv', restart=False)
+    common.save_checkpoint(path, checkpoint(args=checkpoint()['args'] | vars(args)))
+    try:
+        moved = arguments(name='b/c', captions='new/c.csv', restart=False)
+        assert common.resume(path, moved, 'vae')['step'] == 1
+    except ValueError as error:
+        pytest.fail(str(error))
+    other = arguments(name='a', captions='/old/d.csv', restart=False)
+    with pytest.raises(ValueError, match='--captions /old/c.csv .now /old/d.csv'):
+        common.resume(path, other, 'vae')
+
+
+@pytest.mark.mutation('common.py', 'lacking(state, TO_TRAIN[kind])', '[]')
+def test_what_sampling_needs_is_too_little_to_continue(tmp_path):
+    for kind, parts in dict(vae=['opt'], ldm=['opt', 'model', 'vae_hash']).items():
+        for part in parts:
+            for state in (checkpoint(kind, **{part: []}),
+                          {k: v for k, v in checkpoint(kind).items() if k != part}):
+                common.save_checkpoint(tmp_path / 'x.pt', state)
+                with pytest.raises(ValueError, match=f'x.pt is slim or damaged, without {part} '):
+                    common.resume(tmp_path / 'x.pt', arguments(restart=False), kind)
+
+
 @pytest.mark.mutation('common.py', 'k not in MAY_CHANGE and saved[k] != v', 'False')
 @pytest.mark.mutation('common.py', "MAY_CHANGE = {'steps', ", "MAY_CHANGE = {")
 @pytest.mark.mutation('common.py', 'if args.restart or not path.exists():', 'if not path.exists():')
 def test_resume_names_what_differs(tmp_path):
     path, args = tmp_path / 'vae.pt', arguments(restart=False, log_every=1, ch_mult=(1, 2))
     assert common.resume(path, args, 'vae') is None
-    common.save_checkpoint(path, dict(kind='vae', step=7, args=vars(args)))
+    common.save_checkpoint(path, checkpoint(step=7, args=checkpoint()['args'] | vars(args)))
     allowed = arguments(restart=False, log_every=9, steps=999, workers=4, ch_mult=(1, 2))
     try:
         assert common.resume(path, allowed, 'vae')['step'] == 7
@@ -305,7 +476,8 @@ def test_resume_names_what_differs(tmp_path):
 
 @pytest.mark.mutation('common.py', "v['stage'] != stage or v['step'] <= step", "v['step'] <= step")
 @pytest.mark.mutation('common.py', "v['stage'] != stage or v['step'] <= step", 'True')
-@pytest.mark.mutation('common.py', 'map(parse_json, lines)', 'map(parse_json, lines[:-1])')
+@pytest.mark.mutation('common.py', 'map(parse_json, salvaged(path).splitlines())',
+                      'map(parse_json, salvaged(path).splitlines()[:-1])')
 def test_log_drops_its_own_stages_later_lines(tmp_path):
     path = tmp_path / 'log.jsonl'
     first, second = common.Log(path, 'vae', 0), common.Log(path, 'ldm', 0)
@@ -319,16 +491,23 @@ def test_log_drops_its_own_stages_later_lines(tmp_path):
     assert lines[0] == dict(stage='vae', step=1, loss=0.5, psnr=2.0) and lines[-1]['loss'] == 0.25
 
 
-@pytest.mark.mutation('common.py', 'map(parse_json, lines)', 'map(parse_json, lines[:-1])')
-def test_log_survives_a_torn_last_line(tmp_path):
+@pytest.mark.mutation('common.py', 'map(parse_json, salvaged(path).splitlines())',
+                      'map(parse_json, salvaged(path).splitlines()[:-1])')
+@pytest.mark.mutation('common.py', 'isinstance(x, str if', 'isinstance(x, object if')
+@pytest.mark.mutation('common.py', 'if lost := len(', 'if lost := 0 * len(')
+def test_log_survives_a_damaged_last_line(tmp_path, capsys):
     path = tmp_path / 'log.jsonl'
     whole = '{"stage": "vae", "step": 1, "loss": 1.0}\n'
     for torn in ('{"stage": "va', '{"stage": "vae", "step": 2', '', '"step"}', '[1]', '{"a": 1}',
+                 '{"stage": "vae", "step": "2", "loss": 1}', '{"stage": [], "step": 2, "loss": 1}',
+                 '{"stage": "vae", "step": 2, "loss": null}', '[' * 10 ** 5, '\udcff\udcfe',
                  whole.strip()):
-        path.write_text(whole + torn)
+        path.write_text(whole + torn, errors='surrogateescape')
         common.Log(path, 'vae', 5).write(step=6)
         lines = [json.loads(s) for s in path.read_text().splitlines()]
         assert [v['step'] for v in lines] == ([1, 1, 6] if torn == whole.strip() else [1, 6])
+        said = capsys.readouterr().out
+        assert said == '' if torn in ('', whole.strip()) else f'note: {path}: 1 damaged' in said
 
 
 @pytest.fixture
@@ -363,16 +542,19 @@ BLUE, GREY = (31, 95, 191), (200, 200, 200)
 
 @pytest.mark.mutation('common.py', 'np.log10(c[:, 1].clip(1e-9)) if', 'c[:, 1] if')
 @pytest.mark.mutation('common.py', 'size * (1, -1)', 'size * (1, -0.9)')
-@pytest.mark.mutation('common.py', "get('preset') == args['preset']", "get('preset')")
+@pytest.mark.mutation('common.py', "stages[stage]['preset'] == args['preset']", 'True')
+@pytest.mark.mutation('common.py', 'if not lacking(args, dict(preset=str))', 'if not lacking(args, dict)')
 def test_curves_are_drawn_with_those_of_the_same_preset(two_runs):
     """The axes are 254 x 150 pixels, from (54, 24) to (308, 174) of the 320 x 200 of each."""
-    (two_runs / 'torn').mkdir()
-    (two_runs / 'torn' / 'args.json').write_text('{"vae": {"pre')
-    (two_runs / 'list').mkdir()
-    (two_runs / 'list' / 'args.json').write_text('[]')
+    for k, damaged in enumerate((b'', b'{"vae": {"pre', b'[]', b'{"vae": []}', b'{"vae": {}}', b'\xff')):
+        (two_runs / f'{k}').mkdir()
+        (two_runs / f'{k}' / 'args.json').write_bytes(damaged)
     with (two_runs / 'old' / 'log.jsonl').open('a') as log:
         log.write('{"stage": }\n')
-    common.draw_curves(two_runs / 'new')
+    try:
+        common.draw_curves(two_runs / 'new')
+    except KeyError as error:
+        pytest.fail(repr(error))
     picture = Image.open(two_runs / 'new' / 'curves.png')
     assert picture.size == (960, 400)
 
@@ -383,16 +565,22 @@ def test_curves_are_drawn_with_those_of_the_same_preset(two_runs):
     assert near(640 + 54 + 127, 174 - 75) == GREY  # of the other run of this preset, from 10 to 30
 
 
-@pytest.mark.mutation('common.py', 'for path in (Path(text), RUNS / text)',
-                      'for path in (RUNS / text, Path(text))')
-@pytest.mark.mutation('common.py', "candidate.suffix in ('.pt', '.pth', '.ckpt') and candidate.is_file()",
-                      'candidate.is_file()')
+@pytest.mark.mutation('common.py', 'return [Path(text), RUNS / text] if',
+                      'return [RUNS / text, Path(text)] if')
+@pytest.mark.mutation('common.py', "Path(path).suffix in ('.pt', '.pth', '.ckpt') and", "True and")
 @pytest.mark.mutation('common.py', 'p.stat().st_mtime', 'p')
+@pytest.mark.mutation('common.py', 'run.rglob(file) if p.is_file()', 'run.glob(file) if p.is_file()')
+@pytest.mark.mutation('common.py', 'run.rglob(file) if p.is_file()', 'run.rglob(file)')
+@pytest.mark.mutation('common.py', "startswith(('./', '../', '/'))", "startswith('/')")
 def test_which_run_is_meant(tmp_path, monkeypatch):
-    """A file, a folder, a run's name, or nothing for the newest run; None if there is none."""
+    """A file, a folder, a run's name, or nothing for the newest run; None if there is none.
+
+    Folders and files beside runs/ that are called as runs are and hold no checkpoint do not matter.
+    """
     monkeypatch.chdir(tmp_path)
     assert common.find_checkpoint('', 'vae.pt') is None
-    files = ('b/ldm.pt', 'runs/b/ldm.pt', 'runs/b/vae.pt', 'runs/a/vae.pt', 'runs/c/note.txt')
+    files = ('b/ldm.pt', 'runs/b/ldm.pt', 'runs/b/vae.pt', 'runs/a/vae.pt', 'runs/c/note.txt',
+             'runs/d.pt/vae.pt', 'a/photo.png', 'e', 'runs/e/vae.pt', 'runs/e/f/vae.pt')
     for k, file in enumerate(files):
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -404,9 +592,55 @@ def test_which_run_is_meant(tmp_path, monkeypatch):
             ('runs/b', both, 'runs/b/ldm.pt'), ('runs/b', both[::-1], 'runs/b/vae.pt'),
             ('runs/b/vae.pt', both, 'runs/b/vae.pt'), ('nowhere', both, None),
             ('runs/c/note.txt', both, None), ('', both, 'runs/b/ldm.pt'),
-            ('', both[1:], 'runs/a/vae.pt')):
+            ('d.pt', both, 'runs/d.pt/vae.pt'), ('e', both, 'runs/e/vae.pt'), ('./e', both, None),
+            ('./runs/e', both, 'runs/e/vae.pt'), ('e/f', both, 'runs/e/f/vae.pt'),
+            ('', both[1:], 'runs/e/f/vae.pt')):
         found = common.find_checkpoint(text, *wanted)
         assert found == (expected and Path(expected)), (text, wanted)
+    Path('runs/e/g/vae.pt').mkdir(parents=True)  # newer, but no file
+    assert common.find_checkpoint('', 'vae.pt') == Path('runs/e/f/vae.pt')
+
+
+@pytest.mark.mutation('common.py', 'if found or os.path.isfile(text):', 'if True:')
+@pytest.mark.mutation('common.py', '" or ".join(map(str, places(text)))', 'text')
+def test_a_checkpoint_that_is_nowhere_names_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('cats').mkdir()
+    Path('cats.png').touch()
+    for text, seen in (('cats', 'cats or runs/cats'), ('./cats', 'cats')):
+        try:
+            common.the_checkpoint(text, 'ldm.pt', 'vae.pt')
+            pytest.fail('DID NOT RAISE')
+        except FileNotFoundError as error:
+            assert str(error) == f'{text}: no such checkpoint, nor ldm.pt or vae.pt in {seen}'
+    assert common.the_checkpoint('cats.png', 'vae.pt') == Path('cats.png')
+
+
+@pytest.mark.mutation('common.py', 'str(path.relative_to(runs))', 'path.name')
+@pytest.mark.mutation('common.py', '(RUNS.absolute(), folder), (RUNS',
+                      '(RUNS.resolve(), folder.resolve()), (RUNS')
+@pytest.mark.mutation('common.py', '(RUNS.resolve(), folder.resolve())', '(RUNS.absolute(), folder)')
+def test_names_of_runs(tmp_path, monkeypatch):
+    """Below runs/ all of the path, as it is typed, or by the real path of both."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ('runs/exp/a', 'disk/real/b', 'elsewhere/c'):
+        Path(folder).mkdir(parents=True)
+    Path('runs/link').symlink_to(tmp_path / 'disk/real')
+    Path('here').symlink_to(tmp_path / 'runs')
+    for folder, name in (('runs/exp/a', 'exp/a'), (tmp_path / 'runs/exp', 'exp'), ('runs/link', 'link'),
+                         ('runs/link/b', 'link/b'), ('here/exp/a', 'exp/a'), ('elsewhere/c', 'c'),
+                         ('runs/exp/../exp/a', 'exp/a')):
+        assert common.run_name(Path(folder) / 'vae.pt') == name
+
+
+@pytest.mark.mutation('common.py', 'require(RUNS in folder.parents', 'require(True')
+def test_runs_stay_below_their_folder():
+    for name, folder in (('a', 'a'), ('exp/a', 'exp/a'), ('exp/a/', 'exp/a'), ('./a', 'a'),
+                         ('exp/../b', 'b'), ('..a', '..a')):
+        assert common.run_folder(name) == Path('runs') / folder
+    for name in ('', '.', '..', 'a/..', '../a', '/tmp/a', 'a/../../runs2/b'):
+        with pytest.raises(ValueError, match='--name'):
+            common.run_folder(name)
 
 
 # ---- flags -------------------------------------------------------------------------------------

@@ -4,20 +4,26 @@ import json
 import os
 import pickle
 import re
+import shutil
+import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import types
+import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from torch.utils.data import DataLoader
 
 import common
 import data
+import metrics
 
 FULL = torch.tensor([[-1.0, 1.0], [-1.0, 1.0]])
 
@@ -199,7 +205,7 @@ def test_every_mode_becomes_rgb(tmp_path):
         assert np.abs(got - np.array(expected)).max() <= name.endswith('jpg'), (name, got[0, 0])
 
 
-@pytest.mark.mutation('data.py', 'ImageOps.exif_transpose(im, in_place=True)', 'ImageOps')
+@pytest.mark.mutation('data.py', 'TURNS.get(im.getexif().get(0x112))', 'None')
 def test_exif_orientation_is_applied(tmp_path):
     upright = noise(24, 24)
     stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
@@ -210,6 +216,156 @@ def test_exif_orientation_is_applied(tmp_path):
         exif[0x0112] = orientation
         path = write(tmp_path / str(orientation) / 'a.png', np.ascontiguousarray(array), exif=exif)
         assert (only(path, 24) == upright).all(), orientation
+
+
+def chunk(kind, body, checksum=None):
+    """A chunk of a PNG."""
+    checksum = zlib.crc32(kind + body) if checksum is None else checksum
+    return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', checksum)
+
+
+def grey_png(depth, colour, row, *chunks):
+    """An 8 x 8 PNG of equal rows, grey (colour 0), RGB (2) or with a palette (3)."""
+    header = struct.pack('>IIBBBBB', 8, 8, depth, colour, 0, 0, 0)
+    return b''.join([b'\x89PNG\r\n\x1a\n', chunk(b'IHDR', header), *chunks,
+                     chunk(b'IDAT', zlib.compress((b'\0' + row) * 8)), chunk(b'IEND', b'')])
+
+
+def tried(path, content):
+    """uint8 (H,W,3) of a picture of these bytes, or why there is none."""
+    path.write_bytes(content)
+    try:
+        return np.asarray(data.find_files(path).open(path.name, data.to_rgb))
+    except Exception as error:
+        return data.reason(error)
+
+
+@pytest.mark.mutation('data.py', 'values == clear, 0, 255', 'values < clear, 0, 255')
+@pytest.mark.mutation('data.py', 'im = eight_bit(im, clear)', 'im = eight_bit(im, None)')
+@pytest.mark.mutation('data.py', "'L;2': 85, 'L;4': 17", "'L;2': 85")
+@pytest.mark.mutation('data.py', 'value >> 8 for value in clear', 'value for value in clear')
+def test_the_colour_that_a_png_calls_transparent_is_white(tmp_path):
+    """Greys of all depths, 16 bits a channel, palettes: the pixels of the key turn white."""
+    keyed = {  # depth, colour, a row, its key; the first values in 8 bits, None for transparent
+        'one': (1, 0, b'\x50', b'\0\0', [None, 255, None, 255]),
+        'two': (2, 0, b'\x6c\0', b'\0\1', [None, 170, 255, 0]),
+        'four': (4, 0, b'\x51\x2f\0\0', b'\0\5', [None, 17, 34, 255]),
+        'eight': (8, 0, bytes([5, 6, 4, 0] * 2), b'\0\5', [None, 6, 4, 0]),
+        'sixteen': (16, 0, struct.pack('>8H', *[300, 302, 299, 50 * 257] * 2), b'\1\x2c',
+                    [None, 1, 1, 50]),
+        'none of them': (16, 0, struct.pack('>8H', *[0, 257, 514, 0] * 2), b'\1\2', [0, 1, 2, 0])}
+    for name, (depth, colour, row, key, expected) in keyed.items():
+        got = tried(tmp_path / 'a.png', grey_png(depth, colour, row, chunk(b'tRNS', key)))
+        expected = [255 if v is None else v for v in expected]
+        assert got[0, :4].tolist() == [[v] * 3 for v in expected], name
+    row = struct.pack('>24H', *([300, 5000, 60000] + [300, 5000, 50000]) * 4)
+    got = tried(tmp_path / 'a.png', grey_png(16, 2, row, chunk(b'tRNS', row[:6])))
+    assert got[0, :2].tolist() == [[255] * 3, [1, 19, 195]]
+    row, colours = bytes([0, 1] * 4), chunk(b'PLTE', bytes([9, 8, 7, 6, 5, 4]))
+    got = tried(tmp_path / 'a.png', grey_png(8, 3, row, colours, chunk(b'tRNS', b'\xff' * 300)))
+    assert np.ndim(got) and got[0, :2].tolist() == [[9, 8, 7], [6, 5, 4]]  # more than there are
+
+
+def segment(kind, body):
+    """A segment of a JPEG."""
+    return bytes([255, kind]) + struct.pack('>H', len(body) + 2) + body
+
+
+def exif(*more, orientation=6):
+    """EXIF with an orientation and more entries (tag, type, count, 4 bytes)."""
+    entries = [(0x112, 3, 1, struct.pack('<HH', orientation, 0)), *more]
+    return b'II*\0' + struct.pack('<IH', 8, len(entries)) + b''.join(
+        struct.pack('<HHI', *e[:3]) + e[3] for e in entries) + b'\0' * 4
+
+
+TURNED = {  # EXIF that turns: every value but the orientation is one that cannot be written back
+    'sound': exif(), 'text for a ratio': exif((0x11a, 2, 2, b'x\0\0\0')),
+    'bytes for a ratio': exif((0x11b, 7, 4, b'\xff' * 4)),
+    'negative': exif((0x11a, 9, 1, b'\xfb' + b'\xff' * 3)),
+    'text for a number': exif((0x100, 2, 4, b'abc\0')),
+    'a ratio for text': exif((0x132, 5, 1, struct.pack('<I', 9))),
+    'no offset': exif((0x10f, 2, 99, b'\xff' * 4)),
+    'unknown type': exif((0x9999, 77, 1, b'abcd')), 'inner': exif((0x8769, 4, 1, b'\x08\0\0\0')),
+    'far': exif((0x8769, 4, 1, b'\xff' * 4))}
+PLAIN = {'none': b'', 'garbage': b'no TIFF', 'cut': exif()[:14], 'odd': exif(orientation=9),
+         'nowhere': b'II*\0' + b'\xff' * 4, 'big': b'II+\0' + exif()[4:]}
+ODD_CHUNKS = {
+    'pHYs': chunk(b'pHYs', b'\0'), 'cHRM': chunk(b'cHRM', b'abc'), 'sRGB': chunk(b'sRGB', b''),
+    'iCCP': chunk(b'iCCP', b'name\0\5abc'), 'no iCCP': chunk(b'iCCP', b''),
+    'long zTXt': chunk(b'zTXt', b'k\0\0' + zlib.compress(bytes(3_000_000))),
+    'zTXt': chunk(b'zTXt', b'k\0\7abc'), 'checksum': chunk(b'tEXt', b'k\0v', 5),
+    'private': chunk(b'abCd', b'x', 5), 'acTL': chunk(b'acTL', b'\0'),
+    'fcTL': chunk(b'fcTL', bytes(26)), 'fdAT': chunk(b'fdAT', b'\0')}
+ODD_SEGMENTS = {
+    'JFIF': segment(0xe0, b'JFIF\0'), 'Adobe': segment(0xee, b'Adobe'), 'junk': b'\0\0\0',
+    'ICC': segment(0xe2, b'ICC_PROFILE\0'), 'MPF': segment(0xe2, b'MPF\0nothing'),
+    'Photoshop': segment(0xed, b'Photoshop 3.0\x008BIM\3\xed'), 'comment': segment(0xfe, b'\xff'),
+    'both': segment(0xe0, b'JFIF\0') + segment(0xee, b'Adobe')}
+
+
+def encoded(picture, suffix, **options):
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, suffix, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.mutation('data.py', '        turn = None\n', '        raise\n')
+@pytest.mark.mutation('data.py', 'im.getexif().get(0x112)', 'im.getexif().tobytes() and 6')
+@pytest.mark.mutation('data.py', "('tRNS eXIf acTL fcTL fdAT', 'tRNS eXIf', 'eXIf')", "('tRNS',)")
+@pytest.mark.mutation('data.py', "'e1 ee', 'e0 e1', 'e1')", "'ee', 'e0')")
+def test_metadata_turn_a_picture_and_no_more(tmp_path):
+    upright = noise(16, 24)
+    jpeg, png = encoded(upright, 'jpeg'), encoded(upright, 'png')
+    decoded = np.asarray(Image.open(io.BytesIO(jpeg)))
+    for turned, kinds in ((True, TURNED), (False, PLAIN)):
+        for name, tags in kinds.items():
+            for odd in (b'', ODD_SEGMENTS['both']):
+                content = jpeg[:2] + odd + segment(0xe1, b'Exif\0\0' + tags) + jpeg[2:]
+                got = tried(tmp_path / 'a.jpg', content)
+                assert np.array_equal(got, np.rot90(decoded, -1) if turned else decoded), name
+            for odd in (b'', ODD_CHUNKS['pHYs']):
+                content = png[:33] + odd + chunk(b'eXIf', tags) + png[33:]
+                got = tried(tmp_path / 'a.png', content)
+                assert np.array_equal(got, np.rot90(upright, -1) if turned else upright), name
+            content = encoded(upright, 'webp', lossless=True, exif=b'Exif\0\0' + tags)
+            got = tried(tmp_path / 'a.webp', content)
+            assert np.array_equal(got, np.rot90(upright, -1) if turned else upright), name
+
+
+@pytest.mark.mutation('data.py', 'for data in without_metadata(data):', 'for data in ():')
+@pytest.mark.mutation('data.py', 'kept in choices:', 'kept in choices[:1]:')
+@pytest.mark.mutation('data.py', "if needed or zlib", "if True or zlib")
+@pytest.mark.mutation('data.py', "if not isinstance(im.info.get('xmp'), bytes):", 'if False:')
+def test_what_pillow_stumbles_over_is_left_out(tmp_path):
+    picture = noise(16, 24)
+    jpeg, png = encoded(picture, 'jpeg'), encoded(picture, 'png')
+    decoded = np.asarray(Image.open(io.BytesIO(jpeg)))
+    for name, odd in ODD_CHUNKS.items():
+        for place in (33, -12):  # before and after the pixels
+            assert np.array_equal(tried(tmp_path / 'a.png', png[:place] + odd + png[place:]),
+                                  picture), name
+    damaged = png[:33] + chunk(b'eXIf', exif(), 5) + png[33:]
+    assert np.array_equal(tried(tmp_path / 'a.png', damaged), picture)
+    for name, odd in ODD_SEGMENTS.items():
+        assert np.array_equal(tried(tmp_path / 'a.jpg', jpeg[:2] + odd + jpeg[2:]), decoded), name
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[700], tags[700] = 2, 'XMP that is no bytes'
+    tiff = encoded(picture, 'tiff', tiffinfo=tags)
+    assert np.array_equal(tried(tmp_path / 'a.tif', tiff), picture)
+    (tmp_path / 'a.png').write_bytes(png[:33] + ODD_CHUNKS['pHYs'] + png[33:])
+    assert not pictures(tmp_path / 'a.png').bad  # by its header, too
+
+
+@pytest.mark.mutation('data.py', 'raise explained(data, error)', 'raise error')
+@pytest.mark.mutation('data.py', "return OSError('an empty file')", 'data = b"x"')
+@pytest.mark.mutation('data.py', "return OSError(f'{kind}: {why}')", 'continue')
+def test_the_reason_is_the_real_one(tmp_path):
+    png = encoded(noise(40, 40), 'png')
+    for content, why in ((b'', 'an empty file'), (png[:-300], 'truncated'),
+                         (png[:29] + b'abcd' + png[33:], "PNG: .*checksum in b'IHDR'"),
+                         (png[:29] + b'abcd' + ODD_CHUNKS['pHYs'] + png[33:], "in b'IHDR'"),
+                         (b'<!DOCTYPE html>', 'no picture: it begins with b.<!DOCTYPE html>')):
+        assert re.search(why, str(tried(tmp_path / 'a.png', content))), why
 
 
 @pytest.mark.mutation('data.py', '(width - side) // 2', '0')
@@ -262,6 +418,144 @@ def test_a_zip_is_a_folder(folder, monkeypatch):
     assert torch.equal(got, torch.stack([item['image'] for item in map(plain.item, range(12))]))
 
 
+@pytest.mark.mutation('data.py', '            if place in seen:\n', '            if False:\n')
+@pytest.mark.mutation('data.py', 'todo.append if link else todo.appendleft', 'todo.appendleft')
+@pytest.mark.mutation('data.py', 'first.setdefault(identity(self.path_of(name)), (side, name))',
+                      'first.setdefault(name, (side, name))')
+@pytest.mark.mutation('data.py', 'key=lambda n: os.path.islink(self.path_of(n))', 'key=natural')
+def test_a_picture_with_several_names_is_used_once(folder):
+    """By links of folders, of files, and hard ones; the name that is no link stays."""
+    os.symlink('set', folder.parent / 'other')
+    os.symlink(folder, folder / 'again')
+    os.makedirs(folder / 'deep')
+    shutil.move(folder / 'p0.png', folder / 'deep' / 'p0.png')
+    for name in ('above', 'very'):
+        os.symlink('deep', folder / name)
+    for k in range(1, 5):
+        os.symlink(f'p{k}.png', folder / f'a{k}.png')
+    os.link(folder / 'p7.png', folder / 'p99.png')
+    dataset = pictures(folder.parent / 'other', tolerant=True)
+    assert dataset.names == ['deep/p0.png', *(f'p{k}.png' for k in range(1, 12))]
+    assert sorted(sum(dataset.splits().values(), [])) == sorted(dataset.names)
+    assert dataset.notes == ['5 pictures left out: other names (links) of those there',
+                             'passed over: 3 folders under a second name']
+
+
+@pytest.mark.mutation('data.py', "for side in ('test', 'train'):\n            for name in sorted(",
+                      "for side in ('train', 'test'):\n            for name in sorted(")
+@pytest.mark.mutation('data.py', 'for n in dict.fromkeys(names) if (side, n) in used]',
+                      'for n in names if (side, n) in used]')
+@pytest.mark.mutation('data.py', "self.header(n) if n in known else\n",
+                      "self.header(n) if True else\n")
+def test_what_a_split_lists_is_used_once_and_on_one_side(folder):
+    os.symlink('p1.png', folder / 'link.png')
+    shutil.copy(folder / 'p5.png', folder / '.hidden.png')
+    sides = dict(train=['p1.png', 'p2.png', 'p2.png', '.hidden.png'], test=['link.png', 'p3.png'])
+    train, test = (pictures(folder, side, holdout=sides) for side in ('train', 'test'))
+    assert (train.names, test.names) == (['p2.png'], ['link.png', 'p3.png'])
+    assert train.splits()['train'] == ['p2.png', '.hidden.png']
+    assert train.bad == [('.hidden.png', 'not there')]
+
+
+@pytest.mark.mutation('data.py', 'posixpath.normpath(n): n for n', 'n: n for n')
+@pytest.mark.mutation('data.py', 'self.file().open(self.entries[name])',
+                      'self.file().open([n for n in self.file().infolist() if '
+                      'n.filename == self.entries[name]][0])')
+def test_an_entry_that_a_zip_lists_twice_is_one_picture(folder):
+    with zipfile.ZipFile(folder / 'set.zip', 'w') as file, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for name, picture in (('a/x.png', 'p0'), ('a/x.png', 'p1'), ('./a/y.png', 'p2'),
+                              ('a//y.png', 'p3')):
+            file.writestr(name, (folder / f'{picture}.png').read_bytes())
+    dataset = pictures(folder / 'set.zip')
+    assert dataset.names == ['a/x.png', 'a/y.png']
+    assert dataset.notes == ['passed over: 2 entries listed again']
+    own = pictures(folder)
+    for k, name in enumerate(['p1.png', 'p3.png']):  # the later one, as unzip has it
+        assert torch.equal(dataset.picture(k, 16), own.picture(own.names.index(name), 16))
+
+
+@pytest.mark.mutation('data.py', "self.lost.append((inner, f'cannot be listed", "str((inner, f'")
+@pytest.mark.mutation('data.py', '[*self.files.lost, *((n, h)', '[*((n, h)')
+@pytest.mark.mutation('data.py', 'for folder, why in files.lost:', 'for folder, why in ():')
+@pytest.mark.mutation('metrics.py', 'for inner, why in files.lost:', 'for inner, why in ():')
+def test_a_folder_that_cannot_be_listed_is_said(folder, monkeypatch):
+    write(folder / 'sub' / 'x.png', noise(16, 16))
+    listed = os.scandir
+
+    def refuse(path):
+        if str(path).rstrip('/').endswith('sub'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return listed(path)
+    monkeypatch.setattr(os, 'scandir', refuse)
+    assert pictures(folder).bad == [('sub/', 'cannot be listed: Permission denied')]
+    with pytest.raises(ValueError, match='sub: cannot be listed: Permission denied'):
+        pictures(folder / 'sub')
+    with pytest.raises(OSError, match='sub/: cannot be listed: Permission denied'):
+        metrics.all_files(folder)
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    """A named pipe at which whoever waits to read finds the end."""
+    path, done = tmp_path / 'pipe', threading.Event()
+    os.mkfifo(path)
+
+    def end():
+        while not done.wait(0.01):
+            try:
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            except OSError:  # nobody reads
+                pass
+    threading.Thread(target=end, daemon=True).start()
+    yield path
+    done.set()
+
+
+@pytest.mark.mutation('data.py', 'if not path.is_file() and path.exists():', 'if path.is_dir():')
+@pytest.mark.mutation('data.py', 'isinstance(file, Path) and regular(file)',
+                      'isinstance(file, Path)')
+@pytest.mark.mutation('data.py', 'require(root.is_dir() or root.is_file(), f', 'require(True, f')
+def test_pipes_are_not_waited_for(folder, pipe):
+    os.symlink(pipe, folder / 'x.png')
+    why = 'a folder, pipe or device where a file is needed'
+    assert pictures(folder).bad == [('x.png', f'OSError: {why}')]
+    with pytest.raises(ValueError, match='pipe: neither a folder nor a file'):
+        pictures(pipe)
+
+
+@pytest.mark.mutation('data.py', '.webp .avif', '.webp')
+@pytest.mark.mutation('data.py', "text and f'passed over", "'' and f'passed over")
+def test_formats_and_what_is_passed_over(folder, monkeypatch, capsys):
+    for suffix in 'avif jpe pnm apng pbm'.split():
+        picture = Image.fromarray(noise(24, 24))
+        picture.convert('1' if suffix == 'pbm' else 'RGB').save(folder / f'x.{suffix}')
+    for name in ('a.heic', 'b.HEIC', 'set.zip', 'README', '.hidden'):
+        (folder / name).write_text('x')
+    check(monkeypatch, folder, '--res', 16, '--out', folder.parent / 'a.png')
+    text = capsys.readouterr().out
+    assert '16 RGB' in text and 'bad       0 files' in text
+    assert ('passed over: 2 .heic, 1 files without suffix, 1 .zip (to read a zip, name the zip '
+            'itself)') in text
+    (folder / 'only').mkdir()
+    shutil.copy(folder / 'set.zip', folder / 'only')
+    with pytest.raises(ValueError, match='in it; passed over: 1 .zip .to read a zip, name'):
+        pictures(folder / 'only')
+
+
+@pytest.mark.mutation('data.py', "if selection.split != 'all':", 'if False:')
+@pytest.mark.mutation('data.py', '        dataset.refuse_one()\n', '')
+def test_one_picture_is_no_data_set(folder, monkeypatch):
+    for place in (folder / 'p3.png', folder / 'alone'):
+        write(folder / 'alone' / 'a.png', noise(24, 24))
+        for side in ('train', 'test'):
+            with pytest.raises(ValueError, match='a single picture, .*add others'):
+                pictures(place, side)
+        assert len(pictures(place)) == 1  # to be looked at or encoded
+        with pytest.raises(ValueError, match='a single picture'):
+            check(monkeypatch, place, '--out', folder / 'out.png')
+
+
 @pytest.mark.mutation('data.py', "root.name + '.zip').exists()", "root.name + '.rar').exists()")
 def test_the_default_place_may_be_a_zip(folder, monkeypatch):
     (folder.parent / 'data').mkdir()
@@ -273,7 +567,7 @@ def test_the_default_place_may_be_a_zip(folder, monkeypatch):
         pytest.fail(str(error))
 
 
-@pytest.mark.mutation('data.py', "root.glob('**/data.mdb')", '[]')
+@pytest.mark.mutation('data.py', "if '.mdb' in files.passed:", 'if False:')
 def test_an_lmdb_is_refused_with_the_tool_that_unpacks_it(tmp_path):
     (tmp_path / 'church_outdoor_train_lmdb').mkdir()
     (tmp_path / 'church_outdoor_train_lmdb' / 'data.mdb').write_bytes(b'')
@@ -323,7 +617,7 @@ def test_three_and_one_percent_are_too_many(folder):
     with pytest.raises(ValueError, match='3 of 12 pictures cannot be used, e.g. p2.png'):
         dataset.item(8)
     for k in range(400):
-        os.link(folder / 'p0.png', folder / f'q{k}.png')
+        shutil.copy(folder / 'p0.png', folder / f'q{k}.png')
     try:
         pictures(folder).verify()
     except ValueError as error:
@@ -575,7 +869,7 @@ def test_a_finished_run_gets_its_split_back(folder):
     assert train.splits() == test.splits() == {'train': train.names, 'test': test.names}
     splits = json.loads(json.dumps(train.splits()))
     for k in range(30):  # pictures added later are in neither part
-        os.link(folder / 'p0.png', folder / f'new{k}.png')
+        shutil.copy(folder / 'p0.png', folder / f'new{k}.png')
     again = data.open_run_data(dict(args=args, splits=splits), 'test', scales=(2.0,))
     assert again.names == test.names and again.sizes == [32]
     with pytest.raises(FileNotFoundError, match='trained on are gone'):

@@ -643,7 +643,9 @@ def checkpoint(tmp_path):
     first, model = vae.D2CVAE(vae_config), tiny(context_channels=6)
     model.set_null_context(torch.randn(7, 6))
     state = dict(kind='ldm', vae_config=dataclasses.asdict(vae_config), step=3, args=dict(seed=2),
-                 ldm_config=dataclasses.asdict(model.config), splits=None, vae_args=dict(seed=1),
+                 ldm_config=dataclasses.asdict(model.config), splits=dict(train=[], test=[]),
+                 vae_args=dict(dataset='d', preset='p', data='', flip=False, steps=1,
+                               resolution=8),
                  **{k: {n: v.half() if v.is_floating_point() else v
                         for n, v in m.state_dict().items()}
                     for k, m in (('vae', first), ('ema', model))})
@@ -659,7 +661,7 @@ def test_load_gives_back_what_was_saved(checkpoint):
     for path in (folder, folder / 'ldm.pt'):
         vae, loaded, info = ldm.load(path)
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-        assert info['step'] == 3 and info['args'] == dict(seed=1)
+        assert info['step'] == 3 and info['args'] == state['vae_args']
         assert info['ldm_args'] == dict(seed=2)
         weights = loaded.state_dict()
         assert all(torch.equal(weights[k], v.float()) for k, v in state['ema'].items())
@@ -668,24 +670,30 @@ def test_load_gives_back_what_was_saved(checkpoint):
 
 @pytest.mark.mutation('ldm.py', "state['kind'] != 'vae'", 'True')
 @pytest.mark.mutation('ldm.py', "state['kind'] in ('vae', 'ldm')", 'True')
-@pytest.mark.mutation('ldm.py', "find_checkpoint(path, 'ldm.pt', 'vae.pt')",
-                      "find_checkpoint(path, 'ldm.pt')")
+@pytest.mark.mutation('ldm.py', "the_checkpoint(path, 'ldm.pt', 'vae.pt')",
+                      "the_checkpoint(path, 'ldm.pt')")
 def test_load_refuses_other_files(checkpoint, tmp_path):
     folder, state, _ = checkpoint
 
     def message(path):
         with pytest.raises((ValueError, FileNotFoundError)) as error:
-            ldm.load(path)
+            try:
+                ldm.load(path)
+            except KeyError as missing:
+                pytest.fail(repr(missing))
         assert '\n' not in str(error.value)
         return str(error.value)
     stage1 = tmp_path / 'stage1'
     stage1.mkdir()
     assert 'no such' in message(stage1)
-    common.save_checkpoint(stage1 / 'vae.pt', dict(kind='vae'))
+    common.save_checkpoint(stage1 / 'vae.pt', dict(state, kind='vae', args=state['vae_args']))
     assert 'train_ldm.py --vae' in message(stage1) and 'stage 1 only' in message(stage1 / 'vae.pt')
     common.save_checkpoint(folder / 'ldm.pt', dict(kind='inception'))
     assert 'holds a inception' in message(folder)
     common.save_checkpoint(folder / 'ldm.pt', {k: v for k, v in state.items() if k != 'ema'})
-    assert 'does not fit this model' in message(folder)
+    assert 'damaged, without ema' in message(folder)
+    for part in ('ema', 'vae', 'ldm_config', 'vae_config'):
+        common.save_checkpoint(folder / 'ldm.pt', state | {part: dict(ch=[1])})
+        assert 'does not fit this model' in message(folder)
     (folder / 'ldm.pt').write_bytes((stage1 / 'vae.pt').read_bytes()[:100])
     assert 'truncated' in message(folder)

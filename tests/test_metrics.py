@@ -946,6 +946,22 @@ def test_statistics_of_reals_are_kept_in_a_file(capsys, folders, colour_network)
         metrics.main([*command])
 
 
+@pytest.mark.mutation('metrics.py', 'except OSError as error:  # the number',
+                      'except KeyError as error:  # the number')
+def test_statistics_that_cannot_be_kept_cost_no_number(capsys, folders, colour_network, monkeypatch):
+    """A disk that fills up meanwhile: the number all the same, and a note."""
+    def full(path, state):
+        raise OSError(f'{path}: not written, the disk is full (0.0 MiB free)')
+    monkeypatch.setattr(metrics, 'save_checkpoint', full)
+    try:
+        metrics.main(['fid', 'A', 'B', '--reference', 'kept/A.pt'])
+    except OSError as error:
+        pytest.fail(str(error))
+    out, err = capsys.readouterr()
+    close(json.loads(out.splitlines()[-1])['fid'], 3 * 10 ** 2, 1)
+    assert '\nnote: --reference kept/A.pt: not written, the disk is full (0.0 MiB free)\n' in err
+
+
 @pytest.mark.mutation('metrics.py', "f'precision {precision:.4f}", "f'precision {recall:.4f}")
 def test_precision_recall_of_folders(capsys, folders, random_file, monkeypatch):
     x, y = (inception()(p, 'none') for p in folders)
@@ -1070,10 +1086,10 @@ def toy_run(tmp_path, monkeypatch):
     (tmp_path / 'ldm.pt').touch()
     info = dict(args=dict(dataset='toy_image'), step=7, splits=None)
     monkeypatch.setattr(metrics, 'ldm', SimpleNamespace(
-        SAMPLERS=metrics.ldm.SAMPLERS, ETA=1.5, FINEST=2e-6, generate=generate,
+        SAMPLERS=metrics.ldm.SAMPLERS, ETA=1.5, FINEST=2e-6, T=1000, generate=generate,
         load=lambda path, device: (Model(), 'ldm', info),
         load_vae=lambda path, device: (Model(), info)))
-    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: Signals())
+    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root, captions: Signals())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -1148,7 +1164,7 @@ def test_a_folder_is_read_at_the_resolution_of_the_run(capsys, toy_run, colour_n
                       'self.reals(self.args.split, self.args.num)')
 def test_floor_of_a_run(capsys, toy_run, colour_network, monkeypatch):
     sides = dict(train=Darker, test=Signals)
-    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: sides[split]())
+    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root, captions: sides[split]())
     manifest, _ = result(capsys, 'fid', toy_run, '--fakes', 'train', '--split', 'test')
     close(manifest['fid'], 3 * 12.75 ** 2, 40)  # 0.1 darker
     assert manifest['fake']['split'] == 'train' and manifest['real']['split'] == 'test'
@@ -1209,7 +1225,7 @@ class Torn(Signals):
 
 @pytest.mark.mutation('metrics.py', 'part = dataset.readable(part)', 'pass')
 def test_no_other_picture_stands_in_for_a_broken_one(capsys, toy_run, colour_network, monkeypatch):
-    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: Torn())
+    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root, captions: Torn())
     manifest, _ = result(capsys, 'rfid', toy_run, '--batch', 1)
     assert manifest['n_real'] == manifest['n_fake'] == 4
     manifest, _ = result(capsys, 'psnr', toy_run, '--batch', 1)
@@ -1280,10 +1296,10 @@ def test_a_run_is_measured_by_what_its_domain_has(capsys, toy_run, colour_networ
 def test_a_broken_picture_of_a_folder_is_skipped(folders, capsys, monkeypatch):
     read = data.Folder.open
 
-    def broken(files, name):
+    def broken(files, name, use=None):
         if name == '2.png':
             raise SyntaxError('broken PNG file')  # so does Pillow, among others
-        return read(files, name)
+        return read(files, name, use)
     monkeypatch.setattr(data.Folder, 'open', broken)
     try:
         kept = torch.cat(passed(folder('A', batch=4)))
@@ -1578,18 +1594,30 @@ def test_two_processes_give_the_numbers_of_one(repo, folders, random_file, tmp_p
         assert one == two
 
 
-@pytest.mark.mutation('metrics.py', "for name in ('out', 'picture'):", 'for name in ():')
+@pytest.mark.mutation('metrics.py', "for name in ('out', 'picture', 'reference'):",
+                      'for name in ():')
+@pytest.mark.mutation('metrics.py', "for name in ('out', 'picture', 'reference'):",
+                      "for name in ('out', 'picture'):")
+@pytest.mark.mutation('metrics.py', 'require(value <= ldm.T', 'require(True')
+@pytest.mark.mutation('metrics.py', '    reals, fakes = real_and_fake(args)\n    net = open_network(args)\n'
+                      '    real = reals()\n    a = real', '    reals, fakes = real_and_fake(args)\n'
+                      '    real = reals()\n    net = open_network(args)\n    a = real')
 @pytest.mark.mutation('metrics.py', 'require(stage == 1 or args.num <= MOST', 'require(True')
 def test_what_cannot_end_well_is_refused_before_anything_is_read(toy_run, monkeypatch):
     (toy_run / 'file').touch()
-    monkeypatch.setattr(data, 'open_run_data', lambda *args: pytest.fail('read'))
+    monkeypatch.setattr(data, 'open_run_data', lambda *args, **more: pytest.fail('read'))
     for argv, words in ((['fid', str(toy_run), '--out', 'file/x'], '--out: nothing can be written'),
                         (['fid', str(toy_run), '--out', str(toy_run)], 'a folder; name a file'),
                         (['nn', str(toy_run), '--picture', 'file/x.png'], '--picture'),
+                        (['fid', str(toy_run), '--reference', 'file/x.pt'], '--reference: nothing'),
+                        (['fid', str(toy_run), '--samplers', 'dpmpp:20,ddim:2000'], 'ddim:2000'),
+                        (['pr', str(toy_run), '--sampler', 'foo'], 'foo: no such sampler'),
+                        (['pr', str(toy_run), '--seed', '-1'], '--seed'),
+                        (['fid', str(toy_run)], 'no weights'),
                         (['fid', str(toy_run), '--num', '1000000000'], '--num 1000000000'),
                         (['nfe', str(toy_run), '--num', '1000000000'], '--num 1000000000'),
                         (['shapes', str(toy_run), '--points', '1000000000'], '--points')):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
             metrics.main(argv)
     assert {p.name for p in toy_run.iterdir()} == {'file', 'ldm.pt'}
 

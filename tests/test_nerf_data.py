@@ -589,7 +589,7 @@ def test_lenses_that_can_be_undone_and_that_cannot(tmp_path, scene_views):
 @pytest.mark.mutation('data.py', 'require(np.isfinite(pose).all()', 'require(True')
 def test_bad_scenes_are_listed_and_skipped(folders, scene_views):
     for k in range(3, 300):
-        (folders / f'json/car{k}').symlink_to(folders / 'json/car0')
+        shutil.copytree(folders / 'json/car0', folders / f'json/car{k}')
     BAD['frame 0: not finite'](folders / 'json/car1')
     (folders / 'json/car2/train/r_9.png').write_bytes(b'broken')
     items = opened(folders / 'json')
@@ -610,6 +610,34 @@ def test_bad_scenes_are_listed_and_skipped(folders, scene_views):
 
 
 # ---- check --------------------------------------------------------------------------------------
+
+@pytest.mark.mutation('data.py', 'once.setdefault(identity(file), (k, frame, file))',
+                      'once.setdefault(k, (k, frame, file))')
+@pytest.mark.mutation('data.py', 'self.place = path if isinstance(self, ArrayScene) else path.parent',
+                      'self.place = path.parent')
+@pytest.mark.mutation('data.py', 'return self.scenes[name].place if name in self.scenes else name',
+                      'return name')
+@pytest.mark.mutation('data.py', 'if path.is_file() and layout.applies(path):', 'if True:')
+def test_scenes_and_views_with_several_names_are_used_once(folders, scene_views):
+    """By links, or listed twice; neither is a folder or a pipe of a scene's name a scene."""
+    for kind, name, other in (('json', 'car0', 'a'), ('srn', 'car1', 'z'),
+                              ('npz', 'cars/sampled/00_car0.npz', 'cars/sampled/link.npz')):
+        path = folders / kind / other
+        path.symlink_to(folders / kind / name)
+        assert len(opened(folders / kind)) == 3, kind
+    (folders / 'json/car7/transforms.json').mkdir(parents=True)
+    items = opened(folders / 'json')
+    assert items.names == ['car0', 'car1', 'car2'] and not items.bad
+    assert items.notes == ['1 scenes left out: other names (links) of those there']
+    file = folders / 'json/car0/transforms.json'
+    about = json.loads(file.read_text())
+    about['frames'] += [about['frames'][2], dict(about['frames'][3], file_path='train/link.png')]
+    file.write_text(json.dumps(about))
+    (folders / 'json/car0/train/link.png').symlink_to('r_3.png')
+    items = opened(folders / 'json')
+    assert len(items.cameras(0)) == 10
+    np.testing.assert_allclose(items.cameras(0).poses, scene_views[0][0], atol=1e-6)
+
 
 def check(monkeypatch, *argv):
     monkeypatch.setattr(sys, 'argv', ['data.py', 'check', *map(str, argv)])

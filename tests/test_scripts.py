@@ -181,7 +181,7 @@ def copy(toy, tmp_path):
 def test_both_stages_end_to_end(toy):
     files = {p.name for p in toy.run.iterdir()}
     assert files == {'vae.pt', 'ldm.pt', 'args.json', 'log.jsonl', 'splits.json', 'samples',
-                     'curves.png'}
+                     'curves.png', 'lock'}
     assert Image.open(toy.run / 'curves.png').size == (960, 400)  # three axes for each stage
     names = {p.name for p in (toy.run / 'samples').iterdir()}
     assert names == {f'{k}_{n:07d}.png' for k in ('reconstruction', 'sample') for n in (3, 6)}
@@ -276,8 +276,9 @@ def killed(folder, script, flags, repo, owner, name, at, last):
     assert os.WIFSIGNALED(status), 'ended before it was killed'
 
 
-def half_a_checkpoint(state, path):
-    path.write_bytes(b'PK half a checkpoint')
+def half_a_checkpoint(state, file):
+    file.write(b'PK half a checkpoint')
+    file.flush()
 
 
 def half_a_line(log):
@@ -289,14 +290,13 @@ def step_of(path):
     """The step of a checkpoint, None if it cannot be read."""
     try:
         return common.load_checkpoint(path)['step']
-    except ValueError:
+    except (ValueError, OSError):
         return None
 
 
 @pytest.mark.mutation('common.py', 'start = step * batch + rank * local', 'start = rank * local')
-@pytest.mark.mutation('common.py', 'except ValueError:\n        return {}\n    return found if',
-                      'except KeyError:\n        return {}\n    return found if')
-@pytest.mark.mutation('common.py', "path.with_name(path.name + '.tmp')", 'path')
+@pytest.mark.mutation('common.py', 'except (ValueError, RecursionError):', 'except KeyError:')
+@pytest.mark.mutation('common.py', 'file)\n    replace(path, write)', 'file)\n    write(path)')
 @pytest.mark.parametrize('script', STAGES)
 def test_a_kill_loses_nothing(script, toy, copy, repo):
     """kill -9 while a checkpoint is written, again within a line of the log, then to the end.
@@ -995,6 +995,27 @@ def test_metrics_of_shapes(shapes, tmp_path):
     assert json.loads(again[-1]) == result
 
 
+@pytest.mark.mutation('metrics.py', "captions if self.args.command == 'text' else ''", 'captions')
+@pytest.mark.mutation('metrics.py', 'self.args.captions or stages[0]', 'stages[0]')
+@pytest.mark.mutation('metrics.py', "    resolved('--captions', args.captions)\n", '')
+def test_captions_that_have_moved(shapes, tmp_path, repo):
+    """What reads none does without them; the rest is told where they are."""
+    folder, flags = Path(shutil.copytree(shapes.folder, tmp_path / 'copy')), '--device cpu'
+    state = common.load_checkpoint(folder / 'runs' / 'things' / 'ldm.pt')
+    state['args']['captions'] = str(folder / 'gone.csv')
+    common.save_checkpoint(folder / 'runs' / 'things' / 'ldm.pt', state)
+    text = f'text things {flags} --each 2 --sampler dpmpp:2 --res 8 --num 1'
+    done(folder, 'metrics.py', f'shapes things {flags} --res 8 --sampler dpmpp:1 --points 9',
+         repo=repo)
+    assert_refused(call(folder, 'metrics.py', text, repo=repo), '--captions', 'gone.csv')
+    row = json.loads(done(folder, 'metrics.py', text, '--captions captions.csv', repo=repo)
+                     .out.splitlines()[-1])
+    assert row['captions'] == 1 and 0 <= row['tmd'] <= 1
+    with mock.patch.object(data, 'make_dataset', lambda *args, **more: pytest.fail('read')):
+        assert_refused(call(folder, 'metrics.py', text, '--captions none.csv', repo=repo),
+                       '--captions none.csv')
+
+
 # ---- videos --------------------------------------------------------------------------------------
 
 CLIPS = (f'{TINY} --resolution 8 --frames 5 --pixels 60 --patch 2 --vit_width 16 --vit_depth 1 '
@@ -1241,7 +1262,8 @@ def broken(toy, tmp_path_factory):
         data.save_png(folder / 'afhq' / side / 'cat' / '0.png', torch.zeros(3, 16, 16))
     (folder / 'notes').mkdir()
     (folder / 'notes' / 'a.txt').write_text('no picture')
-    (folder / 'notes' / 'tiny.png').write_bytes(b'')
+    for name in ('tiny.png', 'other.png'):
+        (folder / 'notes' / name).write_bytes(b'')
     for name, file in (('cut1', 'vae.pt'), ('cut2', 'ldm.pt')):
         (folder / 'runs' / name).mkdir()
         whole = (toy.run / file).read_bytes()
@@ -1447,6 +1469,126 @@ def test_a_process_says_nothing_else(broken):
         _, err = process.communicate()
         assert process.returncode == code
         assert re.fullmatch(r'error: [^\n]*\n' if code else '', err), err
+
+
+@pytest.mark.mutation('train_ldm.py', "common.try_file('--slim', target)", 'pass')
+@pytest.mark.mutation('common.py', "'opt' in load_checkpoint(path)", 'False')
+@pytest.mark.mutation('common.py', "is_checkpoint(path) and 'opt' in load_checkpoint(path)",
+                      'is_checkpoint(path)')
+def test_nothing_is_written_over_what_training_continues(copy, repo):
+    """By its name, by a link and by that of another run; over a slim checkpoint, all may write."""
+    run = copy / 'runs' / 'toy_image'
+    before = snapshot(run)
+    (copy / 'link.pt').symlink_to(run / 'ldm.pt')
+    for path in (run / 'ldm.pt', 'runs/../runs/toy_image/ldm.pt', copy / 'link.pt', run / 'vae.pt'):
+        assert_refused(call(copy, 'train_ldm.py', f'--slim {path}', repo=repo), f'--slim {path}')
+    assert_refused(call(copy, 'train_ldm.py', f'--slim {run}', repo=repo), 'a folder')
+    assert_refused(call(copy, 'sample.py', f'--device cpu --num 1 --export {run}/vae.pt', repo=repo),
+                   '--export')
+    assert snapshot(run) == before
+    for k in range(2):
+        done(copy, 'train_ldm.py', '--slim small.pt', repo=repo)
+
+
+@pytest.mark.mutation('common.py', "'data', 'vae', 'name'}", "'data', 'vae'}")
+@pytest.mark.mutation('train_ldm.py', 'args.name = common.run_name(path)',
+                      'args.name = path.resolve().parent.name')
+@pytest.mark.mutation('train_ldm.py', 'own.exists() or common.file_digest(own)',
+                      'own.exists() or True or common.file_digest(own)')
+def test_runs_are_copied_renamed_and_nested(toy, copy, repo):
+    runs = copy / 'runs'
+    for name in ('toy_image', 'data', 'exp/b', 'exp/a'):  # runs like a folder beside runs/, and nested
+        if name != 'toy_image':
+            shutil.copytree(toy.run, runs / name)
+        (copy / name).mkdir(parents=True)
+    (runs / 'exp' / 'b' / 'vae.pt').unlink()
+    os.utime(runs / 'exp' / 'a' / 'vae.pt')  # the newest
+    for flags, name in (('', 'exp/a'), ('--vae data', 'data'), (f'--vae {runs}/exp/a', 'exp/a')):
+        result = done(copy, 'train_ldm.py', LDM, flags, '--steps 7', repo=repo)
+        assert step_of(runs / name / 'ldm.pt') == 7 and f'runs/{name}' in result.out
+    assert step_of(runs / 'toy_image' / 'ldm.pt') == 6 and not (runs / 'a').exists()
+    assert 'runs/data' in done(copy, 'train_vae.py', VAE, '--name data --steps 7', repo=repo).out
+    assert step_of(runs / 'data' / 'vae.pt') == 7
+    shutil.copytree(runs / 'data', copy / 'elsewhere' / 'exp' / 'toy_image')
+    assert_refused(call(copy, 'train_ldm.py', LDM, '--vae elsewhere/exp/toy_image', repo=repo),
+                   'runs/toy_image/vae.pt is another stage 1', '--name')
+    missing = call(copy, 'sample.py', '--run exp', repo=repo)
+    assert_refused(missing, 'exp or runs/exp', 'ldm.pt')
+
+
+@pytest.mark.mutation('common.py', '    lock_run(folder, process)\n    (folder', '    (folder')
+@pytest.mark.mutation('common.py', '        HELD.close()\n', '')
+def test_a_run_that_is_trained_is_left_alone(copy, repo):
+    run = copy / 'runs' / 'toy_image'
+    child = subprocess.Popen([sys.executable, '-c', 'import fcntl, sys, time\n'
+                              f'lock = open("{run}/lock", "a")\nfcntl.lockf(lock, fcntl.LOCK_EX)\n'
+                              'print("ready", flush=True)\nsys.stdin.read()'],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    before = snapshot(run)
+    try:
+        for script, (_, flags) in STAGES.items():
+            assert_refused(call(copy, script, flags, '--steps 7', repo=repo),
+                           'runs/toy_image: another process trains there', '--name')
+    finally:
+        child.communicate()
+    assert snapshot(run) == before
+    done(copy, 'train_vae.py', VAE, '--steps 7', repo=repo)
+    with open(run / 'lock', 'a') as lock:  # this process has let go of it
+        free = 'import fcntl, sys; fcntl.lockf(sys.stdin, fcntl.LOCK_EX | fcntl.LOCK_NB)'
+        assert not subprocess.run([sys.executable, '-c', free], stdin=lock).returncode
+
+
+@pytest.mark.mutation('train_ldm.py', 'common.require(size < free', 'common.require(True')
+def test_latents_need_room_on_the_disk(copy, repo):
+    """20,000 latents of 4 x 16 floats, means and deviations: 9.8 MiB, which a map cannot ask for."""
+    flags, usage = f'{LDM.replace("none", "disk")} --name new', SimpleNamespace(free=9 * 2 ** 20)
+    with mock.patch.object(shutil, 'disk_usage', lambda path: usage):
+        assert_refused(call(copy, 'train_ldm.py', flags, repo=repo), '--cache disk: needs 9.8 MiB',
+                       '9.0 MiB are free')
+    assert {p.name for p in (copy / 'runs' / 'new').iterdir()} == {'lock'}
+
+
+@pytest.mark.mutation('common.py', "if path.exists() and not stages:", 'if False:')
+@pytest.mark.mutation('train_ldm.py', "    with common.fitting(folder / 'ldm.pt'):\n            ema",
+                      "    with common.fitting(folder / 'x'):\n            ema")
+def test_small_damaged_files_of_a_run(copy, repo):
+    run = copy / 'runs' / 'toy_image'
+    for k, damaged in enumerate((b'', b'[]', b'{"vae": 3}', b'\xff\xfe')):
+        (run / 'args.json').write_bytes(damaged)
+        (run / 'log.jsonl').write_bytes((run / 'log.jsonl').read_bytes() + b'\xff\n[1]\n')
+        out = done(copy, 'train_ldm.py', LDM, f'--steps {8 + k}', repo=repo).out
+        assert 'note: runs/toy_image/args.json: damaged' in out and 'log.jsonl: 2 damaged' in out
+        assert set(json.loads((run / 'args.json').read_text())) == {'ldm'}
+        assert log_of(run, 'vae')[-1]['step'] == 6
+    state = common.load_checkpoint(run / 'ldm.pt')
+    for part in ('opt', 'ema', 'model'):
+        common.save_checkpoint(run / 'ldm.pt', state | {part: dict(list(state[part].items())[1:])})
+        assert_refused(call(copy, 'train_ldm.py', LDM, '--steps 99', repo=repo),
+                       'toy_image/ldm.pt does not fit')
+
+
+@pytest.mark.mutation('train_vae.py', '        path = common.the_checkpoint(args.init',
+                      '        open_data(args, "train")\n        path = common.the_checkpoint(args.init')
+@pytest.mark.mutation('train_vae.py', "    with torch.device('meta'):", '    if False:')
+@pytest.mark.mutation('train_ldm.py', '    vae, info = first_stage(first, device, vae_path)\n',
+                      '    vae, info = first_stage(first, device, vae_path)\n    open_data(info, args)\n')
+def test_flags_are_checked_before_the_data_are_read(copy, repo):
+    """What to start from, what a run was made with, and which networks can be."""
+    with mock.patch.object(data, 'make_dataset', lambda *args, **more: pytest.fail('read')):
+        for script, flags, *words in (
+                ('train_vae.py', f'{VAE} --name new --init nowhere', 'nowhere or runs/nowhere'),
+                ('train_vae.py', f'{VAE} --name new --captions none.csv', '--captions none.csv'),
+                ('train_vae.py', f'{VAE} --name new --resolution 4 --ch_mult 1,1,1,1', '--resolution'),
+                ('train_vae.py', f'{VAE} --name ../new', '--name ../new'),
+                ('train_vae.py', f'{VAE} --lr 0.25', 'now 0.25'),
+                ('train_ldm.py', f'{LDM} --name new --init nowhere', 'nowhere or runs/nowhere'),
+                ('train_ldm.py', f'{LDM} --name new --captions none.csv', '--captions none.csv'),
+                ('train_ldm.py', f'{LDM} --name new --num_classes 3 --text bytes', 'not both'),
+                ('train_ldm.py', f'{LDM} --name /new', '--name /new'),
+                ('train_ldm.py', f'{LDM} --lr 0.25', 'now 0.25')):
+            assert_refused(call(copy, script, flags, repo=repo), *words)
+    assert not (copy / 'runs' / 'new').exists()
 
 
 @pytest.mark.mutation('train_ldm.py', "state['vae_hash'] == digest", "state['vae_hash']")

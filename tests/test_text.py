@@ -2,6 +2,7 @@
 import gzip
 import json
 import math
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,18 +64,72 @@ def test_tokens_equal_a_slow_merge(merges):
     assert tokenise.encode('the red chair') == [512 + 1, 512 + 7, 512 + 5]
 
 
-@pytest.mark.mutation('encoders.py', 'html.unescape(html.unescape(text))', 'html.unescape(text)')
+@pytest.mark.mutation('encoders.py', 'html.unescape(html.unescape(fix_text(text)))',
+                      'html.unescape(fix_text(text))')
 @pytest.mark.mutation('encoders.py', '[:self.length - 2]', '[:self.length - 3]')
 @pytest.mark.mutation('encoders.py', '.lower()', '')
 def test_texts_are_cleaned_and_cut(merges):
     tokenise = encoders.BPETokenizer(merges)
-    assert tokenise.encode("It's  3 &amp;amp; UP") == tokenise.encode("it's 3 & up")
+    assert tokenise.encode("It's  <3 &amp;amp; UP") == tokenise.encode("it's <3 & up")
     assert [len(p) for p in tokenise.pattern.findall("it's 12 up!")] == [2, 2, 1, 1, 2, 1]
     tokens = tokenise(['the', '', 'the ' * 100])
     assert tokens.shape == (3, 77)
     assert tokens[0].tolist() == [49406, 513, 49407] + [0] * 74
     assert tokens[1].tolist() == [49406, 49407] + [0] * 75
     assert tokens[2].tolist() == [49406] + [513] * 75 + [49407]
+
+
+@pytest.mark.mutation('encoders.py', "in 'Nl No')", "in 'Nl')")
+@pytest.mark.mutation('encoders.py', "in 'Nl No')", "in 'No')")
+@pytest.mark.mutation('encoders.py', '|[\\d{numbers}]|', '|[\\d{numbers}]+|')
+def test_words_are_cut_by_the_kinds_of_unicode():
+    """Letters (L*) join into words, each number (N*) stands alone, others join; all characters."""
+    for c in filter(str.isprintable, map(chr, range(0x30000))):
+        kind = unicodedata.category(c)[0]
+        cut = {'L': [f'a{c}{c}a'], 'N': ['a', c, c, 'a']}.get(kind, ['a', c + c, 'a'])
+        expected = ['a', 'a'] if c == ' ' else cut
+        assert encoders.BPETokenizer.pattern.findall(f'a{c}{c}a') == expected, hex(ord(c))
+
+
+def misread(text):
+    """UTF-8 read as Windows-1252, or byte by byte where that has no character."""
+    return ''.join(bytes([b]).decode('cp1252', 'ignore') or chr(b) for b in text.encode())
+
+
+CLEAN = {  # a text, and what ftfy.fix_text makes of it
+    '\u201cThe boat\u2019s\u201d \u201asail\u2018': '"The boat\'s" \'sail\'',
+    'cafe\u0301 a\u030angstro\u0308m': 'café ångström',
+    'ｆｕｌｌ\u3000７ \uff76\uff9e': 'full 7 ガ',
+    '\ufb01ne o\ufb03ce \u01c6 \u0133': 'fine office dž ij',
+    misread('café — it’s 5€'): "café — it's 5€",
+    misread('café') + ' ✓': 'café ✓',  # in part
+    misread(misread('café Škoda')): 'café Škoda',
+    misread('Привет 日本 🎉 ½'): 'Привет 日本 🎉 ½',
+    'voilÃ le ' + misread('café'): 'voilà le café',
+    '\x93red\x94 a\x00b\x1b[31m\ufeff': '"red" ab',
+    '&amp;amp;amp;lt;': '<', '<b>&amp;amp;': '<b>&amp;amp;',
+    '\ud83d\ude00 \ud83d': '\U0001f600 \ufffd'}
+SOUND = ('« désolé… »', '«désolé…»', 'AMANHÃ…', 'Úžlabina', 'déjà\xa0»', 'MANHÃ SÓ', 'CAFÉ»', '3×½',
+         'größe ÄÖÜ', '10²³ m²', 'Tiếng Việt', 'Привет', '日本')
+
+
+@pytest.mark.mutation('encoders.py', "dict.fromkeys(range(0x201c, 0x2020), '\"')", '{}')
+@pytest.mark.mutation('encoders.py', "unicodedata.normalize('NFC', text)", 'text')
+@pytest.mark.mutation('encoders.py', '*range(0xff01, 0xfff0))}', ')}')
+@pytest.mark.mutation('encoders.py', 'settled(without_mojibake, unescape(text))', 'unescape(text)')
+@pytest.mark.mutation('encoders.py', 'as_utf8(match[0])', 'match[0]')
+@pytest.mark.mutation('encoders.py', 'if MOJIBAKE.search(text) else text', '')
+@pytest.mark.mutation('encoders.py', "'\\\\1\\xa0 '", "'\\\\1 '")
+@pytest.mark.mutation('encoders.py', "str if '<' in text else html.unescape", 'html.unescape')
+@pytest.mark.mutation('encoders.py', 'html.unescape(fix_text(text))', 'html.unescape(text)')
+def test_texts_are_mended_as_by_ftfy(merges):
+    for text, expected in CLEAN.items():
+        assert encoders.fix_text(text) == expected, ascii(text)
+    for text in SOUND:
+        assert encoders.fix_text(text) == text, ascii(text)
+    tokenise = encoders.BPETokenizer(merges)
+    assert tokenise.encode('\uff54he\u2019s') == tokenise.encode("the's")
+    assert tokenise.encode('<|endoftext|> the') == [tokenise.end, 513]
 
 
 def test_other_vocabularies_are_refused(tmp_path, merges):

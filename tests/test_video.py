@@ -204,7 +204,7 @@ def clip_run(tmp_path, monkeypatch):
     (tmp_path / 'vae.pt').touch()
     monkeypatch.setattr(ldm, 'load_vae', lambda path, device: (Reader(), info))
     monkeypatch.setattr(ldm, 'load', lambda path, device: (Reader(), None, info))
-    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root: Clips())
+    monkeypatch.setattr(data, 'open_run_data', lambda info, split, root, captions: Clips())
     return str(tmp_path)
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 
 import numpy as np
@@ -267,7 +268,8 @@ def write_every_kind(root):
 
 @pytest.mark.mutation('data.py', 'start + 3 * width * height * k', 'start + 3 * width * height')
 @pytest.mark.mutation('data.py', 'image.seek(k)', 'image.seek(0)')
-@pytest.mark.mutation('data.py', 'files.open(video.frames[k])', 'files.open(video.frames[0])')
+@pytest.mark.mutation('data.py', 'files.open(video.frames[k], to_rgb)',
+                      'files.open(video.frames[0], to_rgb)')
 @pytest.mark.mutation('data.py', 'Fraction(1000) / Fraction(duration)', 'Fraction(1000)')
 @pytest.mark.mutation('data.py', "MOVING = ('.apng', '.npy', *FILMS)", "MOVING = ('.apng', *FILMS)")
 def test_every_kind_of_file_gives_back_its_frames(tmp_path):
@@ -341,6 +343,36 @@ def test_what_cannot_be_opened_is_listed(tmp_path):
     assert 'float32 (20, 24, 32, 3) where uint8' in known['npy/x.npy']
 
 
+@pytest.mark.mutation('data.py', '            if place in seen:\n', '            if False:\n')
+@pytest.mark.mutation('data.py', 'first.setdefault(identity(self.path_of(name)), (side, name))',
+                      'first.setdefault(name, (side, name))')
+def test_a_video_with_several_names_is_used_once(folder):
+    """A frame that is a link to another one stays: it has its place in time."""
+    (folder / 'v1/3.png').unlink()
+    (folder / 'v1/3.png').symlink_to('2.png')
+    (folder / 'a').symlink_to('v0')
+    write_animated(folder / 'x.gif', clip(seed=9))
+    (folder / 'again.gif').symlink_to('x.gif')
+    (folder / 'notes.txt').write_text('x')
+    items = opened(folder, holdout=dict(train=['v0', 'v1', 'v9'], test=['x.gif', 'again.gif']))
+    assert items.names == ['v0', 'v1', 'x.gif'] and items.bad == [('v9', 'not there')]
+    assert opened(folder).names == [*(f'v{k}' for k in range(6)), 'x.gif']
+    assert len(opened(folder).videos[1]) == 20
+    assert 'passed over: 1 folders under a second name, 1 .txt' in opened(folder).notes
+
+
+@pytest.mark.mutation('data.py', 'self.pick([*self.entries], suffixes)',
+                      'self.pick(inside, suffixes)')
+def test_frames_that_a_zip_lists_twice_are_one(folder):
+    with zipfile.ZipFile(folder / 'set.zip', 'w') as file, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for k in [*range(20), 4, 5]:
+            file.writestr(f'v0/{k}.png', (folder / f'v0/{k}.png').read_bytes())
+    items = opened(folder / 'set.zip')
+    assert [len(v) for v in items.videos] == [20]
+    assert np.array_equal(shown(items.clip(0, 3)), centre(clip()[3:7]))
+
+
 @pytest.mark.mutation('data.py', 'self.skip(i, reason(error))', 'pass')
 @pytest.mark.mutation('data.py', 'if self.names[i] not in dict(self.bad):', 'if True:')
 @pytest.mark.mutation('data.py', 'frames = self.source(i)\n', 'frames = self.source(i) + 1\n')
@@ -351,7 +383,7 @@ def test_a_clip_that_cannot_be_read_gives_way_to_the_middle_one(folder, capsys):
     for _ in range(2):
         assert np.array_equal(shown(items.clip(1, 16)), centre(clip(seed=1))[8:12])
     assert [name for name, why in items.bad] == ['v1']
-    assert 'skipped: v1: UnidentifiedImageError' in capsys.readouterr().out
+    assert 'skipped: v1: OSError: no picture' in capsys.readouterr().out
     assert items.readable(range(6)) == [0, 1, 2, 3, 4, 5]
     fresh = opened(folder)
     assert not fresh.bad
