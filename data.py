@@ -2329,8 +2329,8 @@ def flattened(p):
 def clip_ears(p):
     """Triangles, n - 2 triples of indices, of a simple polygon p (n,2), seen counterclockwise.
 
-    An ear is a corner that does not turn right and whose triangle has no other corner inside; it is
-    cut off until three corners are left (Meisters, 1975).
+    An ear is a corner that does not turn right and whose triangle has no other corner inside or on
+    the cut; it is cut off until three corners are left (Meisters, 1975).
     """
     left, triangles = list(range(len(p))), []
 
@@ -2339,8 +2339,8 @@ def clip_ears(p):
 
     def is_ear(k):
         a, b, c = p[[*corners(k)]]
-        sides = [turn(start, end, p[left]) > 1e-12 for start, end in ((a, b), (b, c), (c, a))]
-        return turn(a, b, c) >= 0 and not np.all(sides, axis=0).any()
+        within = (turn(a, b, p[left]) > 1e-12) & (turn(b, c, p[left]) > 1e-12)
+        return turn(a, b, c) >= 0 and not (within & (turn(c, a, p[left]) > -1e-12)).any()
     while len(left) > 3:
         k = next(filter(is_ear, range(len(left))), 0)  # every simple polygon has ears
         triangles.append(corners(k))

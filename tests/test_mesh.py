@@ -177,7 +177,7 @@ def comb(teeth=7):
 
 
 @pytest.mark.mutation('data.py', 'fans[k] = p[k][clip_ears(flat[k])]', 'pass')
-@pytest.mark.mutation('data.py', 'not np.all(sides, axis=0).any()', 'True')
+@pytest.mark.mutation('data.py', 'not (within & (turn(c, a, p[left]) > -1e-12)).any()', 'True')
 @pytest.mark.mutation('data.py', 'turn(a, b, c) >= 0 and', 'True and')
 def test_concave_polygons_are_cut_into_their_own_area(tmp_path):
     corners = comb()
@@ -195,6 +195,27 @@ def test_concave_polygons_are_cut_into_their_own_area(tmp_path):
         points, _ = data.surface_points(vertices, faces, 2000, np.random.default_rng(0))
         u, v = (points - corners[0]) @ x / 14, (points - corners[0]) @ y / 10
         assert ((v < 1 + 1e-6) | (u % 2 < 1 + 1e-6)).all()
+
+
+@pytest.mark.mutation('data.py', 'turn(c, a, p[left]) > -1e-12', 'turn(c, a, p[left]) > 1e-12')
+def test_corners_on_straight_edges_and_on_cuts():
+    """Outlines of random heaps of squares, with a corner wherever squares meet."""
+    ell = [(0, 2), (0, 1), (0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (1, 2)]
+    for seed in range(40):
+        heights = np.random.default_rng(seed).integers(1, 6, 6).tolist()
+        outline = [(x, 0) for x in range(7)]
+        for x in reversed(range(6)):
+            after = heights[x + 1] if x < 5 else 0
+            step = 1 if heights[x] > after else -1
+            outline += [(x + 1, y) for y in range(after + step, heights[x] + step, step)
+                        if (x + 1, y) != outline[-1]]
+            outline += [(x, heights[x])]
+        outline += [(0, y) for y in reversed(range(1, heights[0]))]
+        for corners, area in ((ell, 3), (list(dict.fromkeys(outline)), sum(heights))):
+            p = np.pad(np.array(corners, float), ((0, 0), (0, 1)))
+            a, b, c = p[data.cut_polygons(p, [list(range(len(p)))])].transpose(1, 0, 2)
+            found = np.cross(b - a, c - a)[:, 2] / 2
+            assert found.min() > -1e-9 and found.sum() == pytest.approx(area)
 
 
 @pytest.mark.mutation('data.py', 'np.eye(3)[np.abs(normal).argmin(1)]', 'np.eye(3)[[0]]')
