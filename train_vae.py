@@ -46,7 +46,7 @@ FIELDS = dict(POINTS, decoder_ch=64, field_channels=32, coord_octaves=10, kl_wei
               sn_start=0.1, lr=5e-5, points=2048, rays=5000, ray_samples=256, batch=40)
 SMALL_FIELDS = dict(SMALL_POINTS, coord_octaves=4, colour_width=64, sn_start=0.1, across=True,
                     loss='l2', kl_weight=0.0005, points=2000, rays=160, ray_samples=48, side=64,
-                    focus=0.75, colour_points=128, batch=2, lr=2e-3)
+                    focus=0.75, batch=2, lr=2e-3)
 # Videos: Table 9 with the authors' basis fields, which are those that reach 256. The small presets
 # take squared errors, or a boat of few pixels comes last, and many steps of two clips.
 VIDEOS = dict(resolution=256, decoder_mult=(8, 4, 2, 1), fields=(2, 4, 8), across=True,
@@ -92,10 +92,11 @@ PRESETS = {
     'skytimelapse': dict(VIDEOS, dataset='skytimelapse', batch=80, steps=6_000),
     'toy_nerf': dict(SMALL_FIELDS, dataset='toy_nerf', side=32, clouds=1, points=1500,
                      view_dirs=False,  # its colours are the same from all sides
-                     z_channels=32, ray_samples=32, rays=128, lr=3e-3,
+                     z_channels=32, ray_samples=32, rays=128, colour_points=128, lr=3e-3,
                      warmup=200, steps=5500,
                      eval_every=5500),  # 2 cores 12.7 minutes, 24.6 dB
-    'nerf_small': dict(SMALL_FIELDS, dataset='nerf', steps=9000, eval_every=3000),
+    'nerf_small': dict(SMALL_FIELDS, dataset='nerf', steps=9000,
+                       eval_every=3000),  # 138 scenes, 1 core 40 minutes, 17.6 dB
     'srn_cars': dict(FIELDS, dataset='srn_cars', steps=50_000),
 }
 PRESETS.update(image=PRESETS['image_64'], shape=PRESETS['shape_small'],
