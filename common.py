@@ -468,6 +468,7 @@ class EMA:
 # ---- runs, checkpoints, log ------------------------------------------------------------------
 
 RUNS = Path('runs')
+SUFFIXES = ('.pt', '.pth', '.ckpt')  # of checkpoints
 STOPPED = 'stopped; the same command continues from the last checkpoint'
 MAY_CHANGE = {'steps', 'log_every', 'eval_every', 'save_every', 'workers', 'restart', 'slim',
               'device', 'data', 'vae', 'name'}  # the last four say where, not what
@@ -610,6 +611,12 @@ def try_file(flag, path):
     try_writing(flag, Path(path).parent)
 
 
+def try_checkpoint(flag, path):
+    """The same for a checkpoint, which is found again, and hits no other file, by its suffix."""
+    try_file(flag, path)
+    require(Path(path).suffix in SUFFIXES, f'{flag} {path}: must end in {", ".join(SUFFIXES)}')
+
+
 def trains(path):
     """Whether a file is a checkpoint that training can continue, rather than a slim one."""
     try:
@@ -685,7 +692,7 @@ def find_checkpoint(text, *files):
 
 def is_checkpoint(path):
     """Whether this is a file that is called as checkpoints are."""
-    return Path(path).suffix in ('.pt', '.pth', '.ckpt') and os.path.isfile(path)
+    return Path(path).suffix in SUFFIXES and os.path.isfile(path)
 
 
 def places(text):

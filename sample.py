@@ -559,7 +559,7 @@ def main():
     since = common.try_writing('--out', args.out)
     if args.export:
         common.require(len(names) == 1, ONE)
-        common.try_file('--export', args.export)
+        common.try_checkpoint('--export', args.export)
         z = list(z)
     items = common.tqdm(zip(z, names), output.makes, len(names), unit='item')
     sizes = sizes or [(output.side(vae.config),) * 2]

@@ -102,7 +102,7 @@ def build_parser():
 def write_slim(path, target):
     """Copy ldm.pt without optimiser and raw weights, floats in half precision."""
     state = common.load_checkpoint(path, 'ldm')
-    common.try_file('--slim', target)
+    common.try_checkpoint('--slim', target)
     half = {part: {k: v.half() if v.is_floating_point() else v for k, v in state[part].items()}
             for part in ('vae', 'ema')}
     kept = {k: v for k, v in state.items() if k not in ('opt', 'model')}

@@ -567,7 +567,7 @@ def test_curves_are_drawn_with_those_of_the_same_preset(two_runs):
 
 @pytest.mark.mutation('common.py', 'return [Path(text), RUNS / text] if',
                       'return [RUNS / text, Path(text)] if')
-@pytest.mark.mutation('common.py', "Path(path).suffix in ('.pt', '.pth', '.ckpt') and", "True and")
+@pytest.mark.mutation('common.py', "Path(path).suffix in SUFFIXES and", "True and")
 @pytest.mark.mutation('common.py', 'p.stat().st_mtime', 'p')
 @pytest.mark.mutation('common.py', 'run.rglob(file) if p.is_file()', 'run.glob(file) if p.is_file()')
 @pytest.mark.mutation('common.py', 'run.rglob(file) if p.is_file()', 'run.rglob(file)')

@@ -754,7 +754,7 @@ def test_older_pictures_in_out_are_pointed_out(toy, clips, tmp_path, repo):
 
 
 @pytest.mark.mutation('sample.py', "common.try_writing('--out', args.out)", '0')
-@pytest.mark.mutation('sample.py', "common.try_file('--export', args.export)", 'pass')
+@pytest.mark.mutation('sample.py', "common.try_checkpoint('--export', args.export)", 'pass')
 @pytest.mark.mutation('data.py', "common.try_file('--out', out)", 'pass')
 def test_places_are_tried_before_anything_is_made(toy, tmp_path, repo):
     (tmp_path / 'file').touch()
@@ -1471,7 +1471,9 @@ def test_a_process_says_nothing_else(broken):
         assert re.fullmatch(r'error: [^\n]*\n' if code else '', err), err
 
 
-@pytest.mark.mutation('train_ldm.py', "common.try_file('--slim', target)", 'pass')
+@pytest.mark.mutation('train_ldm.py', "common.try_checkpoint('--slim', target)", 'pass')
+@pytest.mark.mutation('common.py', 'require(Path(path).suffix in SUFFIXES,', 'require(True,')
+@pytest.mark.mutation('common.py', "    try_file(flag, path)\n", '')
 @pytest.mark.mutation('common.py', "'opt' in load_checkpoint(path)", 'False')
 @pytest.mark.mutation('common.py', "is_checkpoint(path) and 'opt' in load_checkpoint(path)",
                       'is_checkpoint(path)')
@@ -1483,6 +1485,8 @@ def test_nothing_is_written_over_what_training_continues(copy, repo):
     for path in (run / 'ldm.pt', 'runs/../runs/toy_image/ldm.pt', copy / 'link.pt', run / 'vae.pt'):
         assert_refused(call(copy, 'train_ldm.py', f'--slim {path}', repo=repo), f'--slim {path}')
     assert_refused(call(copy, 'train_ldm.py', f'--slim {run}', repo=repo), 'a folder')
+    for name in ('args.json', 'curves.png'):
+        assert_refused(call(copy, 'train_ldm.py', f'--slim {run}/{name}', repo=repo), 'end in .pt')
     assert_refused(call(copy, 'sample.py', f'--device cpu --num 1 --export {run}/vae.pt', repo=repo),
                    '--export')
     assert snapshot(run) == before
