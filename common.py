@@ -16,11 +16,13 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import shutil
 import signal
 import sys
 import tempfile
+import warnings
 import zlib
 from pathlib import Path
 
@@ -177,12 +179,17 @@ def require(condition, message):
         raise ValueError(message)
 
 
+def printable(text):
+    """The text with control characters, which would command a terminal, as escapes."""
+    return re.sub('[\x00-\x1f\x7f-\x9f]', lambda match: repr(match[0])[1:-1], text)
+
+
 def one_line(error):
     """The message of an exception, without the traceback that a loader's worker puts before it."""
     text = str(error)
     if 'Original Traceback' in text:
         text = text.rpartition(f'\n{type(error).__name__}: ')[2]
-    return ' '.join(text.split())
+    return printable(' '.join(text.split()))
 
 
 def cure_of(error):
@@ -516,7 +523,7 @@ def save_checkpoint(path, state):
 
 def write_text(path, text):
     """Write a text file; see `replace`."""
-    replace(path, lambda temporary: temporary.write_text(text))
+    replace(path, lambda temporary: temporary.write_text(text, encoding='utf-8'))
 
 
 @contextlib.contextmanager
@@ -579,9 +586,16 @@ def lock_run(folder, process):
         left.unlink()
 
 
+def regular(path):
+    """The path; OSError if what is there is no file: to read a pipe would wait for ever."""
+    if not Path(path).is_file() and Path(path).exists():
+        raise OSError(f'{path}: a folder, pipe or device where a file is needed')
+    return Path(path)
+
+
 def read_text(path):
-    """The text of a file in UTF-8, with or without a byte order mark."""
-    return Path(path).read_text(encoding='utf-8-sig')
+    """The text of a file in UTF-8, without byte order marks, where files were joined, too."""
+    return regular(path).read_text(encoding='utf-8').replace('\ufeff', '')
 
 
 def try_writing(flag, folder):
@@ -639,7 +653,9 @@ def load_checkpoint(path, kind=None, device='cpu'):
         raise ValueError(f'{path}: a file of some other program, not a checkpoint of this one')
     if kind and state['kind'] != kind:
         raise ValueError(f'{path}: holds a {state["kind"]} checkpoint where {kind} is needed')
-    if missing := lacking(state, CONTENTS.get(str(state['kind']), {})):
+    missing = lacking(state, CONTENTS.get(str(state['kind']), {}))
+    missing += ['a step that counts'] * (not missing and state.get('step', 0) < 0)
+    if missing:
         raise ValueError(f'{path}: damaged, without {", ".join(missing)}; take a copy of it, or '
                          'make it anew, a run with --restart')
     return state
@@ -659,7 +675,8 @@ def lacking(found, wanted, name=''):
 def fitting(path):
     """Whatever loading parts of a checkpoint raises becomes a ValueError that names `path`."""
     try:
-        yield
+        with warnings.catch_warnings(action='ignore'):  # of layers without weights
+            yield
     except Exception as error:
         reason = (str(error).splitlines() or [''])[-1].strip()[:200]
         raise ValueError(f'{path} does not fit this model, or is of another version of this code: '
@@ -742,7 +759,7 @@ def parse_json(text):
 
 def salvaged(path):
     """The text of a file that may be damaged; '' if there is none."""
-    return path.read_text('utf-8-sig', 'replace') if path.exists() else ''
+    return path.read_text('utf-8-sig', 'replace') if path.is_file() else ''
 
 
 def read_log(path):
@@ -859,9 +876,9 @@ def start_run(folder, stage, args, process, step, facts):
 def list_notes(notes, bad):
     """Print a data set's notes, and its broken files (the first 20)."""
     for line in notes:
-        print(f'note: {line}')
+        print(printable(f'note: {line}'))
     for file, why in bad[:20]:
-        print(f'skipped: {file}: {why}')
+        print(printable(f'skipped: {file}: {why}'))
 
 
 def require_finite(values, what):

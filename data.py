@@ -764,11 +764,12 @@ def identity(path):
     return about.st_dev, number, about.st_size, about.st_mtime_ns
 
 
-def regular(path):
-    """The path; OSError if what is there is no file: to read a pipe would wait for ever."""
-    if not path.is_file() and path.exists():
-        raise OSError('a folder, pipe or device where a file is needed')
-    return path
+def first_names(names, path_of):
+    """{identity: name} of files by the name that is no link, or else the first."""
+    found = {}
+    for name in sorted(names, key=lambda n: os.path.islink(path_of(n))):
+        found.setdefault(identity(path_of(name)), name)
+    return found
 
 
 def png_parts(data, start):
@@ -833,7 +834,7 @@ def open_picture(file, use=None):
             return im
         with im:
             return use(im)
-    on_disk = isinstance(file, Path) and regular(file)
+    on_disk = isinstance(file, Path) and common.regular(file)
     try:
         return attempt(file)
     except Exception as failed:  # a decoder may raise anything on a broken file
@@ -864,7 +865,7 @@ class Files:
 
     def others(self):
         """What was passed over, in words, or ''."""
-        text = ', '.join(f'{count} {what}' for what, count in self.passed.most_common(9))
+        text = ', '.join(f'{count} {what}' for what, count in self.passed.most_common())
         hint = ' (to read a zip, name the zip itself)' if '.zip' in self.passed else ''
         return text and f'passed over: {text}{hint}'
 
@@ -902,7 +903,7 @@ class Folder(Files):
         return open_picture(self.root / name, use)
 
     def stream(self, name):
-        return open(regular(self.root / name), 'rb')
+        return open(common.regular(self.root / name), 'rb')
 
 
 class Zip(Files):
@@ -993,7 +994,8 @@ class Cifar(Files):
         self.pixels, self.labels = {}, {}
         try:
             if place.is_dir():
-                files = {path.name: regular(path).read_bytes() for path in place.glob('*_batch*')}
+                files = {path.name: common.regular(path).read_bytes()
+                         for path in place.glob('*_batch*')}
             else:
                 with tarfile.open(place) as tar:
                     files = {Path(m.name).name: tar.extractfile(m).read()
@@ -1024,14 +1026,14 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
 
 def upright(im):
     """The PIL picture turned as its EXIF says, which is read and never written."""
-    if not isinstance(im.info.get('xmp'), bytes):  # in a TIFF anything
-        im.info.pop('xmp', None)
+    for key in ('xmp', 'XML:com.adobe.xmp'):  # where Pillow, but no browser, looks, too
+        im.info.pop(key, None)
     im.load()  # which turns a TIFF
     try:
-        turn = TURNS.get(im.getexif().get(0x112))
+        turn = im.getexif().get(0x112)
     except Exception:  # Pillow raises anything on odd metadata
         turn = None
-    return im if turn is None else im.transpose(turn)
+    return im.transpose(TURNS[turn]) if isinstance(turn, int) and turn in TURNS else im
 
 
 def clear_colour(im):
@@ -1225,7 +1227,7 @@ def array_frames(files, video, numbers):
 def look_film(files, name):
     """Frames, (width, height) and frames a second of a film, by ffprobe; ValueError if none."""
     require(isinstance(files, Folder), 'a film in a zip cannot be read; unpack the zip')
-    regular(files.root / name)
+    common.regular(files.root / name)
     done = subprocess.run(
         ['ffprobe', '-v', 'error', '-select_streams', 'v:0', '-count_packets', '-show_entries',
          'stream=width,height,avg_frame_rate,nb_read_packets,duration', '-of', 'json',
@@ -1292,7 +1294,7 @@ def read_split(path):
     try:
         text = common.read_text(path)
         if Path(path).suffix != '.json':
-            return dict(test=[line.strip() for line in text.splitlines() if line.strip()])
+            return dict(test=[line for line in text.split('\n') if line.strip()])
         given = json.loads(text)
     except FileNotFoundError:
         raise FileNotFoundError(f'--split {path}: neither a fraction nor a file') from None
@@ -1331,7 +1333,8 @@ def divide(names, holdout=None, group=None, seed=0, official=None):
         return {side: list(holdout[side]) for side in ('train', 'test')}
     if isinstance(holdout, dict):
         known = {os.path.splitext(n)[0]: n for n in names} | {n: n for n in names}
-        listed, unknown = holdout['test'], [n for n in holdout['test'] if n not in known]
+        listed = [n if n in known else n.strip() for n in holdout['test']]
+        unknown = [n for n in listed if n not in known]
         require(not unknown, f'--split: {len(unknown)} of {len(listed)} held-out names are not in '
                 f'the data, e.g. {", ".join(unknown[:1])}')
         held = {key(known[n]) for n in listed}
@@ -1551,10 +1554,8 @@ class FileItems(Items):
 
         A name that is held out is preferred, then one that is no link.
         """
-        first = {}
-        for side in ('test', 'train'):
-            for name in sorted(sides[side], key=lambda n: os.path.islink(self.path_of(n))):
-                first.setdefault(identity(self.path_of(name)), (side, name))
+        first = {place: (side, name) for side in ('train', 'test')
+                 for place, name in first_names(sides[side], self.path_of).items()}
         used = {*first.values()}
         kept = {side: [n for n in dict.fromkeys(names) if (side, n) in used]
                 for side, names in sides.items()}
@@ -1621,7 +1622,7 @@ class FileItems(Items):
     def skip(self, i, why):
         """Count item i as bad and say so; ValueError if that makes too many."""
         self.bad.append((self.names[i], why))
-        tqdm.write(f'skipped: {self.names[i]}: {why}')
+        tqdm.write(common.printable(f'skipped: {self.names[i]}: {why}'))
         self.refuse_bad()
 
     @staticmethod
@@ -1659,8 +1660,7 @@ def read_captions(path):
 def read_table(path, flag):
     """The rows of a CSV in UTF-8 as dicts; its errors name the flag."""
     try:
-        with open(path, newline='', encoding='utf-8-sig') as file:
-            return list(csv.DictReader(file))
+        return list(csv.DictReader(io.StringIO(common.read_text(path))))
     except FileNotFoundError:
         raise FileNotFoundError(f'{flag} {path}: no such file') from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -2092,15 +2092,16 @@ def skytimelapse(name, root, selection, **options):
 # ---- mesh files ---------------------------------------------------------------------------------
 
 class Lines:
-    """The lines of a text, as words: without comments behind #, empty lines, a byte order mark.
+    """The lines of a text, as words: without comments, empty lines, byte order marks, NUL behind.
 
-    joined: a line that ends in a backslash goes on in the next. In a `with` statement any error
-    becomes a ValueError that names the line.
+    joined: a line that ends in a backslash goes on in the next. comment: what begins one. In a
+    `with` statement any error becomes a ValueError that names the line.
     """
 
-    def __init__(self, data, joined=False):
-        text = re.sub('\r\n?', '\n', data.decode('utf-8-sig', 'replace'))
-        self.number, self.rows = 0, self.split(re.sub('#.*', '', text).split('\n'), joined)
+    def __init__(self, data, joined=False, comment='#'):
+        text = data.rstrip(b'\0').decode('utf-8', 'replace').replace('\ufeff', '')
+        lines = re.sub(f'{comment}.*', '', re.sub('\r\n?', '\n', text)).split('\n')
+        self.number, self.rows = 0, self.split(lines, joined)
 
     def split(self, lines, joined):
         numbered = enumerate(lines, 1)
@@ -2130,16 +2131,23 @@ class Lines:
             raise ValueError(f'line {self.number}: {error}') from None
 
 
+def numbers(words, kind=float):
+    """Words as numbers; ValueError for what only Python takes for one."""
+    require(not any('_' in w for w in words), f'{" ".join(words)}: not numbers')
+    return [kind(w) for w in words]
+
+
 def read_obj(data):
     """Wavefront `v` and `f` lines; numbers count from 1, negative ones from the last vertex."""
     vertices, polygons = [], []
     with Lines(data, joined=True) as lines:
         for key, *words in lines.rows:
+            require(key.isascii() and key.isprintable(), f'{key!r}: no keyword; a damaged file')
             if key == 'v':
-                x, y, z = map(float, words[:3])
+                x, y, z = numbers(words[:3])
                 vertices.append((x, y, z))
             elif key == 'f':
-                corners = [int(w.split('/')[0]) for w in words]
+                corners = numbers([w.split('/')[0] for w in words], int)
                 require(0 not in corners, 'vertex 0: they count from 1')
                 polygons.append([c - 1 if c > 0 else len(vertices) + c for c in corners])
     return vertices, polygons
@@ -2148,49 +2156,52 @@ def read_obj(data):
 def read_off(data):
     """OFF; the counts may stand on the header's line, and more behind a vertex or a face."""
     with Lines(data) as lines:
-        header = re.match(r'((?:ST|[CN4])*)OFF(.*)', ' '.join(lines.take()), re.I)
-        require(header, 'no OFF header')
-        counts = map(int, lines.take(2, header[2].split())[:2])
-        size = 4 if '4' in header[1] else 3  # the fourth divides the others
+        header = re.match(r'(?:((?:ST|[CN4])*)OFF)?(.*)', ' '.join(lines.take()), re.I)
+        counts = iter(numbers(lines.take(2, header[2].split())[:2], int))
+        size = 4 if '4' in (header[1] or '') else 3  # the fourth divides the others
         vertices, polygons = np.empty((next(counts), size)), []
         for place in vertices:
-            place[:] = lines.take(size)[:size]
+            place[:] = numbers(lines.take(size)[:size])
         for _ in range(next(counts)):
             words = lines.take()
             end = 1 + int(words[0])
-            polygons.append([int(w) for w in lines.take(end, words)[1:end]])
+            polygons.append(numbers(lines.take(end, words)[1:end], int))
         lines.end()
+        require(size == 3 or vertices[:, 3].all(), 'vertices divided by 0')
     return vertices[:, :3] / (vertices[:, 3:] if size == 4 else 1), polygons
 
 
 STL_ROW = np.dtype([('normal', '<f4', 3), ('corners', '<f4', (3, 3)), ('attribute', '<u2')])
-STL_FACET = ('facet normal 0 0 0 outer loop vertex 0 0 0 vertex 0 0 0 vertex 0 0 0 endloop '
+STL_FACET = ('facet normal * * * outer loop vertex 0 0 0 vertex 0 0 0 vertex 0 0 0 endloop '
              'endfacet').split()
 
 
 def text_corners(data):
     """Corners (F,3,3) of a text STL, one or several solids."""
-    numbers, place, inside = [], 0, False
-    with Lines(data) as lines:
+    places, place, inside = [], 0, False
+    with Lines(data, comment='$^') as lines:
         for words in lines.rows:
             if words[0].lower() == ('endsolid' if inside else 'solid') and not place:
                 inside, words = not inside, ()  # a name may follow
             for word in words:
                 wanted = STL_FACET[place]
-                require(inside and wanted in ('0', word.lower()), f'{word} is out of place')
+                require(inside and wanted in ('*', '0', word.lower()), f'{word} is out of place')
                 if wanted == '0':
-                    numbers.append(float(word))
+                    places += numbers([word])
                 place = (place + 1) % len(STL_FACET)
         require(not inside, 'the file is cut short')
-    return np.reshape(numbers, (-1, 4, 3))[:, 1:]
+    return np.reshape(places, (-1, 3, 3))
 
 
 def read_stl(data):
     """STL, binary or text; corners at the same place become one vertex."""
     count = int.from_bytes(data[80:84], 'little')
-    if len(data) == 84 + count * STL_ROW.itemsize:  # text may begin with any 80 bytes, too
+    size = 84 + count * STL_ROW.itemsize
+    if len(data) == size:  # text may begin with any 80 bytes, too
         corners = np.frombuffer(data, STL_ROW, count, 84)['corners']
     else:
+        require(b'\0' not in data.rstrip(b'\0'), f'{len(data)} bytes, where a binary STL of '
+                f'{count} facets has {size}')
         corners = text_corners(data)
     vertices, index = np.unique(corners.reshape(-1, 3), axis=0, return_inverse=True)
     return vertices, index.reshape(-1, 3).tolist()
@@ -2210,9 +2221,9 @@ def ply_row(properties, take):
 def text_table(lines, count, properties):
     """[{property: numbers}] of `count` lines."""
     def take(kind, count):
-        numbers, words[:] = [float(w) for w in words[:count]], words[count:]
-        require(len(numbers) == count, 'fewer numbers than the header names')
-        return numbers
+        found, words[:] = numbers(words[:count]), words[count:]
+        require(len(found) == count, 'fewer numbers than the header names')
+        return found
     rows = []
     for _ in range(count):
         words = lines.take()
@@ -2237,10 +2248,12 @@ def binary_table(stream, order, count, properties):
 
 def ply_header(data):
     """Format, [(element, count, [(property, types)])] and the length of the header."""
-    found = re.match(rb'(?s)ply[ \t]*(\r\n?|\n)(.*?\1)??end_header[ \t]*\1', data)
+    # Where lines end in \r alone, a \n behind the header belongs to the numbers.
+    found = re.match(rb'(?s)ply[ \t]*(?:(\r)(?!\n)|\r?\n)(.*?[\r\n])??'
+                     rb'end_header[ \t]*(?(1)\r|\r?\n)', data)
     require(found, 'no PLY header')
     form, elements = '', []
-    for line in (found[2] or b'').decode('ascii', 'replace').split(found[1].decode()):
+    for line in re.split('[\r\n]+', (found[2] or b'').decode('ascii', 'replace')):
         match line.split():
             case 'format', form, *_:
                 pass
@@ -2266,6 +2279,11 @@ def read_ply(data):
     """PLY, text or binary of either byte order; only positions, faces and strips are kept."""
     data = data.removeprefix(codecs.BOM_UTF8)
     form, elements, start = ply_header(data)
+    lists = {element: [name for name, types in properties if len(types) == 2
+                       and name in ('vertex_indices', 'vertex_index')]
+             for element, count, properties in elements
+             if element in ('face', 'tristrips') and count}
+    require(all(lists.values()), 'faces without vertex_indices')
     if form == 'ascii':
         with Lines(re.sub(rb'[^\r\n]', b'', data[:start]) + data[start:]) as lines:
             tables = {name: text_table(lines, *rest) for name, *rest in elements}
@@ -2276,8 +2294,8 @@ def read_ply(data):
         tables = {name: binary_table(stream, order, *rest) for name, *rest in elements}
         require(not stream.read().strip(), 'more bytes than the header counts')
     vertices = np.array([[row[axis][0] for row in tables['vertex']] for axis in 'xyz']).T
-    faces, strips = ([row.get('vertex_indices') or row.get('vertex_index') or []
-                      for row in tables.get(name, [])] for name in ('face', 'tristrips'))
+    faces, strips = ([row[lists[name][0]] for row in tables[name]] if name in lists else []
+                     for name in ('face', 'tristrips'))
     return vertices, faces + [t for strip in strips for t in strip_triangles(strip)]
 
 
@@ -2286,15 +2304,21 @@ def read_array(data):
     loaded = np.load(io.BytesIO(data))
     points = loaded if isinstance(loaded, np.ndarray) else loaded['points']
     *rows, columns = points.shape
-    require(3 <= columns <= min(np.prod(rows), POINT_COLUMNS),
+    require(rows and 3 <= columns <= max(3, min([POINT_COLUMNS, *(n for n in rows if n > 1)])),
             f'an array of shape {points.shape}, where (..., 3) is needed')
     return points.reshape(-1, columns)[:, :3], []
 
 
 def read_text(data):
-    """Points as text, a line each, that begins with three numbers."""
-    with Lines(re.sub(b'[,;]', b' ', data)) as lines:
-        return [[float(w) for w in words[:3]] for words in lines.rows], []
+    """Points as text, a line each, that begins with three numbers, between spaces, , or ;."""
+    points = []
+    with Lines(data) as lines:
+        for words in lines.rows:
+            line = ' '.join(words)
+            separator = next((c for c in ';,' if c in line), None)
+            x, y, z = numbers((line.split(separator) + [''] * 3)[:3])
+            points.append((x, y, z))
+    return points, []
 
 
 POINT_COLUMNS = 16  # places, normals, colours and the like; more are another axis
@@ -2379,7 +2403,7 @@ def read_geometry(path):
     suffix = path.suffix.lower()
     require(suffix in readers, f'{path}: neither a mesh ({" ".join(MESH_READERS)}) nor points '
             f'({" ".join(CLOUD_READERS)})')
-    data = path.read_bytes()
+    data = common.regular(path).read_bytes()
     try:
         vertices, polygons = readers[suffix](data)
         vertices = np.asarray(vertices, 'float64').reshape(-1, 3)
@@ -2633,13 +2657,14 @@ def sample_mesh(path, folder, recipe):
     n, near = recipe['points'], recipe['near']
     rng = common.seeded('mesh', recipe['seed'], folder.name)
     points, normals = surface_points(vertices, faces, n, rng)
+    for part in ('points', 'near'):  # what is stopped here is made again
+        (folder / f'{part}.npz').unlink(missing_ok=True)
     volume = rng.uniform(-HALF_BOX, HALF_BOX, (n, 3)).astype('float16')
     close = near_points(points[:near], HALF_BOX, rng).astype('float16')
     w = winding_number(np.concatenate([volume, close]).astype('float32'), vertices, faces)
     w, w_near = np.split(w.abs().numpy(), [n])  # a mesh turned inside out is the same solid
     save_npz(folder / 'pointcloud.npz', points=points.astype('float16'),
              normals=normals.astype('float16'), loc=loc, scale=scale)
-    (folder / 'near.npz').unlink(missing_ok=True)
     if near:
         save_npz(folder / 'near.npz', points=close, occupancies=np.packbits(w_near > 0.5))
     save_npz(folder / 'points.npz', points=volume, occupancies=np.packbits(w > 0.5), loc=loc,
@@ -2656,6 +2681,8 @@ def mesh_recipe(path, args):
 def solid_shares(folder, recipe):
     """Shares of points inside and of ambiguous ones, if what `recipe` makes is there, or None."""
     try:
+        for part in ['pointcloud'] + ['near'] * bool(recipe['near']):
+            np.load(folder / f'{part}.npz')['points']
         with np.load(folder / 'points.npz') as stored:
             if str(stored['recipe']) == json.dumps(recipe):
                 inside = np.unpackbits(stored['occupancies'])[:len(stored['points'])]
@@ -2677,12 +2704,15 @@ def find_meshes(root, classes):
     """{(class, id): path} of the meshes below a folder, and in words what else is there.
 
     The class is that of `classes`, or that folder. The id is what lies below the class, less the
-    parts that all paths share: the ID of SYNSET/ID/models/model_normalized.obj.
+    parts that all paths of its depth share: the ID of SYNSET/ID/models/model_normalized.obj.
     """
     root = Path(root)
     require(root.is_dir(), f'{root}: no such folder')
     files = Folder(root, suffixes=tuple(MESH_READERS))
-    names = [n for n in files.names if (root / n).is_file()]  # a link may lead nowhere
+    there = [n for n in files.names if (root / n).is_file()]
+    names = sorted(first_names(there, root.joinpath).values(), key=natural)
+    files.passed += {'links that lead nowhere, or pipes': len(files.names) - len(there),
+                     'other names (links) of those there': len(there) - len(names)}
     require(names, f'{root}: no meshes ({" ".join(MESH_READERS)}) in it')
     found = {}
     for name, key in zip(names, telling_parts([n.split('/') for n in names])):
@@ -2697,12 +2727,19 @@ def find_meshes(root, classes):
 
 
 def telling_parts(paths):
-    """Ids of paths, lists of parts: those behind the first in which they differ, joined by '__'."""
+    """Ids of paths, lists of parts: those behind the first in which they differ, joined by '__'.
+
+    Paths of one depth are compared: a stray one, which keeps all its parts, renames no others.
+    """
     paths = [[*parts[1:-1], os.path.splitext(parts[-1])[0]] for parts in paths]
-    if len({*map(len, paths)}) == 1:
-        telling = [k for k, column in enumerate(zip(*paths)) if len({*column}) > 1]
-        paths = [[parts[k] for k in telling or [0]] for parts in paths]
-    return ['__'.join(parts) for parts in paths]
+    telling = {}
+    for depth in {*map(len, paths)}:
+        alike = [parts for parts in paths if len(parts) == depth]
+        stray = len(alike) == 1 < len(paths)
+        telling[depth] = [k for k, column in enumerate(zip(*alike))
+                          if stray or len({*column}) > 1] or [0]
+    ids = ['__'.join(parts[k] for k in telling[len(parts)]) for parts in paths]
+    return [re.sub(r'[\r\n]', '_', i) for i in ids]  # they become the lines of lists
 
 
 def doubt(inside, ambiguous):
@@ -2713,7 +2750,11 @@ def doubt(inside, ambiguous):
 
 
 def write_lists(out, keys, args):
-    """Write {train,val,test}.lst of each class and metadata.yaml, as JSON; 'how many side, ...'."""
+    """Write {train,val,test}.lst of each class and metadata.yaml, as JSON; 'how many side, ...'.
+
+    Classes that an earlier call made of the same folder, and that are not there any more, lose
+    their lists.
+    """
     first = divide(['/'.join(k) for k in keys], args.split, args.group, args.seed)
     second = divide(first['train'], args.split, args.group, args.seed + 1)
     sides = dict(train=second['train'], val=second['test'], test=first['test'])
@@ -2723,8 +2764,15 @@ def write_lists(out, keys, args):
             ids = [n.removeprefix(f'{group}/') for n in members if n.startswith(f'{group}/')]
             text = ''.join(f'{i}\n' for i in ids)
             common.write_text(out / group / f'{side}.lst', text)
-    text = json.dumps({g: dict(id=g, name=SHAPENET.get(g, g)) for g in groups}, indent=1)
-    common.write_text(out / 'metadata.yaml', text)
+    about, source = out / 'metadata.yaml', str(Path(args.folder).resolve())
+    before = common.parse_json(common.salvaged(about))
+    for group, entry in before.items():
+        if group not in groups and isinstance(entry, dict) and entry.get('folder') == source:
+            for side in sides:
+                (out / group / f'{side}.lst').unlink(missing_ok=True)
+    made = {g: dict(id=g, name=SHAPENET.get(g, g), folder=source) for g in groups}
+    kept = {g: entry for g, entry in before.items() if [*(out / g).glob('*.lst')]}
+    common.write_text(about, json.dumps(kept | made, indent=1))
     return ', '.join(f'{len(members)} {side}' for side, members in sides.items())
 
 
@@ -2751,7 +2799,7 @@ def mesh(args):
     bad = {k: r for k, r in results.items() if isinstance(r, str)}
     doubts = {k: doubt(*r) for k, r in results.items() if k not in bad and doubt(*r)}
     for key, why in (bad | doubts).items():
-        print(f'{"/".join(key)}: {why}')
+        print(common.printable(f'{"/".join(key)}: {why}'))
     keys = [k for k in results if k not in bad and (args.keep or k not in doubts)]
     if not keys or len(bad) >= 3 and len(bad) > len(results) / 100:
         raise ValueError(f'{args.folder}: {len(bad)} of {len(results)} meshes cannot be read, '
@@ -2759,7 +2807,7 @@ def mesh(args):
     sides = write_lists(out, keys, args)
     print('; '.join(filter(None, (
         f'{out}: {sides}', f'{len(bad)} unreadable, {len(doubts)} doubtful, '
-        + ('kept' if args.keep else 'left out of the lists'), others))))
+        + ('kept' if args.keep else 'left out of the lists'), common.printable(others)))))
 
 
 # ---- data sets of shapes -------------------------------------------------------------------------
@@ -2914,20 +2962,21 @@ class FileShapes(FileItems, Shapes):
     def __init__(self, name, root, selection, classes=None, **options):
         super().__init__(**options)
         place, self.folders = find_shapes(root, classes)
-        self.groups = sorted({n.split('/')[0] for n in self.folders})
+        lists = {'train': [], 'val': [], 'test': []}
+        for side, group in product(lists, sorted({n.split('/')[0] for n in self.folders})):
+            file = place / group / f'{side}.lst'
+            lines = common.read_text(file).split('\n') if file.exists() else []
+            lists[side] += [f'{group}/{n if f"{group}/{n}" in self.folders else n.strip()}'
+                            for n in lines if n.strip()]
+        given = lists['train'] and lists['test']
+        listed = {*sum(lists.values(), [])} if given else self.folders
+        official = {side: lists[side] for side in ('train', 'test')} if given else None
+        self.groups = sorted({n.split('/')[0] for n in listed})
         try:  # metadata.yaml if it is JSON, as ours
             known = json.loads(common.read_text(place / 'metadata.yaml'))
             self.titles = [known[g]['name'].split(',')[0] for g in self.groups]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             self.titles = self.groups
-        lists = {'train': [], 'val': [], 'test': []}
-        for side, group in product(lists, self.groups):
-            file = place / group / f'{side}.lst'
-            lines = common.read_text(file).splitlines() if file.exists() else []
-            lists[side] += [f'{group}/{line.strip()}' for line in lines if line.strip()]
-        given = lists['train'] and lists['test']
-        listed = {*sum(lists.values(), [])} if given else self.folders
-        official = {side: lists[side] for side in ('train', 'test')} if given else None
         self.select([n for n in self.folders if n in listed], root, selection, official)
         self.labels = [self.groups.index(n.split('/')[0]) for n in self.names]
         if given and not selection.holdout and lists['val']:
@@ -3076,7 +3125,7 @@ class SrnScene(SceneFiles):
     @staticmethod
     def numbers(path):
         try:
-            lines = common.read_text(regular(path)).split('\n')
+            lines = common.read_text(path).split('\n')
             return [[float(w) for w in line.split()] for line in lines if line.strip()]
         except (OSError, ValueError):
             raise ValueError(f'{path.parent.name}/{path.name}: missing, or not numbers; unpack '
@@ -3105,7 +3154,7 @@ class ArrayScene(SceneFiles):
     @staticmethod
     def applies(path):
         try:
-            with zipfile.ZipFile(path) as file:
+            with zipfile.ZipFile(common.regular(path)) as file:
                 return {'images.npy', 'cam_poses.npy', 'data.npy'} <= {*file.namelist()}
         except (OSError, zipfile.BadZipFile):
             return False
@@ -3851,7 +3900,7 @@ def check(args):
         print(f'{name}: computed; ' + ', '.join(f'{k} {v[0]}' for k, v in dataset.splits().items()))
     else:
         dataset.verify()
-        print(f'{name} at {dataset.place}', *dataset.describe(), sep='\n')
+        print(f'{name} at {dataset.place}', *map(common.printable, dataset.describe()), sep='\n')
     wide = dataset.inspect(0, args.res).shape[2] // args.res
     shown = common.evenly_spaced(len(dataset), max(48 // wide, 12))
     save_grid(out, torch.stack([dataset.inspect(i, args.res) for i in shown]), 8)
@@ -3888,7 +3937,7 @@ def main():
         'where folders do not tell')
     add('--out', default='data/shape', help='folder to write')
     add('--points', type=common.at_least(8, int), default=100_000, help='points on the surface '
-        'and in the box, each; a multiple of 8')
+        'and in the box, each')
     add('--near', type=common.at_least(0, float), default=0.5, help='points close to the surface, '
         'for train_vae.py --near, as a share of --points, at most 1')
     add('--split', default='0.1', help='fraction for val.lst and again for test.lst')

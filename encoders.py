@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import require
+from common import regular, require
 from inr import PLANES
 
 
@@ -420,7 +420,7 @@ def read_tensors(path, wanted):
     holds none.
     """
     try:
-        if Path(path).suffix == '.safetensors':
+        if regular(path).suffix == '.safetensors':
             state = read_safetensors(path)
         elif is_torchscript(path):
             with warnings.catch_warnings():
@@ -644,7 +644,7 @@ class BPETokenizer:
         path = Path(path)
         try:
             opener = gzip.open if path.suffix == '.gz' else open
-            with opener(path, 'rt', encoding='utf-8') as file:
+            with opener(regular(path), 'rt', encoding='utf-8') as file:
                 merges = [tuple(line.split()) for line in file.read().splitlines()[1:48895]]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f'{path}: not the merges of a BPE vocabulary ({error})') from None
@@ -734,7 +734,7 @@ class StoredReader:
 
     def __init__(self, path, device='cpu'):
         try:
-            with np.load(path) as file:
+            with np.load(regular(path)) as file:
                 texts, features = file['texts'].tolist(), file['features']
         except Exception as error:  # half a dozen types; all mean the same to a user
             raise ValueError(f'{path}: not an .npz of texts and features ({error})') from None

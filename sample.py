@@ -500,8 +500,9 @@ ONE = '--export: writes one sample; give --num 1, or one thing to --reconstruct'
 
 def check_flags(args):
     """Refuse what no run can do."""
-    common.require(args.num * max(args.interpolate, 1) <= MOST, f'--num {args.num}: at most '
-                   f'{MOST:,} things at once; repeat the command with another --seed')
+    asked = f'--num {args.num}' + f', --interpolate {args.interpolate}' * bool(args.interpolate)
+    common.require(args.num * max(args.interpolate, 1) <= MOST, f'{asked}: at most {MOST:,} things '
+                   'at once; repeat the command with another --seed')
     common.require(args.eta is None or args.sampler in ('', 'sde-dpmpp'),
                    f'--eta {args.eta}: for sde-dpmpp alone')
     common.require(not args.interpolate or args.num > 1 and args.eta is None and

@@ -366,9 +366,10 @@ def test_checkpoints_that_cannot_be_used(tmp_path):
     assert common.load_checkpoint(good, 'vae')['step'] == 1
 
 
-@pytest.mark.mutation('common.py', "if missing := lacking(state, CONTENTS.get(str(state['kind']), {})):",
-                      'if missing := []:')
+@pytest.mark.mutation('common.py', "missing = lacking(state, CONTENTS.get(str(state['kind']), {}))",
+                      'missing = []')
 @pytest.mark.mutation('common.py', "[] if isinstance(found, wanted) else [name]", '[]')
+@pytest.mark.mutation('common.py', "state.get('step', 0) < 0", 'False')
 @pytest.mark.mutation('common.py', "    if not isinstance(found, dict):\n        return [name]\n",
                       '    if not isinstance(found, dict):\n        return []\n')
 def test_incomplete_checkpoints_name_what_they_lack(tmp_path):
@@ -394,6 +395,9 @@ def test_incomplete_checkpoints_name_what_they_lack(tmp_path):
                 assert '--restart' in str(caught.value) and '\n' not in str(caught.value)
                 tried += 1
     assert tried > 60
+    torch.save(checkpoint(step=-5), path)
+    with pytest.raises(ValueError, match='damaged, without a step that counts'):
+        common.load_checkpoint(path)
 
 
 @pytest.mark.mutation('common.py', 'except Exception as error:\n        reason',
@@ -910,6 +914,19 @@ def test_names_that_the_terminal_cannot_encode(monkeypatch):
     except SystemExit:
         pytest.fail('the list has ended the program')
     assert written.getvalue() == b'skipped: b\\xe4r\\udcff.png: broken\nskipped: c: gone\n'
+
+
+@pytest.mark.mutation('common.py', "return printable(' '.join(text.split()))",
+                      "return ' '.join(text.split())")
+@pytest.mark.mutation('common.py', "printable(f'skipped", "(f'skipped")
+@pytest.mark.mutation('common.py', "printable(f'note", "(f'note")
+def test_names_do_not_command_the_terminal(capsys):
+    with pytest.raises(SystemExit):
+        common.run(mock.Mock(side_effect=ValueError('a\x1b[31m\x9b1m\rb.png: gone')))
+    common.list_notes(['\x1b[2J'], [('\x07\x1b]0;', 'x')])
+    out, err = capsys.readouterr()
+    assert err == 'error: a\\x1b[31m\\x9b1m b.png: gone\n'
+    assert out == 'note: \\x1b[2J\nskipped: \\x07\\x1b]0;: x\n'
 
 
 @pytest.mark.mutation('common.py', 'with tempfile.TemporaryFile(dir=folder) as file:',

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 import common
 import data
+import encoders
 import metrics
 
 FULL = torch.tensor([[-1.0, 1.0], [-1.0, 1.0]])
@@ -205,7 +206,7 @@ def test_every_mode_becomes_rgb(tmp_path):
         assert np.abs(got - np.array(expected)).max() <= name.endswith('jpg'), (name, got[0, 0])
 
 
-@pytest.mark.mutation('data.py', 'TURNS.get(im.getexif().get(0x112))', 'None')
+@pytest.mark.mutation('data.py', 'turn = im.getexif().get(0x112)', 'turn = None')
 def test_exif_orientation_is_applied(tmp_path):
     upright = noise(24, 24)
     stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
@@ -288,7 +289,10 @@ TURNED = {  # EXIF that turns: every value but the orientation is one that canno
     'unknown type': exif((0x9999, 77, 1, b'abcd')), 'inner': exif((0x8769, 4, 1, b'\x08\0\0\0')),
     'far': exif((0x8769, 4, 1, b'\xff' * 4))}
 PLAIN = {'none': b'', 'garbage': b'no TIFF', 'cut': exif()[:14], 'odd': exif(orientation=9),
-         'nowhere': b'II*\0' + b'\xff' * 4, 'big': b'II+\0' + exif()[4:]}
+         'nowhere': b'II*\0' + b'\xff' * 4, 'big': b'II+\0' + exif()[4:],
+         'a float': exif().replace(struct.pack('<HHIHH', 0x112, 3, 1, 6, 0),
+                                   struct.pack('<HHIf', 0x112, 11, 1, 6))}
+XMP = (b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
 ODD_CHUNKS = {
     'pHYs': chunk(b'pHYs', b'\0'), 'cHRM': chunk(b'cHRM', b'abc'), 'sRGB': chunk(b'sRGB', b''),
     'iCCP': chunk(b'iCCP', b'name\0\5abc'), 'no iCCP': chunk(b'iCCP', b''),
@@ -310,9 +314,10 @@ def encoded(picture, suffix, **options):
 
 
 @pytest.mark.mutation('data.py', '        turn = None\n', '        raise\n')
-@pytest.mark.mutation('data.py', 'im.getexif().get(0x112)', 'im.getexif().tobytes() and 6')
+@pytest.mark.mutation('data.py', '= im.getexif().get(0x112)', '= im.getexif().tobytes() and 6')
 @pytest.mark.mutation('data.py', "('tRNS eXIf acTL fcTL fdAT', 'tRNS eXIf', 'eXIf')", "('tRNS',)")
 @pytest.mark.mutation('data.py', "'e1 ee', 'e0 e1', 'e1')", "'ee', 'e0')")
+@pytest.mark.mutation('data.py', 'if isinstance(turn, int) and turn in', 'if turn in')
 def test_metadata_turn_a_picture_and_no_more(tmp_path):
     upright = noise(16, 24)
     jpeg, png = encoded(upright, 'jpeg'), encoded(upright, 'png')
@@ -332,10 +337,25 @@ def test_metadata_turn_a_picture_and_no_more(tmp_path):
             assert np.array_equal(got, np.rot90(upright, -1) if turned else upright), name
 
 
+@pytest.mark.mutation('data.py', "('xmp', 'XML:com.adobe.xmp')", "('XML:com.adobe.xmp',)")
+@pytest.mark.mutation('data.py', "('xmp', 'XML:com.adobe.xmp')", "('xmp',)")
+def test_xmp_turns_no_picture(tmp_path):
+    """As in browsers."""
+    upright = noise(16, 24)
+    jpeg, png = encoded(upright, 'jpeg'), encoded(upright, 'png')
+    body = b'http://ns.adobe.com/xap/1.0/\0' + XMP
+    assert np.array_equal(tried(tmp_path / 'a.jpg', jpeg[:2] + segment(0xe1, body) + jpeg[2:]),
+                          np.asarray(Image.open(io.BytesIO(jpeg))))
+    text = chunk(b'iTXt', b'XML:com.adobe.xmp\0\0\0\0\0' + XMP)
+    assert np.array_equal(tried(tmp_path / 'a.png', png[:33] + text + png[33:]), upright)
+    content = encoded(upright, 'webp', lossless=True, xmp=XMP)
+    assert np.array_equal(tried(tmp_path / 'a.webp', content), upright)
+
+
 @pytest.mark.mutation('data.py', 'for data in without_metadata(data):', 'for data in ():')
 @pytest.mark.mutation('data.py', 'kept in choices:', 'kept in choices[:1]:')
 @pytest.mark.mutation('data.py', "if needed or zlib", "if True or zlib")
-@pytest.mark.mutation('data.py', "if not isinstance(im.info.get('xmp'), bytes):", 'if False:')
+@pytest.mark.mutation('data.py', "for key in ('xmp', 'XML:com.adobe.xmp'):", 'for key in ():')
 def test_what_pillow_stumbles_over_is_left_out(tmp_path):
     picture = noise(16, 24)
     jpeg, png = encoded(picture, 'jpeg'), encoded(picture, 'png')
@@ -420,9 +440,9 @@ def test_a_zip_is_a_folder(folder, monkeypatch):
 
 @pytest.mark.mutation('data.py', '            if place in seen:\n', '            if False:\n')
 @pytest.mark.mutation('data.py', 'todo.append if link else todo.appendleft', 'todo.appendleft')
-@pytest.mark.mutation('data.py', 'first.setdefault(identity(self.path_of(name)), (side, name))',
-                      'first.setdefault(name, (side, name))')
-@pytest.mark.mutation('data.py', 'key=lambda n: os.path.islink(self.path_of(n))', 'key=natural')
+@pytest.mark.mutation('data.py', 'found.setdefault(identity(path_of(name)), name)',
+                      'found.setdefault(name, name)')
+@pytest.mark.mutation('data.py', 'key=lambda n: os.path.islink(path_of(n))', 'key=natural')
 def test_a_picture_with_several_names_is_used_once(folder):
     """By links of folders, of files, and hard ones; the name that is no link stays."""
     os.symlink('set', folder.parent / 'other')
@@ -441,8 +461,8 @@ def test_a_picture_with_several_names_is_used_once(folder):
                              'passed over: 3 folders under a second name']
 
 
-@pytest.mark.mutation('data.py', "for side in ('test', 'train'):\n            for name in sorted(",
-                      "for side in ('train', 'test'):\n            for name in sorted(")
+@pytest.mark.mutation('data.py', "(side, name) for side in ('train', 'test')",
+                      "(side, name) for side in ('test', 'train')")
 @pytest.mark.mutation('data.py', 'for n in dict.fromkeys(names) if (side, n) in used]',
                       'for n in names if (side, n) in used]')
 @pytest.mark.mutation('data.py', "self.header(n) if n in known else\n",
@@ -512,31 +532,55 @@ def pipe(tmp_path):
     done.set()
 
 
-@pytest.mark.mutation('data.py', 'if not path.is_file() and path.exists():', 'if path.is_dir():')
-@pytest.mark.mutation('data.py', 'isinstance(file, Path) and regular(file)',
+@pytest.mark.mutation('common.py', 'if not Path(path).is_file() and Path(path).exists():',
+                      'if Path(path).is_dir():')
+@pytest.mark.mutation('common.py', 'return regular(path).read_text', 'return Path(path).read_text')
+@pytest.mark.mutation('data.py', 'isinstance(file, Path) and common.regular(file)',
                       'isinstance(file, Path)')
 @pytest.mark.mutation('data.py', 'require(root.is_dir() or root.is_file(), f', 'require(True, f')
-def test_pipes_are_not_waited_for(folder, pipe):
+@pytest.mark.mutation('data.py', 'data = common.regular(path).read_bytes()\n    try',
+                      'data = path.read_bytes()\n    try')
+@pytest.mark.mutation('data.py', 'zipfile.ZipFile(common.regular(path))', 'zipfile.ZipFile(path)')
+@pytest.mark.mutation('data.py', "open(common.regular(self.root / name), 'rb')",
+                      "open(self.root / name, 'rb')")
+@pytest.mark.mutation('encoders.py', 'if regular(path).suffix', 'if Path(path).suffix')
+@pytest.mark.mutation('encoders.py', 'np.load(regular(path))', 'np.load(path)')
+def test_pipes_are_not_waited_for(folder, pipe, monkeypatch):
+    """In whatever a user can name, or has in a folder."""
     os.symlink(pipe, folder / 'x.png')
     why = 'a folder, pipe or device where a file is needed'
-    assert pictures(folder).bad == [('x.png', f'OSError: {why}')]
+    assert pictures(folder).bad == [('x.png', f'OSError: {folder}/x.png: {why}')]
     with pytest.raises(ValueError, match='pipe: neither a folder nor a file'):
         pictures(pipe)
+    for suffix in ('obj', 'xyz', 'npy', 'npz', 'safetensors'):
+        os.symlink(pipe, pipe.with_name(f'x.{suffix}'))
+    x = str(pipe.with_name('x.'))
+    for read in (lambda: data.read_mesh(x + 'obj'), lambda: data.read_cloud(x + 'xyz', 9),
+                 lambda: data.read_split(pipe), lambda: data.read_captions(pipe),
+                 lambda: data.read_classes(pipe), lambda: common.read_text(pipe),
+                 lambda: data.Folder(pipe.parent, ['x.npy']).stream('x.npy'),
+                 lambda: encoders.read_tensors(x + 'safetensors', ''),
+                 lambda: encoders.StoredReader(x + 'npz')):
+        with pytest.raises((ValueError, OSError), match=f'OSError|{why}'):
+            read()
+    monkeypatch.setattr(zipfile, 'ZipFile', lambda path: pytest.fail('it would wait'))
+    assert not data.ArrayScene.applies(pipe.with_name('x.npz'))
 
 
 @pytest.mark.mutation('data.py', '.webp .avif', '.webp')
 @pytest.mark.mutation('data.py', "text and f'passed over", "'' and f'passed over")
+@pytest.mark.mutation('data.py', 'self.passed.most_common()', 'self.passed.most_common(9)')
 def test_formats_and_what_is_passed_over(folder, monkeypatch, capsys):
     for suffix in 'avif jpe pnm apng pbm'.split():
         picture = Image.fromarray(noise(24, 24))
         picture.convert('1' if suffix == 'pbm' else 'RGB').save(folder / f'x.{suffix}')
-    for name in ('a.heic', 'b.HEIC', 'set.zip', 'README', '.hidden'):
+    for name in ('a.heic', 'b.HEIC', 'set.zip', 'README', '.hidden', *(f'a.{k}' for k in range(9))):
         (folder / name).write_text('x')
     check(monkeypatch, folder, '--res', 16, '--out', folder.parent / 'a.png')
     text = capsys.readouterr().out
     assert '16 RGB' in text and 'bad       0 files' in text
-    assert ('passed over: 2 .heic, 1 files without suffix, 1 .zip (to read a zip, name the zip '
-            'itself)') in text
+    assert 'passed over: 2 .heic, 1 files without suffix, 1 .0, 1 .1, ' in text
+    assert '.8, 1 .zip (to read a zip, name the zip itself)' in text
     (folder / 'only').mkdir()
     shutil.copy(folder / 'set.zip', folder / 'only')
     with pytest.raises(ValueError, match='in it; passed over: 1 .zip .to read a zip, name'):
@@ -592,7 +636,7 @@ def test_unreadable_and_tiny_files_are_listed_and_skipped(folder):
 
 
 @pytest.mark.mutation('data.py', 'i = (i + 1) % len(self)', 'i = (i + 2) % len(self)')
-@pytest.mark.mutation('data.py', "tqdm.write(f'skipped: {self", "str(f'skipped: {self")
+@pytest.mark.mutation('data.py', "tqdm.write(common.printable(f'skipped: {self", "str((f'skipped: {self")
 def test_a_picture_that_fails_late_is_replaced_by_the_next(folder, capsys):
     cut(folder / 'p4.png')
     cut(folder / 'p11.png')

@@ -1,5 +1,6 @@
 """Meshes in data.py: file formats, points on a surface, the inside test, the prepared layout."""
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -69,7 +70,7 @@ FILES = {'a.obj': text_obj(), 'a.off': text_off('OFF\n8 6 12'), 'b.off': text_of
 
 @pytest.mark.mutation('data.py', 'p[:, [0, k, k + 1]]', 'p[:, [0, k + 1, k]]')
 @pytest.mark.mutation('data.py', 'c - 1 if c > 0 else len(vertices) + c', 'abs(c) - 1')
-@pytest.mark.mutation('data.py', "int(w.split('/')[0])", "int(w.split('/')[-1])")
+@pytest.mark.mutation('data.py', "numbers([w.split('/')[0] for", "numbers([w.split('/')[-1] for")
 @pytest.mark.mutation('data.py', "binary_big_endian='>'", "binary_big_endian='<'")
 @pytest.mark.mutation('data.py', 'lines.take(end, words)[1:end]',
                       'lines.take(end, words)[:end - 1]')
@@ -119,19 +120,26 @@ LEGAL = {
         ' '.join(map(str, [4, *q])) for q in QUADS)]).encode(),
     'wrapped.off': FILES['a.off'].replace(b'\n4 0 1 3 2 ', b'\n4 0 1\n3 2 '),
     'strips.ply': strips_ply(),
-    'comment.ply': FILES['b.ply'].replace(b'comment x', b'comment end_header')}
+    'comment.ply': FILES['b.ply'].replace(b'comment x', b'comment end_header'),
+    'joined_files.obj': text_obj().replace(b'\nv ', b'\n\xef\xbb\xbfv ', 1), 'padded.obj':
+    text_obj() + bytes(99), 'padded.off': FILES['a.off'] + bytes(9),
+    'bare.off': FILES['a.off'].replace(b'OFF\n', b''),
+    'mixed.ply': text_ply().replace(b'\n', b'\r\n', 3),
+    'undefined.stl': text_stl().replace(b'normal 0 0 0', b'normal -nan(ind) 1.#IND -1.#QNAN')}
 
 
-@pytest.mark.mutation('data.py', "data.decode('utf-8-sig', 'replace')",
-                      "data.decode('utf-8', 'replace')")
+@pytest.mark.mutation('data.py', ".replace('\\ufeff', '')", "")
+@pytest.mark.mutation('data.py', "data.rstrip(b'\\0').decode", "data.decode")
+@pytest.mark.mutation('data.py', "OFF)?(.*)'", "OFF)(.*)'")
+@pytest.mark.mutation('data.py', "re.split('[\\r\\n]+', (found", "re.split('\\r\\n', (found")
+@pytest.mark.mutation('data.py', "comment='$^'", "comment='#'")
 @pytest.mark.mutation('data.py', "re.sub('\\r\\n?', '\\n',", "re.sub('\\r\\n', '\\n',")
 @pytest.mark.mutation('data.py', 'while joined and line', 'while not joined and line')
-@pytest.mark.mutation('data.py', "self.split(re.sub('#.*', '', text)",
-                      "self.split(re.sub('#$', '', text)")
+@pytest.mark.mutation('data.py', "f'{comment}.*', ''", "f'{comment}$', ''")
 @pytest.mark.mutation('data.py', "size = 4 if '4' in", "size = 3 if '4' in")
 @pytest.mark.mutation('data.py', '(b, a, c) if turned', '(a, b, c) if turned')
 @pytest.mark.mutation('data.py', 'turned = False\n        else', 'pass\n        else')
-@pytest.mark.mutation('data.py', "wanted in ('0', word.lower())", "wanted in ('0', word)")
+@pytest.mark.mutation('data.py', "wanted in ('*', '0', word.lower())", "wanted in ('*', '0', word)")
 @pytest.mark.mutation('data.py', 'for word in words:\n                wanted',
                       'for word in words[:5]:\n                wanted')
 def test_what_the_formats_allow_gives_the_cube(tmp_path):
@@ -147,7 +155,17 @@ CUT = {
     'rows.ply': text_ply() + b'\n4 0 1 2 3',
     'word.ply': text_ply().replace(b'\n0 0 1', b'\n0 0 1 7'),
     'more.ply': FILES['b.ply'] + b'more', 'zero.obj': text_obj() + b'\nf 0 1 2',
-    'two.obj': text_obj() + b'\nv 1 2', 'back.obj': text_obj() + b'\nf -1 -2 -9'}
+    'two.obj': text_obj() + b'\nv 1 2', 'back.obj': text_obj() + b'\nf -1 -2 -9',
+    'zeros.obj': text_obj().replace(b'\nf', b'\n\0\0\0f', 1),
+    'wide.obj': text_obj().decode().encode('utf-16'),
+    'space.obj': text_obj() + '\n\u200bv 1'.encode(), 'python.obj': text_obj() + b'\nv 0 0 1_0',
+    'python.off': FILES['a.off'].replace(b' 0', b' 0_0', 1),
+    'python.ply': text_ply().replace(b'\n0 0 1', b'\n0 0 1_0'),
+    'python.stl': text_stl().replace(b'vertex 0', b'vertex 0_0', 1),
+    'far.off': b'4OFF 3 1\n0 0 0 1\n1 0 0 0\n0 1 0 1\n3 0 1 2',
+    'binary.stl': binary_stl()[:-7], 'scalars.ply': FILES['b.ply'].replace(
+        b'list uchar int vertex_indices', b'uchar n\n' + b'\n'.join(
+            b'property int %c' % c for c in b'abcd'))}
 
 
 @pytest.mark.mutation('data.py', "require(not inside, 'the file", "require(True, 'the file")
@@ -156,6 +174,10 @@ CUT = {
 @pytest.mark.mutation('data.py', 'require(not stream.read().strip()', 'require(True')
 @pytest.mark.mutation('data.py', 'require(0 not in corners', 'require(True')
 @pytest.mark.mutation('data.py', '0 <= min(corners) and', '-9 <= min(corners) and')
+@pytest.mark.mutation('data.py', 'require(key.isascii() and', 'require(True or')
+@pytest.mark.mutation('data.py', "require(not any('_' in w for w in words)", 'require(True')
+@pytest.mark.mutation('data.py', 'require(size == 3 or vertices[:, 3].all()', 'require(True')
+@pytest.mark.mutation('data.py', "require(b'\\0' not in data.rstrip(b'\\0')", 'require(True')
 @pytest.mark.mutation('data.py', "raise ValueError(f'line {self.number}: {error}')",
                       "raise ValueError(str(error))")
 def test_files_whose_counts_and_contents_disagree(tmp_path):
@@ -164,7 +186,9 @@ def test_files_whose_counts_and_contents_disagree(tmp_path):
         with pytest.raises(ValueError, match=name) as caught:
             data.read_mesh(tmp_path / name)
         assert '\n' not in str(caught.value)
-        assert 'line' in str(caught.value) or name in ('more.ply', 'back.obj')
+        told = {'more.ply': 'more bytes', 'back.obj': 'not there', 'scalars.ply': 'vertex_indices',
+                'binary.stl': '677 bytes, where a binary STL of 12 facets has 684'}
+        assert told.get(name, 'line') in str(caught.value)
 
 
 def comb(teeth=7):
@@ -233,7 +257,9 @@ def test_a_chevron_and_convex_polygons_keep_their_order():
 
 
 @pytest.mark.mutation('data.py', 'points.reshape(-1, columns)[:, :3]', 'points.reshape(-1, 3)')
-@pytest.mark.mutation('data.py', 'min(np.prod(rows), POINT_COLUMNS)', '99')
+@pytest.mark.mutation('data.py', '*(n for n in rows if n > 1)', '')
+@pytest.mark.mutation('data.py', "next((c for c in ';,' if c in line), None)",
+                      "',' if ',' in line else None")
 @pytest.mark.mutation('data.py', 'points[np.isfinite(points).all(1)]', 'points')
 def test_point_clouds_as_arrays(tmp_path):
     points = np.random.default_rng(0).normal(size=(60, 4))
@@ -249,12 +275,23 @@ def test_point_clouds_as_arrays(tmp_path):
         assert np.isfinite(cloud(points)).all()
     except ValueError as error:
         pytest.fail(str(error))
-    for wrong in (points[:, :3].T, points[:, :2], points[:, 0], points[:3, :3].T[:2],
-                  np.zeros((3, 20, 20)), np.full((9, 3), np.nan)):
+    for wrong in (points[:, :3].T, points[:, :2], points[:, 0], points[0], np.zeros((3, 20, 20)),
+                  np.full((9, 3), np.nan), points[:48, :1].reshape(3, 4, 4),
+                  points[:16].reshape(2, 4, 8), points[:48].reshape(2, 3, 32)):
         with pytest.raises(ValueError, match='a.npy'):
             cloud(wrong)
-    (tmp_path / 'a.xyz').write_bytes(b'\xef\xbb\xbf0,0,0\r\n1,2,3 # end\r\n')
-    assert sorted(data.read_geometry(tmp_path / 'a.xyz')[0].tolist()) == [[0, 0, 0], [1, 2, 3]]
+    path = tmp_path / 'a.xyz'
+    for rows in (b'\xef\xbb\xbf0,0,0\r\n1,2,3 # end\r\n', b'0 0 0\n1 , 2 ,3, 255',
+                 b'0\t0 0\n1;2;3;4;'):
+        path.write_bytes(rows)
+        try:
+            assert data.read_geometry(path)[0].tolist() == [[0, 0, 0], [1, 2, 3]]
+        except ValueError as error:
+            pytest.fail(str(error))
+    for rows in (b'0,1;0,2;0,3', b'0,1 0,2 0,3', b'0 0', b'0,0', b'0,,0', b'1_0 0 0'):
+        path.write_bytes(b'0 0 0\n' + rows)
+        with pytest.raises(ValueError, match='a.xyz.*line 2'):
+            data.read_geometry(path)
 
 
 @pytest.mark.mutation('data.py', 'digits = 7 + max(0, math.ceil(math.log10(farness(vertices))))',
@@ -475,7 +512,8 @@ def test_a_second_call_goes_on_where_the_first_stopped(meshes, capsys, monkeypat
 
 
 @pytest.mark.mutation('data.py', "if str(stored['recipe']) == json.dumps(recipe):", 'if True:')
-@pytest.mark.mutation('data.py', "(folder / 'near.npz').unlink(missing_ok=True)", 'pass')
+@pytest.mark.mutation('data.py', "(folder / f'{part}.npz').unlink(missing_ok=True)", 'pass')
+@pytest.mark.mutation('data.py', "np.load(folder / f'{part}.npz')['points']", 'pass')
 @pytest.mark.mutation('data.py', 'except Exception:  # nothing there',
                       'except OSError:  # nothing there')
 def test_what_was_made_otherwise_is_made_again(meshes, capsys):
@@ -497,9 +535,76 @@ def test_what_was_made_otherwise_is_made_again(meshes, capsys):
     on = np.abs(stored('pointcloud').astype(float))
     np.testing.assert_allclose(on.max(0), [1 / 18, 1 / 18, 1 / 2], atol=1e-3)
     assert Path('o/chair/m1/points.npz').read_bytes() == whole
+    Path('o/chair/m0/pointcloud.npz').unlink()
+    cloud = Path('o/chair/m1/pointcloud.npz')
+    cloud.write_bytes(cloud.read_bytes()[:-999])
+    prepare(capsys, '--seed', '1', '--near', '0')
+    try:
+        assert len(stored('pointcloud')) == len(np.load(cloud)['points']) == 4000
+    except Exception as error:
+        pytest.fail(f'not made again: {error}')
 
 
-@pytest.mark.mutation('data.py', 'if len({*column}) > 1]', 'if column]')
+@pytest.mark.mutation('data.py', "for part in ('points', 'near'):", "for part in ('near',):")
+def test_a_kill_leaves_no_points_of_another_mesh(meshes, capsys, monkeypatch):
+    """A mesh is replaced, the command killed between two files, and the first mesh put back."""
+    def stored(name):
+        return np.load(f'o/chair/m0/{name}.npz')['points'].astype(float)
+    prepare(capsys, '--near', '0')
+    first, save = Path('set/chair/m0.obj').read_bytes(), data.save_npz
+
+    def killed(path, **arrays):
+        save(path, **arrays)
+        if path.parts[-2:] == ('m0', 'pointcloud.npz'):
+            raise KeyboardInterrupt
+    data.write_mesh('set/chair/m0.obj', CORNERS * [1, 1, 9], TRIANGLES)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, 'save_npz', killed)
+        prepare(capsys, '--near', '0')
+    Path('set/chair/m0.obj').write_bytes(first)
+    prepare(capsys, '--near', '0')
+    on = np.abs(stored('pointcloud'))
+    np.testing.assert_allclose(on.max(0), [1 / 2, 1 / 4, 1 / 8], atol=1e-3)
+
+
+@pytest.mark.mutation('data.py', "(out / group / f'{side}.lst').unlink(missing_ok=True)", 'pass')
+@pytest.mark.mutation('data.py', "and entry.get('folder') == source", '')
+@pytest.mark.mutation('data.py', 'kept | made', 'made')
+@pytest.mark.mutation('data.py', "for n in listed})", "for n in self.folders})")
+def test_classes_come_and_go(meshes, capsys):
+    """A class that is renamed is not there twice; one made of another folder stays."""
+    prepare(capsys)
+    Path('more/lamp').mkdir(parents=True)
+    for k in range(4):
+        data.write_mesh(f'more/lamp/l{k}.obj', CORNERS, TRIANGLES)
+    Path('set/chair').rename('set/stool')
+    prepare(capsys)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('sys.argv', 'data.py mesh more --out o --points 100'.split())
+        data.main()
+    shapes = data.make_dataset('shape', 'o', 'all', near=0.0)
+    assert {n.split('/')[0] for n in sum(shapes.sides.values(), [])} <= {'lamp', 'stool', 'table'}
+    assert shapes.groups == shapes.titles == ['lamp', 'stool', 'table']
+    about = json.loads(Path('o/metadata.yaml').read_text())
+    assert {*about} == {'stool', 'table', 'lamp'}
+
+
+@pytest.mark.mutation('data.py', 'sorted(first_names(there, root.joinpath).values(), key=natural)',
+                      'there')
+@pytest.mark.mutation('data.py', 'os.path.islink(path_of(n))', '0')
+def test_a_mesh_with_several_names_is_used_once(meshes, capsys):
+    Path('set/chair/a.obj').symlink_to('m0.obj')
+    os.link('set/chair/m1.obj', 'set/table/z.obj')
+    *_, summary = prepare(capsys)
+    assert summary.endswith('; passed over: 2 other names (links) of those there')
+    ids = [i for g in ('chair', 'table') for side in lists(g).values() for i in side]
+    assert 'm0' in ids and 'a' not in ids and ('m1' in ids) != ('z' in ids)
+
+
+@pytest.mark.mutation('data.py', 'if stray or len({*column}) > 1]', 'if column]')
+@pytest.mark.mutation('data.py', 'if stray or len', 'if len')
+@pytest.mark.mutation('data.py', 'for parts in paths if len(parts) == depth', 'for parts in paths')
+@pytest.mark.mutation('data.py', "re.sub(r'[\\r\\n]', '_', i)", 'i')
 @pytest.mark.mutation('data.py', 'if (root / n).is_file()]', ']')
 @pytest.mark.mutation('data.py', 'name=SHAPENET.get(g, g)', 'name=g')
 def test_shapenet_as_it_is_unpacked(tmp_path, monkeypatch, capsys):
@@ -515,9 +620,14 @@ def test_shapenet_as_it_is_unpacked(tmp_path, monkeypatch, capsys):
         *told, summary = prepare(capsys)
     except (OSError, ValueError) as error:
         pytest.fail(str(error))
-    assert not told and summary.endswith('left out of the lists; passed over: 4 .glb')
+    assert not told and summary.endswith(
+        'left out of the lists; passed over: 4 .glb, 1 links that lead nowhere, or pipes')
     assert sorted(sum(lists('03001627').values(), [])) == [f'id{k}' for k in range(4)]
     assert json.loads(Path('o/metadata.yaml').read_text())['03001627']['name'] == 'chair'
+    data.write_mesh('set/03001627/a/stray\n.obj', CORNERS, TRIANGLES)
+    prepare(capsys)
+    assert sorted(sum(lists('03001627').values(), [])) == sorted(
+        ['a__stray_', *(f'id{k}' for k in range(4))])
 
 
 def test_meshes_that_cannot_be_prepared(meshes, capsys, tmp_path):

@@ -1392,7 +1392,7 @@ def test_misuse_is_one_line_and_writes_nothing(script, flags, words, broken):
 
 
 @pytest.mark.mutation('common.py', "{one_line(error)}', 2", "{one_line(error)}', 1")
-@pytest.mark.mutation('common.py', "return ' '.join(text.split())", "return text + '\\n'")
+@pytest.mark.mutation('common.py', "return printable(' '.join(text.split()))", "return text + '\\n'")
 @pytest.mark.mutation('common.py', 'print(message, file=sys.stderr)', 'print(message)')
 def test_errors_are_one_line_on_stderr_and_exit_with_2(broken, repo):
     for script, flags, *words in (MISUSE[0], MISUSE[-1]):

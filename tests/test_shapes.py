@@ -437,19 +437,35 @@ def test_occupancies_packed_or_one_by_one(shapenet):
         truth(inside)
 
 
-@pytest.mark.mutation('common.py', "encoding='utf-8-sig'", "encoding='utf-8'")
-def test_lists_with_a_byte_order_mark(shapenet):
+@pytest.mark.mutation('common.py', ".replace('\\ufeff', '')", '')
+def test_lists_with_byte_order_marks(shapenet):
     root, _ = shapenet
-    for file in root.glob('*/*.lst'):
-        file.write_text(file.read_text(), encoding='utf-8-sig')
+    for file in root.glob('*/*.lst'):  # as if it had been joined of several
+        file.write_text('\n'.join(f'\ufeff{line}' for line in file.read_text().split()), 'utf-8')
     (root / 'split.json').write_text(json.dumps(dict(test=['04379243/m6'])), encoding='utf-8-sig')
-    assert data.make_dataset('shapenet', root).names == [
-        '03001627/m0', '03001627/m1', '04379243/m4', '04379243/m5']
     try:
+        assert data.make_dataset('shapenet', root).names == [
+            '03001627/m0', '03001627/m1', '04379243/m4', '04379243/m5']
         held = data.make_dataset('shapenet', root, 'test', holdout=str(root / 'split.json'))
     except ValueError as error:
         pytest.fail(str(error))
     assert held.names == ['04379243/m6']
+
+
+@pytest.mark.mutation('data.py', 'n if f"{group}/{n}" in self.folders else n.strip()', 'n.strip()')
+@pytest.mark.mutation('data.py', "n if n in known else n.strip()", 'n.strip()')
+def test_names_may_begin_and_end_in_spaces(shapenet):
+    root, _ = shapenet
+    (root / '03001627/m0').rename(root / '03001627/ m\x0b0 ')
+    lines = root / '03001627/train.lst'
+    lines.write_text(lines.read_text().replace('m0', ' m\x0b0 ').replace('m1', ' m1\t'))
+    assert data.make_dataset('shapenet', root).names[:2] == ['03001627/ m\x0b0 ', '03001627/m1']
+    (root / 'split.txt').write_text(' 04379243/m5 \r\n03001627/ m\x0b0 \n\n')
+    try:
+        held = data.make_dataset('shapenet', root, 'test', holdout=str(root / 'split.txt'))
+    except ValueError as error:
+        pytest.fail(str(error))
+    assert held.names == ['03001627/ m\x0b0 ', '04379243/m5']
 
 
 def test_broken_shapes(shapenet, capsys):

@@ -344,8 +344,8 @@ def test_what_cannot_be_opened_is_listed(tmp_path):
 
 
 @pytest.mark.mutation('data.py', '            if place in seen:\n', '            if False:\n')
-@pytest.mark.mutation('data.py', 'first.setdefault(identity(self.path_of(name)), (side, name))',
-                      'first.setdefault(name, (side, name))')
+@pytest.mark.mutation('data.py', 'found.setdefault(identity(path_of(name)), name)',
+                      'found.setdefault(name, name)')
 def test_a_video_with_several_names_is_used_once(folder):
     """A frame that is a link to another one stays: it has its place in time."""
     (folder / 'v1/3.png').unlink()
