@@ -2365,8 +2365,10 @@ def clip_ears(p):
         a, b, c = p[[*corners(k)]]
         within = (turn(a, b, p[left]) > 1e-12) & (turn(b, c, p[left]) > 1e-12)
         return turn(a, b, c) >= 0 and not (within & (turn(c, a, p[left]) > -1e-12)).any()
-    while len(left) > 3:
-        k = next(filter(is_ear, range(len(left))), 0)  # every simple polygon has ears
+    k = 0
+    while (n := len(left)) > 3:
+        tried = (j % n for j in range(k - 1, k - 1 + n))  # from where the last ear was
+        k = next(filter(is_ear, tried), 0)  # every simple polygon has ears
         triangles.append(corners(k))
         del left[k]
     return [*triangles, left]
