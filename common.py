@@ -1,9 +1,9 @@
 """What the scripts share whatever the data are: flags, start-up, positions, checkpoints, the log.
 
-Randomness is a function of position, never of history: which item stands at stream position k, and
-how it is augmented, depends on (seed, k) alone, and the noise of step n, drawn for the whole global
-batch, on (seed, n). A resumed run, and a run on more processes, therefore see what one undisturbed
-process would have seen.
+Randomness is a function of position, never of history: which item stands at stream position k, how
+it is augmented, and the noise that it meets depend on (seed, k) alone. Each process draws for its
+own rows, on the device where that has generators. A resumed run, and a run on more processes or in
+smaller pieces, therefore see what one undisturbed process would have seen.
 """
 import argparse
 import contextlib
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,14 @@ def at_least(low, kind, high=None):
                                              + f' and at most {largest:g}' * (value > largest))
         return value
     parse.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return parse
+
+
+def or_auto(kind):
+    """Parser of what `kind` parses, or of the word auto."""
+    def parse(text):
+        return text if text == 'auto' else kind(text)
+    parse.__name__ = kind.__name__
     return parse
 
 
@@ -135,7 +144,9 @@ class Parser(argparse.ArgumentParser):
             if 'help' not in field.metadata or field.name in there:
                 continue
             kind, default, more = type(field.default), field.default, {}
-            if kind is bool:
+            if 'auto' in field.metadata:
+                kind = or_auto(at_least(0, int, field.metadata.get('high')))
+            elif kind is bool:
                 kind, more = parse_bool, dict(nargs='?', const=True)
             elif kind is tuple:
                 low = field.metadata.get('low', 1)
@@ -238,8 +249,10 @@ def run(main, stopped='stopped'):
 class RunConfig:
     """Flags that both training scripts have."""
     steps: int = flag(100_000, 'optimiser steps in all')
-    batch: int = flag(64, 'items a step, over all processes and accumulation rounds')
-    accumulate: int = flag(1, 'rounds of forward and backward a step is split into')
+    batch: int = flag(64, 'items a step, over all processes and rounds')
+    micro_batch: int = flag(0, 'items a device sees at once, a step in rounds of so many; 0 = its '
+                            'whole share of --batch, auto = as many as fit, by trying', auto=True,
+                            low=0)
     lr: float = flag(1e-4, 'peak learning rate of AdamW')
     lr_min: float = flag(1e-6, 'learning rate at the end of the cosine')
     lr_schedule: str = flag('cosine', 'after the warm-up', choices=('cosine', 'constant'))
@@ -252,7 +265,8 @@ class RunConfig:
                     choices=('auto', 'on', 'off'))
     compile: str = flag('auto', 'torch.compile; auto = on CUDA', choices=('auto', 'on', 'off'))
     device: str = flag('auto', 'cpu, cuda, cuda:1, ...; auto = CUDA if there is one')
-    workers: int = flag(0, 'data loading processes for each training process', high=1024)
+    workers: str = flag('auto', 'data loading processes for each training process; auto = none on '
+                        'CPU, else the cores over the processes, at most 8', auto=True, high=1024)
     log_every: int = flag(50, 'steps between lines of log.jsonl')
     eval_every: int = flag(500, 'steps between held-out measurements and sample pictures')
     save_every: int = flag(500, 'steps between checkpoints')
@@ -298,7 +312,13 @@ def start_process(device='auto', amp='off'):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f'--device {device}: not to be had here '
                          f'({str(error).splitlines()[0]})') from None
-    keep_freed_memory()
+    require(device[:3] != 'mps', f'--device {device}: has no float64, which the noise schedule '
+            'needs; take cpu')
+    if device[:4] == 'cuda':
+        torch.set_float32_matmul_precision('high')  # TF32 where autocast leaves float32
+        torch.backends.cudnn.benchmark = True
+    else:
+        keep_freed_memory()
     rank, world = 0, 1
     if 'RANK' in os.environ:
         if device.startswith('cuda:'):
@@ -306,6 +326,8 @@ def start_process(device='auto', amp='off'):
         if not dist.is_initialized():
             dist.init_process_group('cpu:gloo,cuda:nccl' if device[:4] == 'cuda' else 'gloo')
         rank, world = dist.get_rank(), dist.get_world_size()
+    if rank:  # one speaks for all
+        sys.stdout = open(os.devnull, 'w')
     device = torch.device(device)
     return Process(rank, world, device, resolve(amp, multiplies_bfloat16(device)))
 
@@ -316,12 +338,14 @@ def resolve(choice, auto):
 
 
 def multiplies_bfloat16(device):
-    """Whether matrix products are faster in bfloat16: CUDA, AMX, AVX512-BF16 except Intel's.
+    """Whether matrix products are faster in bfloat16: CUDA from 8.0, AMX, AVX512-BF16 but Intel's.
 
     Intel's cores without AMX have one unit for bfloat16, so that float32 is twice as fast there.
     """
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != 'cpu':
-        return device.type == 'cuda'
+        return False
     tiles, dots = (getattr(torch.cpu, name, lambda: False)() for name in (
         '_is_amx_tile_supported', '_is_avx512_bf16_supported'))
     return tiles or dots and 'GenuineIntel' not in processor()
@@ -349,8 +373,7 @@ def check_run_flags(args, world):
     """ValueError for flag values that no run can have."""
     require(args.ch_mult, '--ch_mult: name the width of at least one level')
     require(args.lr > 0, f'--lr {args.lr}: must be positive')
-    require(args.batch % (args.accumulate * world) == 0,
-            f'--batch {args.batch}: must be a multiple of --accumulate {args.accumulate} times '
+    require(args.batch % world == 0, f'--batch {args.batch}: must be a multiple of the '
             f'{world} processes')
 
 
@@ -362,13 +385,30 @@ def seeded(*key):
     return np.random.default_rng([len(key), *numbers])  # numpy ignores zeros at the end
 
 
-def torch_seeded(*key):
-    """torch CPU Generator that depends on `key` alone; the same noise on every device."""
-    return torch.Generator().manual_seed(int(seeded(*key).integers(2 ** 63)))
+def torch_seeded(*key, device='cpu'):
+    """torch Generator that depends on `key` alone; its numbers are those of its kind of device."""
+    return torch.Generator(device).manual_seed(int(seeded(*key).integers(2 ** 63)))
+
+
+def row_noise(positions, key, device, normal, uniform=0):
+    """Noise of rows: normal numbers (B,*normal) and uniform ones in [0, 1), (B,uniform).
+
+    Row i comes from the tuple `key` and positions[i] alone, by a generator of the device.
+    """
+    z = torch.empty(len(positions), *normal, device=device)
+    u = torch.empty(len(positions), uniform, device=device)
+    for i, k in enumerate(positions):
+        generator = torch_seeded(*key, k, device=device)
+        z[i].normal_(generator=generator)
+        u[i].uniform_(generator=generator)
+    return z, u
 
 
 class Stream(Dataset):
-    """Endless data set over positions: k -> item of a shuffled epoch, augmented by (seed, k)."""
+    """Endless data set over positions: k -> item of a shuffled epoch, augmented by (seed, k).
+
+    The item says its `position`.
+    """
 
     def __init__(self, dataset, seed):
         self.dataset, self.seed = dataset, seed
@@ -378,36 +418,83 @@ class Stream(Dataset):
         epoch, i = divmod(k, len(self.dataset))
         if self.order[0] != epoch:
             self.order = epoch, seeded('order', self.seed, epoch).permutation(len(self.dataset))
-        return self.dataset.item(int(self.order[1][i]), seeded('item', self.seed, k))
+        item = self.dataset.item(int(self.order[1][i]), seeded('item', self.seed, k))
+        return dict(item, position=k)
 
 
-def positions(step, batch, accumulate, rank, world):
-    """The positions that one process reads, a list for each accumulation round, from `step` on."""
-    local = batch // (accumulate * world)
-    start = step * batch + rank * local
+def rounds(batch, micro, world):
+    """How many rows a process has in each round of a step."""
+    local = batch // world
+    return [min(micro, local - start) for start in range(0, local, micro)]
+
+
+def positions(step, batch, micro, rank, world):
+    """The positions that one process reads, a list for each round, from `step` on."""
     while True:
-        yield list(range(start, start + local))
-        start += local * world
+        start = step * batch + rank * (batch // world)
+        for count in rounds(batch, micro, world):
+            yield list(range(start, start + count))
+            start += count
+        step += 1
 
 
-def stream(dataset, args, step, process):
-    """Iterator over this process's batches, one for each accumulation round, from `step` on."""
-    own = positions(step, args.batch, args.accumulate, process.rank, process.world)
-    return iter(DataLoader(Stream(dataset, args.seed), batch_sampler=own,
-                           num_workers=args.workers, persistent_workers=args.workers > 0))
+def stream(dataset, args, step, process, micro):
+    """Yield (positions, batch on the device) of this process's rounds, from `step` on."""
+    workers, cuda = loading_workers(args, process.device), process.device.type == 'cuda'
+    own = positions(step, args.batch, micro, process.rank, process.world)
+    for batch in DataLoader(Stream(dataset, args.seed), batch_sampler=own, num_workers=workers,
+                            persistent_workers=workers > 0, pin_memory=cuda):
+        yield batch.pop('position').tolist(), move(batch, process.device)
+
+
+def loading_workers(args, device):
+    """--workers as a number."""
+    if args.workers != 'auto':
+        return args.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return 0 if device.type == 'cpu' else min(cores // local, 8)
+
+
+def micro_batch(args, process, model, loss_of):
+    """--micro_batch as a number, at most the process's share of --batch.
+
+    For 'auto' the share, or its half, quarter, .. for which no process runs out of memory in the
+    gradient of loss_of(n), the loss of n items.
+    """
+    n = share = args.batch // process.world
+    if args.micro_batch != 'auto':
+        return min(args.micro_batch or n, n)
+    while n > 1 and not fits(process, model, partial(loss_of, n)):
+        n = -(-n // 2)
+    least = torch.tensor(n, device=process.device)
+    if process.world > 1:
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    print(f'--micro_batch auto: {int(least)} of {share} at once')
+    return int(least)
+
+
+def fits(process, model, loss_of):
+    """Whether there is memory for the gradient of loss_of(), beside what training keeps."""
+    try:  # the gradient that DDP sums, and AdamW's two moments
+        room = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
+        with process.autocast():
+            loss = loss_of()
+        loss.backward()
+        del room
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        if process.device.type == 'cuda':
+            torch.cuda.empty_cache()
 
 
 def evenly_spaced(n, count):
     """Up to `count` of the indices 0..n-1, evenly spaced: neighbours in a folder look alike."""
     count = min(n, count)
     return [i * n // count for i in range(count)]
-
-
-def own_rows(x, args, round, process):
-    """The rows of a tensor drawn for the whole step that belong to this process and round."""
-    local = args.batch // (args.accumulate * process.world)
-    start = (round * process.world + process.rank) * local
-    return x[start:start + local]
 
 
 # ---- optimisation ----------------------------------------------------------------------------
@@ -461,6 +548,21 @@ class EMA:
         decay = min(self.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(self.shadow, list(self.module.parameters()), 1 - decay)
 
+    @contextlib.contextmanager
+    def applied(self):
+        """In a `with` statement, the module, in evaluation mode and with the averaged weights."""
+        self.swap()
+        try:
+            yield self.module.eval()
+        finally:
+            self.swap()
+            self.module.train()
+
+    def swap(self):
+        """Exchange the averaged weights and those of the module, without a copy."""
+        for i, p in enumerate(self.module.parameters()):
+            p.data, self.shadow[i] = self.shadow[i], p.data
+
     def state_dict(self):
         """A full state dict of the module: averaged parameters, current buffers."""
         names = [name for name, _ in self.module.named_parameters()]
@@ -477,8 +579,8 @@ class EMA:
 RUNS = Path('runs')
 SUFFIXES = ('.pt', '.pth', '.ckpt')  # of checkpoints
 STOPPED = 'stopped; the same command continues from the last checkpoint'
-MAY_CHANGE = {'steps', 'log_every', 'eval_every', 'save_every', 'workers', 'restart', 'slim',
-              'device', 'data', 'vae', 'name'}  # the last four say where, not what
+MAY_CHANGE = {'steps', 'log_every', 'eval_every', 'save_every', 'workers', 'micro_batch', 'restart',
+              'slim', 'device', 'data', 'vae', 'name'}  # the last four say where, not what
 MAY_MOVE = {'captions', 'text', 'init', 'split'}  # of files, the folder may change
 STAGE_1 = dict(dataset=str, preset=str, data=str, flip=bool, steps=int, resolution=int)  # flags
 MODEL = dict(step=int, args=dict, vae_config=dict, vae=dict, splits=dict(train=list, test=list))
@@ -645,7 +747,7 @@ def load_checkpoint(path, kind=None, device='cpu'):
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such checkpoint')
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except Exception as error:  # torch raises half a dozen types here; all mean the same to a user
         raise ValueError(f'{path}: truncated or not a checkpoint ({type(error).__name__}); '
                          'name another, or train it again with --restart') from None
@@ -900,13 +1002,13 @@ def load_weights(module, weights, path):
 
 
 def move(batch, device):
-    """A batch with its tensors on the device."""
+    """A batch with its tensors on the device; the copy from pinned memory is not waited for."""
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
             for k, v in batch.items()}
 
 
 def accumulating(ddp, last):
-    """Context of one accumulation round: DDP averages gradients in the last one only."""
+    """Context of one round of a step: DDP averages gradients in the last one only."""
     return contextlib.nullcontext() if last or not hasattr(ddp, 'no_sync') else ddp.no_sync()
 
 
@@ -915,12 +1017,22 @@ def clip_gradients(model, limit):
     return torch.nn.utils.clip_grad_norm_(model.parameters(), limit or float('inf'))
 
 
+def compiled(network, args, process):
+    """A module or function, compiled if --compile says so."""
+    on = resolve(args.compile, process.device.type == 'cuda')
+    return torch.compile(network) if on else network
+
+
 def parallel(model, args, process):
     """The model as training calls it: compiled if --compile says so, in DDP if there are others."""
-    cuda = process.device.type == 'cuda'
-    network = torch.compile(model) if resolve(args.compile, cuda) else model
+    network = compiled(model, args, process)
     return network if process.world == 1 else DistributedDataParallel(
-        network, broadcast_buffers=False)
+        network, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def is_first():
+    """Whether this process is the one that prints and writes, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def mean_over_ranks(values):

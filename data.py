@@ -1107,7 +1107,7 @@ def threaded(function, items, what, workers=8):
     """[function(i) for i in items] in threads, with a bar when that takes more than a second."""
     with ThreadPoolExecutor(workers) as pool:
         return list(tqdm(pool.map(function, items), what, len(items), unit='file', delay=1,
-                         leave=False))
+                         leave=False, disable=not common.is_first()))
 
 
 # ---- videos -------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (fitting, flag, load_checkpoint, load_weights, require, require_finite,
-                    the_checkpoint, torch_seeded)
+                    row_noise, the_checkpoint, torch_seeded)
 from encoders import Attention, ByteText, Downsample, ResBlock, Upsample, conv3x3, norm, zeroed
 from inr import PLANES, pack, unpack
 
@@ -325,22 +325,25 @@ class LDM(nn.Module):
         sigma = (1 - alpha_bar(t, self.log_alpha_bar)).sqrt().float()[:, None, None]
         return torch.lerp(sigma * z_t, out, self.mixing_logit.sigmoid())
 
-    def draw(self, batch, generator=None):
-        """The random numbers of a step for `forward`, on the CPU; `drop` leaves conditions out."""
-        return dict(noise=torch.randn(batch, *self.shape, generator=generator),
-                    t=torch.randint(T, (batch,), generator=generator),
-                    drop=torch.rand(batch, generator=generator) < self.config.cond_dropout)
+    def draw(self, positions, *key):
+        """The random numbers of rows, each from `key` and its stream position alone.
+
+        Noise (B,C,L) for the posterior, and a dict for `forward`: `noise` (B,C,L), times `t` (B,)
+        and whether the condition is left out, `drop` (B,).
+        """
+        noise, u = row_noise(positions, key, self.z_mean.device, (2, *self.shape), 2)
+        return noise[:, 0], dict(noise=noise[:, 1], t=(T * u[:, 0]).long(),
+                                 drop=u[:, 1] < self.config.cond_dropout)
 
     def forward(self, z0, cond=None, noise=None, t=None, drop=None):
         """The loss: mean of |eps - eps_theta|^2 for latents z0 (B,C,L) of the VAE, a scalar.
 
-        noise (B,C,L), t (B,), integers, and drop (B,), bool, are rows of what `draw` returns; any
-        that is None is drawn here.
+        noise (B,C,L), t (B,), integers, and drop (B,), bool, are what `draw` returns; without them,
+        noise and times are drawn here, and no condition is left out.
         """
-        if noise is None or t is None or drop is None:
-            drawn = (x.to(z0.device) for x in self.draw(len(z0)).values())
-            noise, t, drop = (d if x is None else x for x, d in zip((noise, t, drop), drawn))
-        if cond is not None:
+        noise = torch.randn_like(z0) if noise is None else noise
+        t = torch.randint(T, (len(z0),), device=z0.device) if t is None else t
+        if cond is not None and drop is not None:
             drop = drop.view(-1, *[1] * (cond.ndim - 1))
             cond = torch.where(drop, self.null(len(z0)), cond)
         ab = alpha_bar(t, self.log_alpha_bar)[:, None, None]
@@ -477,8 +480,10 @@ def randn_like(z, generator):
     if not isinstance(generator, (list, tuple)):
         device = generator.device if generator else z.device
         return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=device).to(z.device)
-    return torch.stack([torch.randn(z.shape[1:], generator=g, dtype=z.dtype, device=g.device)
-                        for g in generator]).to(z.device)
+    noise = torch.empty_like(z, device=generator[0].device)
+    for row, g in zip(noise, generator):
+        row.normal_(generator=g)
+    return noise.to(z.device)
 
 
 def probability_flow(eps, z, rtol, atol):
@@ -585,8 +590,10 @@ def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler=SAMPLER, steps=ST
     """Latents (B,C,L) for `vae.decode`, one for each seed, made `batch` at a time.
 
     `cond` has a row for each seed: labels (B,) or text features (B,M,C), with guidance weight
-    `guidance`. Sample k depends on seeds[k], not on its batch; 'rk45' alone shares step sizes in a
-    batch, so there it does within the tolerance. `z_T` (B,C,L) replaces the seeds' own noise.
+    `guidance`. z_T is the same on every device; noise that a sampler puts back comes from the
+    device's own generator, one for each seed. Sample k depends on seeds[k], not on its batch;
+    'rk45' alone shares step sizes in a batch, so there it does within the tolerance. `z_T` (B,C,L)
+    replaces the seeds' own noise.
     With `return_nfe`, (z, nfe): network calls by batch; a guided call counts as one.
     """
     device, seeds = ldm.z_mean.device, list(seeds)
@@ -605,7 +612,7 @@ def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler=SAMPLER, steps=ST
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
         eps_fn = ldm.guided(None if cond is None else cond[part].to(device), guidance)
-        generators = [torch_seeded('posterior noise', s) for s in seeds[part]]
+        generators = [torch_seeded('posterior noise', s, device=device) for s in seeds[part]]
         z, calls = sample(counted, z_T[part].to(device), sampler, steps, rtol, atol, generators,
                           eta)
         out.append(ldm.denormalise(z))

@@ -1511,7 +1511,7 @@ def held_out(vae, dataset, count=64):
     run, device, tiles = DOMAINS[vae.domain](vae), next(vae.parameters()).device, []
     sizes, side = run.sizes(dataset)
     values = {name: [] for name in sizes}
-    for part in pieces(evenly_spaced(len(dataset), count), run.encoded_together or 16):
+    for part in pieces(evenly_spaced(len(dataset), count), run.encoded_together or 8):
         z = vae.encode(move(default_collate([dataset.view(i, 0) for i in part]), device)).mean
         for name, size in sizes.items():
             fit = [k for k, i in enumerate(part) if run.fits(dataset, i, size)]

@@ -8,7 +8,10 @@
 Encoder, decoder and MLP are frozen. The result is runs/NAME/ldm.pt, which holds both
 stages; the same command continues it from its last checkpoint.
 """
+import io
 import math
+import os
+import re
 import shutil
 import signal
 import time
@@ -30,10 +33,12 @@ from encoders import text_reader
 from ldm import LDM, LDMConfig, first_stage, generate
 
 # Differences from LDMConfig, LatentConfig and RunConfig only, by the name of stage 1's preset. What
-# follows a preset was measured, see RESULTS.md; those without were not run.
-PAPER = dict(weight_decay=0.0, beta2=0.999, accumulate=5)
-SHAPES = dict(PAPER, weight_decay=0.01, lr=2e-4, batch=400)
-SMALL = dict(PAPER, accumulate=1, ch=64, ch_mult=(1, 2, 2), num_res_blocks=1, attn_factors=(2, 4),
+# follows a preset was measured, see RESULTS.md; those without were not run, and their micro_batch is
+# for cards of 24 GB, by what tests/test_presets.py counts.
+BETAS = dict(weight_decay=0.0, beta2=0.999)
+PAPER = dict(BETAS, eval_every=5000, save_every=5000, micro_batch=20)
+SHAPES = dict(PAPER, weight_decay=0.01, lr=2e-4, batch=400, micro_batch=50)
+SMALL = dict(BETAS, ch=64, ch_mult=(1, 2, 2), num_res_blocks=1, attn_factors=(2, 4),
              mixing_init=-3.0, mixing_lr_mult=10.0, latent_norm='channel', batch=32, lr=5e-4,
              warmup=200, ema=0.999)
 # Short runs: a high rate, for which AdamW's second moments must follow sooner and the mixing logits
@@ -45,12 +50,13 @@ PRESETS = {
     'image_256': dict(PAPER, batch=160, steps=50_000),
     'afhq_cat': dict(PAPER, batch=160, steps=47_000),
     'afhq_dog': dict(PAPER, batch=160, steps=47_000),
-    'celebahq': dict(PAPER, batch=200, steps=225_000),
-    'lsun_church': dict(PAPER, batch=200, steps=225_000),
-    'cifar10': dict(PAPER, ch=128, attn_factors=(2, 4), batch=160, steps=200_000),
+    'celebahq': dict(PAPER, batch=200, micro_batch=25, steps=225_000),
+    'lsun_church': dict(PAPER, batch=200, micro_batch=50, steps=225_000),
+    'cifar10': dict(PAPER, ch=128, attn_factors=(2, 4), batch=160, micro_batch=0,
+                    steps=200_000),
     'afhq_cat_code': dict(PAPER, ch=224, ch_mult=(1, 2, 4, 6), batch=160, steps=47_000),
     'afhq_dog_code': dict(PAPER, ch=224, ch_mult=(1, 2, 4, 6), batch=160, steps=47_000),
-    'celebahq_code': dict(PAPER, ch_mult=(1, 2, 4, 8), batch=200, steps=225_000),
+    'celebahq_code': dict(PAPER, ch_mult=(1, 2, 4, 8), batch=200, micro_batch=4, steps=225_000),
     'toy_shape': dict(TOY, triplane='concat', steps=1100, eval_every=1100),  # 3.6 minutes
     'shape_small': dict(SMALL, triplane='concat', steps=3600, eval_every=1000),  # 32 minutes
     'shapenet_chair': dict(SHAPES, steps=36_000),
@@ -61,7 +67,7 @@ PRESETS = {
     'toy_video': dict(TOY, steps=900),  # 2.4 minutes
     'video_small': dict(TOY, lr=1e-3, ema=0.999, steps=3000),  # 1 core 22 minutes
     'skytimelapse': dict(PAPER, weight_decay=0.01, attn_factors=(1, 2, 4, 8), head_channels=64,
-                         accumulate=1, batch=16, steps=225_000),
+                         batch=16, steps=225_000),
     'toy_nerf': dict(TOY, triplane='concat', steps=1000, eval_every=1000),  # 3.1 minutes
     'nerf_small': dict(SMALL, triplane='concat', lr=1e-3, steps=2400,
                        eval_every=800),  # 1 core 13 minutes
@@ -76,8 +82,9 @@ class LatentConfig:
     """How stage 2 is fed and averaged."""
     posterior: str = flag('sample', 'latents to learn: samples of q(z|x), or its mean',
                           choices=('sample', 'mean'))
-    cache: str = flag('auto', 'keep the means and deviations of all latents; auto = memory below '
-                      '2 GiB, else none', choices=('auto', 'none', 'memory', 'disk'))
+    cache: str = flag('auto', 'keep the means and deviations of all latents; auto = memory or '
+                      'disk, if there is room, else none',
+                      choices=('auto', 'none', 'memory', 'disk'))
     ema: float = flag(0.9999, 'decay of the averaged weights that sampling uses')
     mixing_lr_mult: float = flag(1.0, "the mixing logit's learning rate over --lr")
 
@@ -112,49 +119,41 @@ def write_slim(path, target):
 
 # ---- latents -----------------------------------------------------------------------------------
 
-class Latents:
-    """A data set's latents as (mean, std), encoded once in each of its views.
+class Views(torch.utils.data.Dataset):
+    """What the encoder reads of a data set: each view of item 0, then of item 1, .."""
 
-    In memory, rows are shared out over the processes and gathered; a file is written by the first
-    process. `item` draws a view as the data set's own does, so that pictures train alike with and
-    without the cache; of a shape it knows no other clouds than those kept.
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset) * self.dataset.views
+
+    def __getitem__(self, k):
+        return self.dataset.view(*divmod(k, self.dataset.views))
+
+
+class Latents:
+    """A data set's latents as (mean, std) in half precision, encoded once in each of its views.
+
+    Blocks of rows are shared out over the processes: in memory the table is gathered, in a file
+    each writes its own, and what a kill has stopped goes on. `item` draws a view as the data set's
+    own does, so that pictures train alike with and without the cache; of a shape it knows no other
+    clouds than those kept.
     """
 
-    def __init__(self, dataset, vae, file=None):
+    def __init__(self, dataset, encode, shape, args, process, file=None):
         self.dataset, self.views = dataset, dataset.views
-        shape = (len(dataset) * self.views, 2, *latent_shape(vae))
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if file is None:
-            self.table = torch.zeros(shape)
-            self.fill(vae, range(rank, shape[0], world))
-            if world > 1:
-                dist.all_reduce(self.table)
-        else:
-            if rank == 0 and not file.exists():
-                common.replace(file, partial(self.write, vae, shape))
-            if world > 1:
-                dist.barrier()
+        size = len(dataset) * self.views, 2, *shape
+        if file:
+            write_rows(file, size, process, partial(encoded, dataset, encode, args, process))
             self.table = np.load(file, mmap_mode='c')  # torch warns of read-only arrays
-
-    def write(self, vae, shape, path):
-        size, free = 4 * math.prod(shape), shutil.disk_usage(path.parent).free
-        common.require(size < free, f'--cache disk: needs {size / 2 ** 20:.1f} MiB in {path.parent}'
-                       f', {free / 2 ** 20:.1f} MiB are free; try --cache none')
-        self.table = np.lib.format.open_memmap(path, 'w+', 'float32', shape)
-        self.fill(vae, range(shape[0]))
-        self.table.flush()
-
-    @torch.no_grad()
-    def fill(self, vae, rows, batch=64):
-        device = next(vae.parameters()).device
-        for start in common.tqdm(range(0, len(rows), batch), desc='encoding', unit='batch',
-                                 disable=rows.start > 0):
-            part = rows[start:start + batch]
-            seen = [self.dataset.view(*divmod(k, self.views)) for k in part]
-            posterior = vae.encode(common.move(torch.utils.data.default_collate(seen), device))
-            moments = torch.stack([posterior.mean, (0.5 * posterior.logvar).exp()], dim=1).cpu()
-            for k, m in zip(part, moments):
-                self.table[k] = m
+            return
+        self.table = np.zeros(size, np.float16)
+        own = [*blocks(size[0])][process.rank::process.world]
+        for rows, values in zip(own, encoded(dataset, encode, args, process, own)):
+            self.table[rows.start:rows.stop] = values
+        if process.world > 1:
+            dist.all_reduce(torch.from_numpy(self.table))
 
     def __len__(self):
         return len(self.dataset)
@@ -164,47 +163,133 @@ class Latents:
         return dict(mean=mean, std=std, **self.dataset.known(i, rng))
 
 
-def open_latents(dataset, vae, args, vae_path, folder):
-    """What to stream from: the data set's `Latents` or, without a cache, the data set itself."""
-    size = 8 * math.prod(latent_shape(vae)) * len(dataset) * dataset.views
-    if args.cache == 'none' or args.cache == 'auto' and size >= 2 ** 31:
+def blocks(count, size=16):
+    """The rows 0..count-1 as ranges of up to `size`, which are encoded together."""
+    return (range(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def encoded(dataset, encode, args, process, parts):
+    """Yield means and deviations of `Views`, (n,2,C,L) float16, for each of the ranges `parts`."""
+    loader = torch.utils.data.DataLoader(
+        Views(dataset), batch_sampler=parts, pin_memory=process.device.type == 'cuda',
+        num_workers=common.loading_workers(args, process.device))
+    for batch in common.tqdm(loader, 'encoding', unit='batch', disable=not process.is_first):
+        yield torch.stack(encode(common.move(batch, process.device)), dim=1).half().cpu().numpy()
+
+
+def write_rows(path, shape, process, values_of):
+    """Fill a .npy of float16 values, some blocks of rows by each process.
+
+    values_of(blocks) yields the values of each. Behind them stands a byte for each block, 1 if it
+    is there, by which another call goes on where one was stopped.
+    """
+    header, parts = io.BytesIO(), [*blocks(shape[0])]
+    about = dict(descr='<f2', fortran_order=False, shape=shape)
+    np.lib.format.write_array_header_1_0(header, about)
+    first, row = header.tell(), 2 * math.prod(shape[1:])
+    marks, end = first + row * shape[0], first + row * shape[0] + len(parts)
+    if process.is_first and not (path.exists() and path.stat().st_size == end):
+        free = shutil.disk_usage(path.parent).free
+        common.require(end < free, f'--cache disk: needs {end / 2 ** 20:.1f} MiB in {path.parent}, '
+                       f'{free / 2 ** 20:.1f} MiB are free; try --cache none')
+        with common.writing(path), open(path, 'wb') as file:
+            file.write(header.getvalue())
+            file.truncate(end)
+    barrier(process)
+    with open(path, 'r+b') as file:
+        file.seek(marks)
+        done = file.read()
+        own = [b for b in range(len(parts))[process.rank::process.world] if not done[b]]
+        for b, values in zip(own, values_of([parts[b] for b in own])):
+            with common.writing(path):
+                file.seek(first + row * parts[b].start)
+                file.write(values.tobytes())
+                file.flush()
+                os.fsync(file.fileno())  # a mark must not be on the disk before the values
+                file.seek(marks + b)
+                file.write(b'\1')
+                file.flush()
+    barrier(process)
+
+
+def barrier(process):
+    """Wait for all processes."""
+    if process.world > 1:
+        dist.barrier()
+
+
+def free_memory():
+    """Bytes of memory that can be had without swapping, 0 if the system does not tell."""
+    found = re.search(r'MemAvailable: *(\d+) kB', common.salvaged(Path('/proc/meminfo')))
+    return 1024 * int(found[1]) if found else 0
+
+
+def choose_cache(choice, size, folder):
+    """--cache without 'auto' for latents of `size` bytes, by the memory and disk that are free.
+
+    In memory each process of this machine has its own; a quarter of it, or half of the disk, may be
+    filled.
+    """
+    if choice != 'auto':
+        return choice
+    local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    free = dict(memory=free_memory() // (4 * local),
+                disk=shutil.disk_usage(folder).free // 2)
+    choice = [next((place for place in free if size < free[place]), 'none')]
+    if dist.is_initialized():
+        dist.broadcast_object_list(choice)
+    room = ', '.join(f'{place} has room for {n / 2 ** 20:.0f}' for place, n in free.items())
+    print(f'--cache auto: {choice[0]}, for {size / 2 ** 20:.0f} MiB of latents ({room}); with '
+          'none, each step encodes its items')
+    return choice[0]
+
+
+def open_latents(dataset, encode, shape, args, process, path):
+    """What to stream from: the data set's `Latents` or, without a cache, the data set itself.
+
+    path: the file of latents, if they are kept in one.
+    """
+    size = 4 * math.prod(shape) * len(dataset) * dataset.views
+    cache = choose_cache(args.cache, size, path.parent)
+    if cache == 'none':
         return dataset
-    if args.cache != 'disk':
-        return Latents(dataset, vae)
-    return Latents(dataset, vae, folder / f'latents_{common.file_digest(vae_path)[:16]}.npy')
+    return Latents(dataset, encode, shape, args, process, path if cache == 'disk' else None)
 
 
-@torch.no_grad()
-def latents_of(batch, vae, noise, posterior='sample'):
+def encoder(vae, args, process):
+    """Function: batch of items -> mean and deviation of q(z|x), (B,C,L) each, without gradients."""
+    def moments(x):
+        posterior = vae.encode(x)
+        return posterior.mean, (0.5 * posterior.logvar).exp()
+    network = common.compiled(moments, args, process)
+
+    @torch.no_grad()
+    def encode(batch):
+        with process.autocast():
+            return network(batch[vae.reads])
+    return encode
+
+
+def latents_of(batch, encode, noise, posterior='sample'):
     """z (B,C,L) of a batch of cached moments or of items; `noise` (B,C,L) draws from q(z|x)."""
-    if 'mean' in batch:
-        mean, std = batch['mean'], batch['std']
-    else:
-        q = vae.encode(batch)
-        mean, std = q.mean, (0.5 * q.logvar).exp()
+    mean, std = (batch[k].float() for k in ('mean', 'std')) if 'mean' in batch else encode(batch)
     return mean if posterior == 'mean' else mean + std * noise
 
 
-@torch.no_grad()
-def measure_latents(latents, vae, args, device, batches=16):
-    """Mean and deviation of each channel over the first training batches, seen by every process."""
+def measure_latents(latents, encode, shape, args, process, batches=16):
+    """Mean and deviation of each channel over the first training batches, some on each process."""
     stream = common.Stream(latents, args.seed)
     count = min(batches * args.batch, len(latents))
-    total = 0
-    for start in range(0, count, 16):
-        items = [stream[k] for k in range(start, min(start + 16, count))]
-        batch = common.move(torch.utils.data.default_collate(items), device)
-        noise = torch.randn(len(items), *latent_shape(vae),
-                            generator=common.torch_seeded('statistics', args.seed, start))
-        z = latents_of(batch, vae, noise.to(device), args.posterior).double()
-        total = total + torch.stack([z.mean(2).sum(0), z.square().mean(2).sum(0)])
+    total = torch.zeros(2, shape[0], dtype=torch.float64, device=process.device)
+    for part in [*blocks(count)][process.rank::process.world]:
+        batch = torch.utils.data.default_collate([stream[k] for k in part])
+        noise, _ = common.row_noise(part, ('statistics', args.seed), process.device, shape)
+        z = latents_of(common.move(batch, process.device), encode, noise, args.posterior).double()
+        total += torch.stack([z.mean(2).sum(0), z.square().mean(2).sum(0)])
+    if process.world > 1:
+        dist.all_reduce(total)
     mean, square = total / count
     return mean.float(), (square - mean.square()).sqrt().float()
-
-
-def latent_shape(vae):
-    """(C, L) of a first stage's latents."""
-    return vae.config.z_channels, sum(h * w for h, w in vae.latent_sizes().values())
 
 
 # ---- measurements while training ---------------------------------------------------------------
@@ -217,27 +302,38 @@ def condition_of(batch, args, reader):
 
 
 @torch.no_grad()
-def evaluate(ema_model, vae, held_out, args, reader, device, count=128):
+def evaluate(model, vae, encode, held_out, args, reader, count=128, together=16):
     """Held-out loss at fixed noises and times, and pictures of 36 samples.
 
-    Their conditions are all classes in turn, or the first held-out texts.
+    Their conditions are all classes in turn, or the first held-out texts. `together`: items that
+    are in memory at once.
     """
-    ema_model.eval()
-    items = [held_out.view(i, 0) | held_out.known(i)
-             for i in common.evenly_spaced(len(held_out), count)]
-    batch = common.move(torch.utils.data.default_collate(items), device)
-    generator = common.torch_seeded('held out', args.seed)
-    z = latents_of(batch, vae, torch.randn(len(items), *ema_model.shape, generator=generator)
-                   .to(device), args.posterior)
-    drawn = ema_model.draw(len(items), generator)
-    drawn['t'] = torch.linspace(0, 999, len(items)).long()
-    cond = condition_of(batch, args, reader)
-    loss = ema_model(z, cond, **common.move(drawn, device))
-    if cond is not None:
+    device, total, conds = model.z_mean.device, 0, []
+    index = common.evenly_spaced(len(held_out), count)
+    times = torch.linspace(0, 999, len(index), device=device).long()
+    for rows in blocks(len(index), together):
+        items = [held_out.view(index[k], 0) | held_out.known(index[k]) for k in rows]
+        batch = common.move(torch.utils.data.default_collate(items), device)
+        noise, drawn = model.draw(rows, 'held out', args.seed)
+        cond = condition_of(batch, args, reader)
+        conds += [] if cond is None else cond
+        z = latents_of(batch, encode, noise, args.posterior)
+        total += len(rows) * model(z, cond, **dict(drawn, t=times[rows.start:rows.stop]))
+    cond = None
+    if conds:
         own = torch.arange(36, device=device)
-        cond = own % args.num_classes if args.num_classes else cond[own % len(cond)]
-    z = generate(vae, ema_model, range(36), cond=cond, batch=36)
-    return dict(held_out_loss=loss), vae.show(vae.decode(z))
+        cond = own % args.num_classes if args.num_classes else torch.stack(conds)[own % len(conds)]
+    z = generate(vae, model, range(36), cond=cond, batch=together)
+    pictures = [vae.show(vae.decode(part)).cpu() for part in z.split(4)]
+    return dict(held_out_loss=total / len(index)), torch.cat(pictures)
+
+
+def loss_of(model, dataset, args, reader, n):
+    """The loss of n latents and, if the model has any, conditions."""
+    batch = torch.utils.data.default_collate([dict(dataset.known(0), position=0)] * n)
+    device = model.z_mean.device
+    cond = condition_of(common.move(batch, device), args, reader)
+    return model(torch.zeros(n, *model.shape, device=device), cond)
 
 
 def parse(argv=None):
@@ -312,7 +408,6 @@ def main():
                                context_channels=reader.channels if reader else 0)
     torch.manual_seed(args.seed)
     model = LDM(config).to(device)
-    average = LDM(config).to(device).requires_grad_(False)
     opt = torch.optim.AdamW(model.param_groups(args.lr, args.weight_decay, args.mixing_lr_mult),
                             lr=args.lr, betas=(0.9, args.beta2), fused=True)
     if state:
@@ -326,15 +421,18 @@ def main():
 
     # 2. continue, or measure the latents
     common.lock_run(folder, process)
-    latents = open_latents(train, vae, args, vae_path, folder)
+    encode = encoder(vae, args, process)
+    latents = open_latents(train, encode, model.shape, args, process,
+                           folder / f'latents_{digest[:16]}.npy')
     if not state:
-        model.set_latent_stats(*measure_latents(latents, vae, args, device))
+        model.set_latent_stats(*measure_latents(latents, encode, model.shape, args, process))
         if reader and model.text is None:
             model.set_null_context(reader([''])[0])
-    ema = common.EMA(model, args.ema)
-    if state:
+    ema = common.EMA(model, args.ema) if process.is_first else None
+    if state and ema:
         with common.fitting(folder / 'ldm.pt'):
             ema.load_state_dict(state['ema'])
+    state = None  # what it holds is copied
     low, high = model.z_std.min().item(), model.z_std.max().item()
     log = common.start_run(folder, 'ldm', args, process, step, [
         f'{len(train)} training items', common.parameters_of(model),
@@ -345,34 +443,34 @@ def main():
                            'would help')
     if process.is_first:
         common.list_notes(train.notes, train.bad + held_out.bad)
+    micro = common.micro_batch(args, process, model,
+                               partial(loss_of, model, train, args, reader))
+    rows = common.rounds(args.batch, micro, process.world)
     ddp = common.parallel(model, args, process)
-    batches = common.stream(latents, args, step, process)
+    batches = common.stream(latents, args, step, process, micro)
     guard, bar = common.FiniteGuard(device), common.progress(args, step, process)
 
     # 3. train
     started, since = time.time(), step
     while step < args.steps:
         common.set_lr(opt, common.lr_at(step, args))
-        generator = common.torch_seeded('diffusion', args.seed, step)
-        z_noise = torch.randn(args.batch, *model.shape, generator=generator)
-        drawn = model.draw(args.batch, generator)
         opt.zero_grad(set_to_none=True)
         total = 0
-        for i in range(args.accumulate):
-            batch = common.move(next(batches), device)
-            own = {k: common.own_rows(v, args, i, process).to(device)
-                   for k, v in dict(drawn, z=z_noise).items()}
-            z = latents_of(batch, vae, own.pop('z'), args.posterior)
-            cond = condition_of(batch, args, reader)
-            with common.accumulating(ddp, i == args.accumulate - 1):
+        for i, count in enumerate(rows):
+            positions, batch = next(batches)
+            noise, drawn = model.draw(positions, 'diffusion', args.seed)
+            z = latents_of(batch, encode, noise, args.posterior)
+            cond, share = condition_of(batch, args, reader), count / sum(rows)
+            with common.accumulating(ddp, i == len(rows) - 1):
                 with process.autocast():
-                    loss = ddp(z, cond, **own)
-                (loss / args.accumulate).backward()
-            total = total + loss.detach() / args.accumulate
+                    loss = ddp(z, cond, **drawn)
+                (loss * share).backward()
+            total = total + loss.detach() * share
         norm = common.clip_gradients(model, args.clip)
         opt.step()
         step += 1
-        ema.update(step)
+        if ema:
+            ema.update(step)
         guard.update(step, total, norm)
         bar.update()
 
@@ -386,8 +484,8 @@ def main():
                           items_per_s=rate)
         if process.is_first and (step % args.eval_every == 0 or step == args.steps):
             guard.check()
-            average.load_state_dict(ema.state_dict())
-            result, pictures = evaluate(average, vae, held_out, args, reader, device)
+            with ema.applied():
+                result, pictures = evaluate(model, vae, encode, held_out, args, reader)
             log.write(step=step, **result)
             common.draw_curves(folder)
             data.save_grid(folder / 'samples' / f'sample_{step:07d}.png', pictures, 9)
@@ -397,7 +495,7 @@ def main():
             common.save_checkpoint(folder / 'ldm.pt', dict(
                 kind='ldm', step=step, args=vars(args), vae_args=first['args'],
                 splits=first['splits'], vae_hash=digest, vae_config=info['vae_config'],
-                vae=first['vae'], ldm_config=asdict(config), model=model.state_dict(),
+                vae=vae.state_dict(), ldm_config=asdict(config), model=model.state_dict(),
                 ema=ema.state_dict(), opt=opt.state_dict()))
     bar.close()
 

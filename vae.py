@@ -115,14 +115,14 @@ class VAEConfig:
 
 
 def annealed(step, steps, config):
-    """(lambda_kl, lambda_sn) of a step as a float32 tensor (2,): linear, and log-linear."""
+    """(lambda_kl, lambda_sn) of a step, numbers: linear, and log-linear."""
     p = min(max((step - 1e-4 * steps) / (config.anneal * steps), 0), 1)
     kl = config.kl_start + (config.kl_weight - config.kl_start) * p
     sn = 0.0
     if config.sn_start:
         p = min(step / (config.anneal * steps), 1)
         sn = math.exp((1 - p) * math.log(config.sn_start) + p * math.log(config.sn_end))
-    return torch.tensor([kl, sn])
+    return kl, sn
 
 
 class Posterior:
@@ -432,12 +432,12 @@ class D2CVAE(nn.Module):
         return (max(1, chunk // (size[0] * size[1] * each)), max(1, chunk // (columns * each)),
                 columns)
 
-    def forward(self, batch, weights=None, noise=None):
+    def forward(self, batch, weights=None, noise=None, penalty=1.0):
         """Losses of a batch of items (see data.py) as a dict of scalars.
 
         `weights` (2,) is (lambda_kl, lambda_sn), see `annealed`, and by default what they end at;
-        `noise` (B,C,L) fixes the posterior sample. Key 'total' is what to minimise; 'kl' is in
-        nats a sample.
+        `noise` (B,C,L) fixes the posterior sample; `penalty` multiplies the spectral term, which
+        0 leaves out. Key 'total' is what to minimise; 'kl' is in nats a sample.
         """
         c = self.config
         posterior = self.encode(batch)
@@ -451,8 +451,8 @@ class D2CVAE(nn.Module):
             n = c.n_ref if c.kl_mode == 'code' else posterior.mean[0].numel()
             total = reconstruction + weights[0] * kl / n
             losses = dict(reconstruction=reconstruction, kl=kl)
-            if c.sn_start:
-                losses['sn'] = self.spectral()
+            if c.sn_start and penalty:
+                losses['sn'] = penalty * self.spectral()
                 total = total + weights[1] * losses['sn'] / c.n_ref
         return dict(total=total, **losses)
 

@@ -30,7 +30,7 @@ import train_vae
 
 
 def arguments(**changes):
-    return SimpleNamespace(**{**dict(steps=100, batch=12, accumulate=1, lr=2.0, lr_min=0.5, seed=0,
+    return SimpleNamespace(**{**dict(steps=100, batch=12, micro_batch=0, lr=2.0, lr_min=0.5, seed=0,
                                      warmup=10, lr_schedule='cosine', workers=0, ch_mult=(1, 2)),
                               **changes})
 
@@ -100,46 +100,94 @@ def test_stream_is_a_new_permutation_each_epoch_keyed_by_position():
     assert [common.Stream(Numbers(n), seed=4)[k]['i'] for k in range(n)] != epochs[0]
 
 
-@pytest.mark.mutation('common.py', 'start = step * batch + rank * local', 'start = step * batch')
-@pytest.mark.mutation('common.py', 'start = step * batch + rank * local', 'start = rank * local')
-@pytest.mark.mutation('common.py', 'start += local * world', 'start += local')
-@pytest.mark.mutation('common.py', '(round * process.world + process.rank) * local',
-                      '(round + process.rank) * local')
-@pytest.mark.mutation('common.py', '(round * process.world + process.rank) * local',
-                      'round * process.world * local')
+@pytest.mark.mutation('common.py', '+ rank * (batch // world)', '')
+@pytest.mark.mutation('common.py', 'start = step * batch + rank', 'start = rank')
+@pytest.mark.mutation('common.py', '            start += count\n', '')
+@pytest.mark.mutation('common.py', '        step += 1\n\n\ndef stream', '\n\n\ndef stream')
+@pytest.mark.mutation('common.py', 'min(micro, local - start)', 'micro')
 def test_ranks_and_rounds_divide_the_batch_in_order():
-    """At every step, rank by rank and round by round, positions and rows make up one batch."""
+    """At every step, rank by rank and round by round, the positions make up one batch."""
     batch = 24
     for world in (1, 2, 3):
-        for accumulate in (1, 2, 4):
-            args = arguments(batch=batch, accumulate=accumulate)
+        for micro in (3, 5, batch // world):
+            rows = common.rounds(batch, micro, world)
+            assert sum(rows) * world == batch and max(rows) <= micro and min(rows) > 0
             for first in (0, 5):
-                ranks = [iter(common.positions(first, batch, accumulate, r, world))
-                         for r in range(world)]
+                ranks = [common.positions(first, batch, micro, r, world) for r in range(world)]
                 for step in (first, first + 1):
-                    whole = torch.arange(step * batch, (step + 1) * batch)
-                    seen = []
-                    for i in range(accumulate):
-                        for rank in range(world):
-                            positions = next(ranks[rank])
-                            own = common.own_rows(whole, args, i, processes(world)[rank])
-                            assert positions == own.tolist()  # each item meets its own noise
-                            seen += positions
-                    assert seen == whole.tolist()
+                    seen = [[next(rank) for _ in rows] for rank in ranks]
+                    assert [[len(part) for part in own] for own in seen] == [rows] * world
+                    assert sum(sum(seen, []), []) == [*range(step * batch, (step + 1) * batch)]
+
+
+@pytest.mark.mutation('common.py', 'torch_seeded(*key, k, device=device)',
+                      'torch_seeded(*key, device=device)')
+@pytest.mark.mutation('common.py', 'torch_seeded(*key, k, device=device)',
+                      'torch_seeded(k, device=device)')
+@pytest.mark.mutation('common.py', 'u[i].uniform_(generator=generator)', 'u[i].zero_()')
+@pytest.mark.mutation('common.py', 'z[i].normal_(generator', 'z[i].uniform_(generator')
+def test_noise_of_a_row_depends_on_its_position_alone():
+    z, u = common.row_noise(range(40), ('a', 3), torch.device('cpu'), (6, 50), 9)
+    assert z.shape == (40, 6, 50) and u.shape == (40, 9)
+    again = common.row_noise([17, 3], ('a', 3), torch.device('cpu'), (6, 50), 9)
+    assert torch.equal(again[0], z[[17, 3]]) and torch.equal(again[1], u[[17, 3]])
+    assert abs(z.mean()) < 0.04 and abs(z.std() - 1) < 0.04 and 0 <= u.min() and u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.06
+    assert torch.corrcoef(z.flatten(1)).fill_diagonal_(0).abs().max() < 0.3
+    other, _ = common.row_noise(range(40), ('a', 4), torch.device('cpu'), (6, 50))
+    assert not torch.equal(other, z)
 
 
 @pytest.mark.mutation('common.py', 'Stream(dataset, args.seed), batch', 'Stream(dataset, 0), batch')
 @pytest.mark.mutation('common.py', 'own = positions(step,', 'own = positions(0,')
+@pytest.mark.mutation('common.py', 'dict(item, position=k)', 'dict(item, position=0)')
 def test_stream_resumes_at_a_step_with_any_workers():
-    args = arguments(batch=6, accumulate=2, seed=9)
-    straight = common.stream(Numbers(20), args, 0, ALONE)
+    args = arguments(batch=6, seed=9)
+    straight = common.stream(Numbers(20), args, 0, ALONE, 3)
     batches = [next(straight) for _ in range(12)]  # six steps
-    resumed = common.stream(Numbers(20), arguments(**{**vars(args), 'workers': 2}), 4, ALONE)
+    resumed = common.stream(Numbers(20), arguments(**{**vars(args), 'workers': 2}), 4, ALONE, 3)
     others = [next(resumed) for _ in batches[8:]]
     del resumed  # stop its workers: the frames of a failure would keep them, and stop them slowly
-    for batch, other in zip(batches[8:], others):
+    for (at, batch), (same, other) in zip(batches[8:], others):
         assert torch.equal(batch['i'], other['i']) and torch.equal(batch['u'], other['u'])
-    assert batches[0]['u'][0] == common.Stream(Numbers(20), 9)[0]['u']
+        assert at == same and batch.keys() == {'i', 'u'}
+    assert sum((at for at, _ in batches), []) == [*range(36)]
+    assert batches[0][1]['u'][0] == common.Stream(Numbers(20), 9)[0]['u']
+
+
+@pytest.mark.mutation('common.py', "return 0 if device.type == 'cpu' else", 'return')
+@pytest.mark.mutation('common.py', 'min(cores // local, 8)', 'min(cores, 8)')
+@pytest.mark.mutation('common.py', "if args.workers != 'auto':", 'if True:')
+def test_workers_share_the_cores(monkeypatch):
+    cuda, cpu = torch.device('cuda', 0), torch.device('cpu')
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(32), raising=False)
+    for local, expected in (1, 8), (8, 4), (64, 0):
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', str(local))
+        assert common.loading_workers(arguments(workers='auto'), cuda) == expected
+    assert common.loading_workers(arguments(workers='auto'), cpu) == 0
+    assert common.loading_workers(arguments(workers=3), cpu) == 3
+
+
+@pytest.mark.mutation('common.py', 'n = -(-n // 2)', 'n = n // 2')
+@pytest.mark.mutation('common.py', 'for _ in range(3)]', 'for _ in range(2)]')
+@pytest.mark.mutation('common.py', 'model.zero_grad(set_to_none=True)\n        if', 'if')
+@pytest.mark.mutation('common.py', 'min(args.micro_batch or n, n)', 'args.micro_batch or n')
+def test_micro_batch_is_found_by_trying(monkeypatch):
+    model, tried, room = nn.Linear(3, 1), [], []
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, 'empty_like', lambda p: room.append(p.numel()) or empty_like(p))
+
+    def loss_of(n):
+        tried.append(n)
+        if n > 7:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return model(torch.ones(n, 3)).sum()
+
+    def found(micro, process=ALONE):
+        return common.micro_batch(arguments(batch=50, micro_batch=micro), process, model, loss_of)
+    assert found('auto') == 7 and tried == [50, 25, 13, 7]
+    assert sum(room) == 4 * 3 * 4 and model.weight.grad is None
+    assert [found(m, processes(2)[1]) for m in (0, 10, 99)] == [25, 10, 25]
 
 
 # ---- optimisation ------------------------------------------------------------------------------
@@ -207,6 +255,26 @@ def test_ema_state_loads_into_the_module_and_back():
     resumed = common.EMA(nn.BatchNorm1d(3))
     resumed.load_state_dict(state)
     assert torch.equal(resumed.state_dict()['weight'], state['weight'])
+
+
+@pytest.mark.mutation('common.py', 'p.data, self.shadow[i] = self.shadow[i], p.data', 'pass')
+@pytest.mark.mutation('common.py', '        finally:\n            self.swap()\n', '        finally:\n')
+@pytest.mark.mutation('common.py', 'yield self.module.eval()', 'yield self.module')
+def test_averaged_weights_are_swapped_in_and_out():
+    module = nn.Linear(2, 1)
+    ema = common.EMA(module, 0.5)
+    first = module.weight.detach().clone()
+    with torch.no_grad():
+        module.weight.add_(2.0)
+    now, memory = module.weight.detach().clone(), module.weight.data_ptr()
+    with pytest.raises(KeyboardInterrupt), ema.applied() as averaged:
+        assert averaged is module and not module.training
+        assert torch.equal(module.weight, first)
+        raise KeyboardInterrupt
+    assert module.training and torch.equal(module.weight, now)
+    assert module.weight.data_ptr() == memory  # no copy: what refers to the weights still does
+    ema.update(1)
+    assert not torch.equal(ema.state_dict()['weight'], first)
 
 
 @pytest.mark.mutation('common.py', 'bad & (self.first_bad < 0)', 'bad')
@@ -813,12 +881,12 @@ def test_presets_fit_both_scripts():
     assert all(train_vae.PRESETS[n]['dataset'] == n for n in data.NAMES)
 
 
-@pytest.mark.mutation('common.py', 'args.accumulate * world) == 0', 'args.accumulate) == 0')
+@pytest.mark.mutation('common.py', 'args.batch % world == 0', 'True')
 @pytest.mark.mutation('common.py', 'require(args.lr > 0,', 'require(args.lr >= 0,')
 def test_run_flags_no_run_can_have():
-    common.check_run_flags(arguments(batch=12, accumulate=3), 2)
-    for flag, changes in (('batch', dict(batch=13)), ('batch', dict(batch=12, accumulate=4)),
-                          ('lr', dict(lr=0.0)), ('ch_mult', dict(ch_mult=()))):
+    common.check_run_flags(arguments(batch=12), 2)
+    for flag, changes in (('batch', dict(batch=13)), ('lr', dict(lr=0.0)),
+                          ('ch_mult', dict(ch_mult=()))):
         with pytest.raises(ValueError, match=f'--{flag}'):
             common.check_run_flags(arguments(**changes), 2)
 
@@ -996,6 +1064,7 @@ def test_large_blocks_stay_in_the_process(repo):
 
 
 @pytest.mark.mutation('common.py', "auto if choice == 'auto' else", '')
+@pytest.mark.mutation('common.py', '>= (8, 0)', '>= (7, 0)')
 @pytest.mark.mutation('common.py', "tiles or dots and 'Gen", "tiles or dots or 'Gen")
 @pytest.mark.mutation('common.py', "'GenuineIntel' not in processor()", 'True')
 def test_bfloat16_where_it_is_faster(monkeypatch):
@@ -1011,4 +1080,7 @@ def test_bfloat16_where_it_is_faster(monkeypatch):
     intel, amd = 'GenuineIntel', 'AuthenticAMD'
     assert choice(True, True, intel) and choice(False, True, amd)
     assert not choice(False, True, intel) and not choice(False, False, amd)
-    assert choice(False, False, intel, 'cuda') and not choice(True, True, intel, 'mps')
+    assert not choice(True, True, intel, 'mps')
+    for capability, faster in ((7, 5), False), ((8, 0), True), ((9, 0), True):
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+        assert choice(False, False, intel, 'cuda') == faster

@@ -482,7 +482,7 @@ def test_the_mixing_logit_does_not_decay():
 def test_loss_is_the_mean_squared_error_of_the_noise():
     model = tiny(latent_norm='channel')
     model.set_latent_stats(torch.randn(4), torch.rand(4) + 0.5)
-    z0, given = torch.randn(3, 4, 16), model.draw(3, torch.Generator().manual_seed(1))
+    z0, (_, given) = torch.randn(3, 4, 16), model.draw(range(3), 'test')
     z = (z0 - model.z_mean) / model.z_std
     total = 0.0
     for k in range(3):
@@ -493,14 +493,23 @@ def test_loss_is_the_mean_squared_error_of_the_noise():
     assert model(z0, **given).item() == pytest.approx(total, rel=1e-4)
 
 
-@pytest.mark.mutation('ldm.py', 'torch.randint(T, (batch', 'torch.randint(T - 9, (batch')
-@pytest.mark.mutation('ldm.py', 'generator=generator) < self', 'generator=generator) > self')
-def test_draws_depend_on_the_generator_alone():
+@pytest.mark.mutation('ldm.py', '(T * u[:, 0])', '((T - 9) * u[:, 0])')
+@pytest.mark.mutation('ldm.py', 'drop=u[:, 1] < self', 'drop=u[:, 1] > self')
+@pytest.mark.mutation('ldm.py', 'drop=u[:, 1]', 'drop=u[:, 0]')
+@pytest.mark.mutation('ldm.py', 'return noise[:, 0], dict', 'return noise[:, 1], dict')
+def test_draws_of_a_row_depend_on_its_position_alone():
     model = tiny(num_classes=3, cond_dropout=0.25)
-    a, b = (model.draw(20_000, torch.Generator().manual_seed(5)) for _ in range(2))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert a['t'].min() == 0 and a['t'].max() == 999 and a['t'].dtype == torch.long
-    assert float(a['drop'].float().mean()) == pytest.approx(0.25, abs=0.02)
+    posterior, drawn = model.draw(range(9000), 'diffusion', 5)
+    again, same = model.draw([70, 3], 'diffusion', 5)
+    assert torch.equal(again, posterior[[70, 3]])
+    assert all(torch.equal(same[k], drawn[k][[70, 3]]) for k in drawn)
+    t, drop = drawn['t'], drawn['drop'].float()
+    assert t.min() == 0 and t.max() == 999 and t.dtype == torch.long
+    assert t.double().mean() == pytest.approx(499.5, abs=10)
+    assert float(drop.mean()) == pytest.approx(0.25, abs=0.02)
+    related = torch.corrcoef(torch.stack([t.float(), drop, posterior[:, 0, 0],
+                                          drawn['noise'][:, 0, 0]]))
+    assert related.fill_diagonal_(0).abs().max() < 0.05
 
 
 @pytest.mark.mutation('ldm.py', "* self.z_std + self.z_mean", "* self.z_std")
@@ -546,7 +555,7 @@ def test_guidance(kind):
                       'self.self_attention(h)')
 def test_dropped_conditions_do_not_matter_and_others_do():
     for model, cond in (conditional('label'), conditional('text')):
-        z0, given = torch.randn(3, 4, 16), model.draw(3)
+        z0, (_, given) = torch.randn(3, 4, 16), model.draw(range(3), 'test')
         none, other, drop = [False] * 3, cond.flip(0), [True] * 3
 
         def loss(cond, drop):

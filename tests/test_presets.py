@@ -19,7 +19,8 @@ import train_vae
 import vae
 
 README = Path(__file__).parent.parent / 'README.md'
-GPUS, GPU_MEMORY = 8, 80e9  # what the paper's presets are for
+GPUS, GPU_MEMORY = 8, 24e9  # what the paper's presets are for
+BFLOAT16 = 0.6  # what activations take under autocast, over float32: some stay in float32
 # Millions of parameters of both stages, without text; presets in one row have the same networks.
 PARAMETERS = {
     ('celebahq_code',): ('70.6', '1015'),
@@ -83,7 +84,8 @@ def second_stage(args, first, text=''):
 
 def items_of(args):
     """Items that one of eight GPUs sees at a time."""
-    return max(args.batch // args.accumulate // GPUS, 1)  # small presets are for one process
+    share = max(args.batch // GPUS, 1)  # small presets are for one process
+    return min(args.micro_batch or share, share)
 
 
 def millions(model):
@@ -116,7 +118,7 @@ def memory_of_a_step(model, loss_of, copies):
     held = size_of([*model.parameters(), *(p.grad for p in model.parameters()), *moments])
     n = sum(p.numel() for p in model.parameters())
     assert held == 16 * n
-    return held + 4 * n * copies + activations
+    return held + 4 * n * copies + BFLOAT16 * activations
 
 
 def run_first_stage(args):
@@ -141,11 +143,10 @@ def run_second_stage(args, first):
     """Check the shapes of what stage 2 makes: the LDM, and the bytes of a step."""
     items, model = items_of(args), second_stage(args, first)
     z = torch.empty(items, *model.shape)
-    drawn = {k: v.to('meta') for k, v in model.draw(items).items()}
+    t = torch.empty(items, dtype=torch.long)
     with torch.no_grad():
-        assert model.eps(z, drawn['t']).shape == z.shape
-    # Besides: the running average, and the network that samples with it.
-    return model, memory_of_a_step(model, lambda: model(z, **drawn), copies=2)
+        assert model.eps(z, t).shape == z.shape
+    return model, memory_of_a_step(model, lambda: model(z, None, z, t), copies=1)  # the average
 
 
 @pytest.fixture
@@ -156,15 +157,14 @@ def meta(monkeypatch):
         yield
 
 
-@pytest.mark.mutation('train_vae.py', '(0.3, 0.3, 0.4), flip=True, accumulate=5',
-                      '(0.3, 0.3, 0.4), flip=True, accumulate=1')
+@pytest.mark.mutation('train_vae.py', 'flip=True, micro_batch=8', 'flip=True, micro_batch=0')
 @pytest.mark.mutation('train_vae.py', 'dict(PAPER, decoder_ch=128', 'dict(PAPER, decoder_ch=64')
 @pytest.mark.mutation('train_ldm.py', 'ch_mult=(1, 2, 4, 8)', 'ch_mult=(1, 2, 4, 6)')
 @pytest.mark.mutation('vae.py', 'xi.append(self.heads[str(2 ** i)](h))',
                       'xi.append(self.heads[str(2 ** i)](h).detach() if i == 0 else '
                       'self.heads[str(2 ** i)](h))')
 def test_every_preset_runs_at_full_size(meta):
-    """Both stages' steps, with the parameters of the README, on eight GPUs of 80 GB in float32."""
+    """Both stages' steps, with the parameters of the README, on eight GPUs of 24 GB."""
     assert sorted(sum(PARAMETERS, ())) == sorted(train_vae.PRESETS)
     for names, parameters in PARAMETERS.items():
         first, second = flags_of(names[0])
