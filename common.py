@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import gc
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -1026,8 +1027,14 @@ def compiled(network, args, process):
 def parallel(model, args, process):
     """The model as training calls it: compiled if --compile says so, in DDP if there are others."""
     network = compiled(model, args, process)
-    return network if process.world == 1 else DistributedDataParallel(
-        network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if process.world == 1:
+        return network
+    for p in model.parameters():
+        if p.shape[2:] == (1, 1):  # the strides that its gradient has, whatever the memory format
+            p.data = p.data.flatten(1)[..., None, None]
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
+    return DistributedDataParallel(network, gradient_as_bucket_view=True, **{buffers: False})
 
 
 def is_first():

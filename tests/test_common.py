@@ -164,6 +164,7 @@ def test_workers_share_the_cores(monkeypatch):
     for local, expected in (1, 8), (8, 4), (64, 0):
         monkeypatch.setenv('LOCAL_WORLD_SIZE', str(local))
         assert common.loading_workers(arguments(workers='auto'), cuda) == expected
+    monkeypatch.delenv('LOCAL_WORLD_SIZE')
     assert common.loading_workers(arguments(workers='auto'), cpu) == 0
     assert common.loading_workers(arguments(workers=3), cpu) == 3
 
@@ -785,7 +786,8 @@ def test_flags_of_a_dataclass():
 
 
 @pytest.mark.mutation('common.py', '2 ** 63 - 1 if kind is int', '2 ** 64 if kind is int')
-@pytest.mark.mutation('common.py', "field.metadata.get('high'))", 'None)')
+@pytest.mark.mutation('common.py', "kind = at_least(low, kind, field.metadata.get('high'))",
+                      'kind = at_least(low, kind)')
 @pytest.mark.mutation('common.py', 'value <= largest', 'value < largest')
 def test_numbers_that_no_tensor_holds_are_out_of_range():
     assert refused(tiny_parser(), f'--classes={2 ** 63 - 1}', '--few=4') == ''

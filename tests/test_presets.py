@@ -157,7 +157,7 @@ def meta(monkeypatch):
         yield
 
 
-@pytest.mark.mutation('train_vae.py', 'flip=True, micro_batch=8', 'flip=True, micro_batch=0')
+@pytest.mark.mutation('train_vae.py', 'batch=40,\n              micro_batch=1)', 'batch=40)')
 @pytest.mark.mutation('train_vae.py', 'dict(PAPER, decoder_ch=128', 'dict(PAPER, decoder_ch=64')
 @pytest.mark.mutation('train_ldm.py', 'ch_mult=(1, 2, 4, 8)', 'ch_mult=(1, 2, 4, 6)')
 @pytest.mark.mutation('vae.py', 'xi.append(self.heads[str(2 ** i)](h))',

@@ -297,7 +297,7 @@ def step_of(path):
         return None
 
 
-@pytest.mark.mutation('common.py', 'start = step * batch + rank * local', 'start = rank * local')
+@pytest.mark.mutation('common.py', 'start = step * batch + rank', 'start = rank')
 @pytest.mark.mutation('common.py', 'except (ValueError, RecursionError):', 'except KeyError:')
 @pytest.mark.mutation('common.py', 'file)\n    replace(path, write)', 'file)\n    write(path)')
 @pytest.mark.parametrize('script', STAGES)
@@ -367,7 +367,8 @@ def assert_half(half, full, stage, step):
 
 
 @pytest.mark.mutation('train_vae.py', 'with process.autocast():', 'if True:')
-@pytest.mark.mutation('train_ldm.py', 'with process.autocast():', 'if True:')
+@pytest.mark.mutation('train_ldm.py', 'with process.autocast():\n                    loss',
+                      'if True:\n                    loss')
 def test_bfloat16_is_near_float32(toy, copy, repo):
     for script, (file, flags) in STAGES.items():
         done(copy, script, flags, '--name half --amp on --steps 2', *(
@@ -470,19 +471,28 @@ def free_port():
 
 
 @contextlib.contextmanager
-def two_processes(folder, jobs, tmp_path, repo):
-    """The jobs (script, flag, ...) under torchrun, begun here; at the end `said` is the output."""
+def two_processes(folder, jobs, tmp_path, repo, nodes=1):
+    """The jobs (script, flag, ...) under torchrun, begun here; at the end `said` is the output.
+
+    Two processes of one machine or, for two nodes, of two, which are both this one.
+    """
     (tmp_path / 'driver.py').write_text(DRIVER)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
-               f'--master_port={free_port()}', tmp_path / 'driver.py', repo, json.dumps(jobs)]
-    said, pipe = [], subprocess.PIPE
-    with subprocess.Popen(command, cwd=folder, env=dict(os.environ, OMP_NUM_THREADS='1'),
-                          stdout=pipe, stderr=pipe, text=True) as process:
-        yield said
+    port, said, running = free_port(), [], []
+    for rank in range(nodes):
+        command = [sys.executable, '-m', 'torch.distributed.run', f'--nnodes={nodes}',
+                   f'--node_rank={rank}', f'--nproc_per_node={2 // nodes}',
+                   '--master_addr=127.0.0.1', f'--master_port={port}',
+                   tmp_path / 'driver.py', repo, json.dumps(jobs)]
+        running.append(subprocess.Popen(
+            command, cwd=folder, env=dict(os.environ, OMP_NUM_THREADS='1'), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    yield said
+    for process in running:
         out, err = process.communicate()
-    if process.returncode:
-        raise ScriptCrashed(err[-3000:])
-    said += out.splitlines()
+        if process.returncode:
+            raise ScriptCrashed(err[-3000:])
+        assert 'Warning' not in err
+        said += out.splitlines()
 
 
 @pytest.mark.mutation('common.py', '+ rank * (batch // world)', '')
@@ -492,8 +502,8 @@ def two_processes(folder, jobs, tmp_path, repo):
 @pytest.mark.mutation('vae.py', 'total = reconstruction + weights[0] * kl / n',
                       'total = reconstruction + weights[0].item() * kl / n')
 def test_two_processes_equal_one(toy, photos, shapes, tmp_path, mutation, repo):
-    """torchrun with two processes, both stages: compiled, resumed after one process, with
-    rounds, cached latents, shapes, text. A compiled step is one graph for all scales."""
+    """torchrun on two nodes, both stages: compiled, resumed after one process, with rounds, latents
+    in memory and in a file, shapes, text. A compiled step is one graph for all scales."""
     folder = Path(shutil.copytree(toy.folder, tmp_path / 'one'))
     shutil.copytree(photos / 'set', folder / 'set')
     shutil.copytree(photos / 'runs' / 'photos', folder / 'runs' / 'photos')
@@ -502,7 +512,7 @@ def test_two_processes_equal_one(toy, photos, shapes, tmp_path, mutation, repo):
     gently = f'{VAE} --eval_every 6 --warmup 100'  # Adam turns noise into steps of size lr
     small = f'{gently} --ch_mult 1 --decoder_mult 1 --fields 1 --mlp_blocks 1'
     diffusion = f'{LDM} --eval_every 6'
-    cached = f'{diffusion} --vae photos --cache memory --micro_batch 1'
+    cached = f'{diffusion} --vae photos --cache disk --micro_batch 1'
     things = f'{SHAPE} --dataset shape --data solid_set --steps 4 --warmup 1000'
     said = (f'{TINY} --eval_every 6 --ch 16 --ch_mult 1,2 --vae {shapes.run} --data solid_set '
             '--captions captions.csv --text bytes --steps 4 --warmup 1000')
@@ -522,7 +532,7 @@ def test_two_processes_equal_one(toy, photos, shapes, tmp_path, mutation, repo):
             stopped(two, f'{script}.py', f'{flags} --name {name}', 5)
         else:
             jobs[-1] += ['--restart', '--compile', 'on' if name == 'small' else 'off']
-    with two_processes(two, jobs, tmp_path, repo) as printed:
+    with two_processes(two, jobs, tmp_path, repo, nodes=2) as printed:
         for (script, name), flags in runs.items():
             done(folder, f'{script}.py', flags, '--name', name, '--restart')
     assert sum('2 x CPU' in line for line in printed) == len(runs)
@@ -668,7 +678,7 @@ def test_interpolation_ends_at_the_samples(toy, tmp_path, repo):
         assert_alike(a[f'16x16/{between}.png'], b[f'16x16/{end}.png'])
 
 
-@pytest.mark.mutation('train_ldm.py', 'ddp(z, cond, **own)', 'ddp(z, None, **own)')
+@pytest.mark.mutation('train_ldm.py', 'ddp(z, cond, **drawn)', 'ddp(z, None, **drawn)')
 @pytest.mark.mutation('sample.py', 'cond, guidance, sampler', 'None, 1.0, sampler')
 def test_class_labels_reach_the_samples(tmp_path, repo):
     """CIFAR-10's labels train their embedding in stage 2, and --label, --guidance use it."""
@@ -888,7 +898,7 @@ def test_shapes_end_to_end(shapes):
     assert model.config.text == 'bytes' and list(model.config.planes) == ['xy', 'yz', 'xz']
 
 
-@pytest.mark.mutation('common.py', 'start = step * batch + rank * local', 'start = rank * local')
+@pytest.mark.mutation('common.py', 'start = step * batch + rank', 'start = rank')
 @pytest.mark.mutation('train_ldm.py', "opt.load_state_dict(state['opt'])", 'pass')
 def test_shapes_resume_bit_by_bit(shapes, tmp_path, repo):
     """Clouds, queries, flips, captions and the text encoder go on where they were."""
