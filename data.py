@@ -1,6 +1,7 @@
 """Every data set: closed-form toys, pictures, videos, CIFAR-10, shapes and meshes, posed pictures.
 
     python data.py check DATASET_OR_PATH        # counts, sizes, bad files, a preview
+    python data.py pack DATASET_OR_PATH --size 512 --out FILE   # pictures or frames, decoded once
     python data.py mesh FOLDER --out FOLDER     # points and occupancies of .obj, .ply, .off, .stl
 
 `Items` is what every data set offers; `Pictures`, `Videos`, `Shapes` and `Scenes` say what an item
@@ -33,9 +34,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import partial
-from itertools import product
+from itertools import accumulate, product
 from operator import attrgetter
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 
 if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -851,10 +853,13 @@ def open_picture(file, use=None):
 class Files:
     """Pictures of relative `names`; a Counter `passed` of the suffixes of what else is there.
 
-    `lost` are pairs: a folder that cannot be listed, and why.
+    `lost` are pairs: a folder that cannot be listed, and why. What else may be known beside the
+    files: `labels` and `captions`, {name: label, list of texts}, the `official` split, and `clips`,
+    the `VideoFile`s where that is what they are.
     """
 
     passed, lost = Counter(), ()
+    labels = captions = official = clips = None
 
     def pick(self, names, suffixes):
         """Set `names` to the pictures; the others are passed over."""
@@ -868,6 +873,16 @@ class Files:
         text = ', '.join(f'{count} {what}' for what, count in self.passed.most_common())
         hint = ' (to read a zip, name the zip itself)' if '.zip' in self.passed else ''
         return text and f'passed over: {text}{hint}'
+
+    def look(self, name):
+        """((width, height), mode) of a picture, by its header."""
+        with self.open(name) as im:
+            return im.size, im.mode
+
+    def frames(self, video, numbers):
+        """The frames of these numbers, ascending, one after another, as PIL RGB."""
+        read = reader(video.name)[1] if video.animated else still_frames
+        return map(to_rgb, read(self, video, numbers))
 
 
 class Folder(Files):
@@ -926,7 +941,7 @@ class Zip(Files):
                 self.opened = os.getpid(), zipfile.ZipFile(self.root)
             except zipfile.BadZipFile as error:
                 raise ValueError(f'{self.root}: neither a folder nor a zip that can be read '
-                                 f'({error})') from None
+                                 f'({error}); if data.py packed it, pack it again') from None
         return self.opened[1]
 
     def open(self, name, use=None):
@@ -936,8 +951,104 @@ class Zip(Files):
         return self.file().open(self.entries[name])
 
 
+PACKED = b'DDMIpak1'  # how a packed file begins and ends
+PACKED_END = struct.Struct('<QI8s')  # bytes of the JSON before it, their checksum, PACKED
+
+
+def is_packed(path):
+    """Whether `python data.py pack` began to write this file."""
+    if not Path(path).is_file():
+        return False
+    with open(path, 'rb') as file:
+        return file.read(len(PACKED)) == PACKED
+
+
+def packed_starts(entries):
+    """Where the squares of each entry of a packed file begin, and where the last ones end."""
+    return accumulate((3 * e['side'] ** 2 * e.get('frames', 1) for e in entries),
+                      initial=len(PACKED))
+
+
+class Packed(Files):
+    """Centre squares as `python data.py pack` wrote them, mapped into memory by every process.
+
+    The file: PACKED, the squares, uint8 (side, side, 3) each, in the order of the entries, a JSON
+    of the entries and of what they have in common, PACKED_END. An entry has a name, a side (0 if
+    there is no picture to keep), maybe a label, captions and why it is `fault`y, and of a video
+    the number of its frames, the file of the first and their rate.
+    """
+
+    def __init__(self, root):
+        self.root, self.mapped = root, None
+        about = self.read_about()
+        entries = about['entries']
+        self.names = [e['name'] for e in entries]
+        self.sides = {e['name']: e['side'] for e in entries}
+        self.starts = dict(zip(self.names, packed_starts(entries)))
+        self.faults = {e['name']: f'not packed, {e["fault"]}' for e in entries if 'fault' in e}
+        self.labels, self.captions = ({e['name']: e[key] for e in entries if key in e} or None
+                                      for key in ('label', 'captions'))
+        self.official, self.size = about['split'], about['size']
+        if about['kind'] == 'videos':
+            self.clips = [self.clip(e) for e in entries]
+
+    def read_about(self):
+        """What the file says of its squares; ValueError if it is not whole."""
+        try:
+            with open(self.root, 'rb') as file:
+                file.seek(-PACKED_END.size, os.SEEK_END)
+                size, checksum, last = PACKED_END.unpack(file.read())
+                end = file.seek(-PACKED_END.size - size, os.SEEK_END)
+                text = file.read(size)
+            require(last == PACKED and zlib.crc32(text) == checksum, 'damaged')
+            about = json.loads(text)
+            require([*packed_starts(about['entries'])][-1] == end, 'something is missing')
+            return about
+        except Exception:  # of bytes that are not what they were, anything
+            raise ValueError(f'{self.root}: a packed file that was cut short or damaged; pack it '
+                             'again (python data.py pack)') from None
+
+    def clip(self, entry):
+        """An entry as a VideoFile."""
+        name, side, rate = entry['name'], entry['side'], entry.get('rate')
+        if name in self.faults:
+            return VideoFile(name, [], True, fault=self.faults[name])
+        return VideoFile(name, [entry['first']] * entry['frames'], True, (side, side),
+                         rate and Fraction(rate))
+
+    def __getstate__(self):
+        return dict(vars(self), mapped=None)
+
+    def others(self):
+        return f'packed with at most {self.size} pixels a side'
+
+    def square(self, name, k=0):
+        """The picture, or frame k of the video, of this name, PIL RGB."""
+        if self.mapped is None:
+            self.mapped = np.asarray(np.memmap(self.root, 'uint8', 'r'))
+        side = self.sides[name]
+        start = self.starts[name] + k * 3 * side ** 2
+        return Image.fromarray(self.mapped[start:start + 3 * side ** 2].reshape(side, side, 3))
+
+    def look(self, name):
+        require(self.clips is None, 'packed as videos, where pictures are needed')
+        require(name not in self.faults, self.faults.get(name))
+        return (self.sides[name],) * 2, 'RGB'
+
+    def open(self, name, use=lambda im: im):
+        self.look(name)
+        return use(self.square(name))
+
+    def frames(self, video, numbers):
+        if self.clips is None:  # each is a picture
+            return super().frames(video, numbers)
+        return (self.square(video.name, k) for k in numbers)
+
+
 def find_files(root, suffixes=SUFFIXES):
-    """Folder (of one file if `root` is a picture) or Zip; FileNotFoundError, ValueError if none.
+    """Folder (of one file if `root` is a picture), Zip or Packed.
+
+    FileNotFoundError or ValueError if there are no pictures.
 
     suffixes: SUFFIXES, or VIDEO_SUFFIXES where each file may hold a video.
     """
@@ -947,6 +1058,8 @@ def find_files(root, suffixes=SUFFIXES):
     if not root.exists():
         raise FileNotFoundError(f'{root}: no such folder or zip')
     require(root.is_dir() or root.is_file(), f'{root}: neither a folder nor a file')
+    if is_packed(root):
+        return Packed(root)
     if root.is_file() and root.suffix.lower() in suffixes:
         return Folder(root.parent, [root.name], suffixes)
     files = Folder(root, suffixes=suffixes) if root.is_dir() else Zip(root, suffixes)
@@ -1132,11 +1245,13 @@ class VideoFile:
 
 
 def find_videos(files):
-    """The videos of a Folder or Zip, in order; a file that cannot be opened has no frames.
+    """The videos in `Files`, in order; a file that cannot be opened has no frames.
 
     A folder where one of the first three files moves holds animated files (GIF, WebP, APNG), any
     other that holds pictures is one video. ValueError if ffmpeg is needed and not there.
     """
+    if files.clips is not None:
+        return files.clips
     films, groups = [n for n in files.names if n.lower().endswith(FILMS)], {}
     require(not films or shutil.which('ffmpeg') and shutil.which('ffprobe'), 'ffmpeg and ffprobe, '
             f'which read {", ".join(films[:1])}, are not on the PATH: install them, or extract the '
@@ -1263,19 +1378,13 @@ def film_frames(files, video, numbers):
                 yield Image.frombytes('RGB', (width, height), pixels)
 
 
-def frames_of(files, video, numbers):
-    """The frames of these numbers, ascending, one after another, as PIL RGB."""
-    read = reader(video.name)[1] if video.animated else still_frames
-    return map(to_rgb, read(files, video, numbers))
-
-
 def read_frames(files, video, numbers, resolution=0):
     """uint8 (T,H,W,3): the frames of these numbers, with a resolution the centre squares, reduced.
 
     OSError if one cannot be read, or if they differ in size; ValueError if they are smaller.
     """
     try:
-        frames = list(frames_of(files, video, numbers))
+        frames = list(files.frames(video, numbers))
         whole = np.stack([np.asarray(f) for f in frames])
     except Exception as error:  # a decoder may raise anything on a broken file
         raise OSError(f'{video.name}: cannot be read ({reason(error)})') from None
@@ -1405,13 +1514,13 @@ class Items(Dataset):
         lies_at(path)    whether a user's folder holds data of this domain; static, raises nothing
     and, as class attributes, its domain, what its items are called (`kind`), the `channels` of the
     signal, half the side of the data's box (`extent`), its `centre` and what points `up` in it, the
-    dataclass of its flags (`config`), and `encoder_only`, options with which no more is read than
-    the encoder needs.
+    dataclass of its flags (`config`), `encoder_only`, options with which no more is read than the
+    encoder needs, and `packing`, options with which all of it can be packed, None if it cannot.
     """
 
     domain = kind = config = None
     channels, extent, centre, up = 1, 1.0, (0.0, 0.0, 0.0), 'y'
-    encoder_only = {}
+    encoder_only, packing = {}, None
     computed = False  # from a seed and nothing else
     labels = captions = None  # a class number, a list of texts, for each item
 
@@ -1491,7 +1600,7 @@ class Items(Dataset):
 class Computed(Items):
     """Items that are functions of a seed: nothing to read, and a fixed split."""
 
-    computed = True
+    computed, packing = True, None
     seeds = {}  # side: (first seed, how many)
 
     def select(self, name, selection):
@@ -1517,7 +1626,7 @@ class FileItems(Items):
     selection is tolerant; `spared` of them are whole, of no use all the same, and do not count. A
     subclass has `header(name)`, which returns what is known from a glance or a text that says what
     is wrong, `decode(i)`, which reads a file and raises if it cannot, and `bytes_kept` of what it
-    made, for the cache. Those from a Folder or Zip have it as `files`.
+    made, for the cache. Those from `Files` have them as `files`.
     """
 
     files = Files()
@@ -1525,6 +1634,10 @@ class FileItems(Items):
     def select(self, names, place, selection, official=None):
         """Divide the names and keep those wanted; the headers of the good ones."""
         self.place, self.tolerant, known = str(place), selection.tolerant, {*names}
+        if self.files.official:
+            official = {side: [n for n in listed if n in known]
+                        for side, listed in self.files.official.items()}
+        self.official = official
         sides = divide(names, selection.holdout, selection.group, selection.seed, official)
         self.sides, self.apart = self.distinct(sides), len(known - {*sum(sides.values(), [])})
         chosen = ('train', 'test') if selection.split == 'all' else (selection.split,)
@@ -1543,6 +1656,8 @@ class FileItems(Items):
         self.refuse_bad()
         if selection.captions:
             self.add_captions(read_captions(selection.captions))
+        elif self.files.captions:
+            self.add_captions(self.files.captions)
         return [headers[n] for n in self.names]
 
     def path_of(self, name):
@@ -1689,6 +1804,7 @@ class Pictures(Items):
 
     domain, kind, channels, config = 'image', 'pictures', 3, PictureConfig
     encoder_only = dict(scales=(1.0,), scale_probs=None, continuous=False)
+    packing = dict(resolution=MIN_SIDE)
 
     def __init__(self, resolution, scales=(1.0,), scale_probs=None, continuous=False, **options):
         super().__init__(**options)
@@ -1768,25 +1884,23 @@ class ToyPictures(Computed, Pictures):
 
 
 class FilePictures(FileItems, Pictures):
-    """Pictures from a Folder, a Zip or CIFAR-10: centre square, antialiased to R x R."""
+    """Pictures from `Files`: centre square, antialiased to R x R."""
 
-    def __init__(self, files, place, selection, official=None, labels=None, **options):
+    def __init__(self, files, place, selection, official=None, **options):
         super().__init__(**options)
         self.files = files
         headers = self.select(files.names, place, selection, official)
         self.shapes, self.modes = [h[0] for h in headers], [h[1] for h in headers]
-        if labels:
-            self.labels = [labels[n] for n in self.names]
+        if files.labels:
+            self.labels = [files.labels[n] for n in self.names]
         if small := sum(min(shape) < self.resolution for shape in self.shapes):
             self.notes.append(f'{small} pictures smaller than {self.resolution} are enlarged')
 
     def header(self, name):
         """((width, height), mode), or why the file is of no use."""
         try:
-            with self.files.open(name) as im:
-                if min(im.size) < MIN_SIDE:
-                    return f'only {im.width} x {im.height} pixels'
-                return im.size, im.mode
+            size, mode = self.files.look(name)
+            return (size, mode) if min(size) >= MIN_SIDE else f'only {size[0]} x {size[1]} pixels'
         except Exception as error:  # a decoder may raise anything on a broken file
             return reason(error)
 
@@ -1797,6 +1911,14 @@ class FilePictures(FileItems, Pictures):
     def decode(self, i):
         """The centre square of picture i as it is on disk, PIL RGB."""
         return square(self.files.open(self.names[i], to_rgb))
+
+    def squares(self, i):
+        """Yields what `decode` returns."""
+        yield self.decode(i)
+
+    def entry(self, i):
+        """What a packed file has to know of picture i."""
+        return {}
 
     def largest(self, i):
         return min(self.shapes[i])
@@ -1864,9 +1986,9 @@ def afhq(name, root, selection, **options):
 
 def cifar10(name, root, selection, **options):
     """CIFAR-10 with its official split and labels."""
-    files = Cifar(root)
+    files = Packed(root) if is_packed(root) else Cifar(root)
     official = {s: [n for n in files.names if n.startswith(s)] for s in ('train', 'test')}
-    return FilePictures(files, root, selection, official, files.labels, **options)
+    return FilePictures(files, root, selection, official, **options)
 
 
 # ---- data sets of videos ------------------------------------------------------------------------
@@ -1890,7 +2012,7 @@ class Videos(Items):
     """
 
     domain, kind, channels, config = 'video', 'videos', 3, VideoConfig
-    encoder_only = dict(pixels=1)
+    encoder_only, packing = dict(pixels=1), dict(resolution=MIN_SIDE, frames=1)
 
     def __init__(self, resolution, frames=16, interval=1, pixels=1024, clips=4, **options):
         super().__init__(**options)
@@ -1910,7 +2032,8 @@ class Videos(Items):
             files = find_files(path, VIDEO_SUFFIXES)
         except (ValueError, OSError):
             return False
-        return any(n.lower().endswith(MOVING) or len(glance(files, n)) > 1 for n in files.names[:3])
+        return files.clips is not None or any(
+            n.lower().endswith(MOVING) or len(glance(files, n)) > 1 for n in files.names[:3])
 
     def start(self, i, j):
         """Where the j-th of `clips` clips starts: evenly spaced, round from the middle."""
@@ -1985,7 +2108,7 @@ class ToyVideos(Computed, Videos):
 
 
 class FileVideos(FileItems, Videos):
-    """Videos that `find_videos` found in a Folder or Zip: centre square, antialiased to R x R."""
+    """Videos that `find_videos` found in `Files`: centre square, antialiased to R x R."""
 
     def __init__(self, files, found, place, selection, official=None, **options):
         super().__init__(**options)
@@ -2024,7 +2147,7 @@ class FileVideos(FileItems, Videos):
         """uint8 (T,R,R,3): these frames of video i, each kept for the next time."""
         frames = {n: self.cache.kept.get((i, n, R)) for n in numbers}
         missing = [n for n in numbers if frames[n] is None]
-        read = frames_of(self.files, self.videos[i], missing) if missing else ()
+        read = self.files.frames(self.videos[i], missing) if missing else ()
         for n, image in zip(missing, read):
             frames[n] = self.cache.get((i, n, R), lambda: resize(square(image), R))
         return np.stack([frames[n] for n in numbers])
@@ -2035,8 +2158,17 @@ class FileVideos(FileItems, Videos):
 
     def decode(self, i):
         """Read all frames, one after another, and keep none."""
-        for _ in frames_of(self.files, self.videos[i], range(len(self.videos[i]))):
+        for _ in self.files.frames(self.videos[i], range(len(self.videos[i]))):
             pass
+
+    def squares(self, i):
+        """Yields the centre squares of all frames of video i, PIL RGB."""
+        yield from map(square, self.files.frames(self.videos[i], range(len(self.videos[i]))))
+
+    def entry(self, i):
+        """What a packed file has to know of video i."""
+        video = self.videos[i]
+        return dict(frames=len(video), first=video.frames[0], rate=video.rate and str(video.rate))
 
     def clip(self, i, start):
         """One that cannot be read is replaced by the middle one."""
@@ -3886,14 +4018,20 @@ def open_run_data(info, split, root=None, **options):
 
 # ---- python data.py check -----------------------------------------------------------------------
 
-def check(args):
-    """What `python data.py check` prints; ends in an error if training would refuse the data."""
+def meant(args):
+    """The data set's name and its place that a command's flags mean; a path tells its domain."""
     name, root = args.dataset, args.data
     if name not in NAMES:
         require(Path(name).exists(), f'{name}: neither a data set ({", ".join(NAMES)}) nor a path')
         root = root or name
         own = [base for key, (base, _) in DATASETS.items() if key == base.domain]  # pictures first
         name = next(base.domain for base in reversed(own) if base.lies_at(args.dataset))
+    return name, root
+
+
+def check(args):
+    """What `python data.py check` prints; ends in an error if training would refuse the data."""
+    name, root = meant(args)
     out = args.out or f'out/check_{name}.png'
     common.try_file('--out', out)
     options = options_of(dict(vars(args), dataset=name, resolution=args.res, seed=0))
@@ -3913,27 +4051,108 @@ def check(args):
         dataset.refuse_bad()
 
 
+# ---- python data.py pack: pictures and frames, decoded once -------------------------------------
+
+def packed_entries(dataset, size):
+    """The entries of a packed file, see `Packed`, with squares of at most `size` a side."""
+    index, bad = {n: i for i, n in enumerate(dataset.names)}, dict(dataset.bad)
+
+    def entry(name):
+        if name not in index:
+            return dict(name=name, side=0, fault=bad[name])
+        i = index[name]
+        about = dict(label=dataset.labels, captions=dataset.captions)
+        return dict(name=name, side=min(size, dataset.largest(i)), **dataset.entry(i),
+                    **{key: values[i] for key, values in about.items() if values})
+    return [*map(entry, sorted(sum(dataset.splits().values(), []), key=natural))]
+
+
+def write_packed(path, dataset, about):
+    """Write a packed file; items that cannot be read become faulty, ValueError if too many do."""
+    entries, lock = {e['name']: e for e in about['entries']}, Lock()
+    *starts, end = packed_starts(about['entries'])
+    starts, free = dict(zip(entries, starts)), shutil.disk_usage(path.parent).free
+    require(end < free, f'--out: needs {end / 2 ** 20:.1f} MiB in {path.parent}, '
+            f'{free / 2 ** 20:.1f} MiB are free; try a smaller --size, or another place')
+
+    def squares(i):
+        for im in dataset.squares(i):
+            values = resize(im, min(about['size'], im.width))
+            require(len(values) == entries[dataset.names[i]]['side'], 'its frames differ in size')
+            yield values
+
+    def store(i):
+        """Decoding fails by itself; that the disk is full is no fault of the picture."""
+        start, found = starts[dataset.names[i]], squares(i)
+        while True:
+            try:
+                values = next(found, None)
+            except Exception as error:  # a decoder may raise anything on a broken file
+                entries[dataset.names[i]]['fault'] = reason(error)
+                return dataset.skip(i, reason(error))
+            if values is None:
+                return
+            with lock:
+                file.seek(start)
+                file.write(values)
+            start += values.nbytes
+    with open(path, 'wb') as file:
+        file.write(PACKED)
+        threaded(store, range(len(dataset)), 'packing')
+        text = json.dumps(about).encode()
+        file.seek(end)
+        file.write(text + PACKED_END.pack(len(text), zlib.crc32(text), PACKED))
+
+
+def pack(args):
+    """What `python data.py pack` does."""
+    name, root = meant(args)
+    base, _ = DATASETS[name]
+    require(base.packing, f'{args.dataset}: only pictures and videos in files are packed')
+    common.try_file('--out', args.out)
+    dataset = make_dataset(name, root, 'all', args.split, args.group, captions=args.captions,
+                           **base.packing)
+    common.list_notes(dataset.notes, dataset.bad)
+    told = dataset.official or args.split or args.group
+    about = dict(kind=base.kind, size=args.size, split=dataset.splits() if told else None,
+                 entries=packed_entries(dataset, args.size))
+    write = partial(write_packed, dataset=dataset, about=about)
+    common.replace(args.out, write)
+    good = [i for i in range(len(dataset)) if dataset.names[i] not in dict(dataset.bad)]
+    larger = sum(dataset.largest(i) > args.size for i in good)
+    print(f'{args.out}: {len(good)} {base.kind}, {Path(args.out).stat().st_size / 2 ** 20:.1f} MiB'
+          f'; at sizes up to {args.size} they come out equal to unpacked ones'
+          + f', {larger} that were larger up to the resize to {args.size}' * bool(larger))
+
+
 def main():
-    """The command line: `check` or `mesh`."""
+    """The command line: `check`, `pack` or `mesh`."""
     parser = common.Parser('Look at data sets before training on them.\n' + __doc__)
     commands = parser.add_subparsers(dest='command', required=True)
-    what = 'decode everything, print counts, write a preview'
-    flags = commands.add_parser('check', help=what, description=what)
-    add = flags.add_argument
-    add('dataset', help=f'one of {", ".join(NAMES)}, or a folder or zip')
-    add('--captions', default='', help='CSV with file or id, and caption or text')
-    add('--data', default='', help='where the data are, default data/DATASET')
+
+    def command(name, run, what):
+        flags = commands.add_parser(name, help=what, description=what)
+        flags.set_defaults(run=run)
+        return flags, flags.add_argument
+    looking, add = command('check', check, 'decode everything, print counts, write a preview')
     add('--res', type=common.at_least(8, int), default=64, help='side of the preview pictures')
-    add('--split', default='', help='held-out fraction, or a file of the split')
-    add('--group', default='', help='regular expression: names that become equal when it is '
-        'deleted stay on one side (--group=REGEX if it begins with -)')
     add('--out', default='', help='preview, default out/check_DATASET.png')
+    packing, add = command('pack', pack, 'write the centre squares of pictures or of the frames of '
+                           'videos, decoded, into one file that --data takes')
+    add('--size', type=common.at_least(MIN_SIDE, int), required=True, help='pixels a side to which '
+        'larger ones are reduced: the greatest of --scales times --resolution')
+    add('--out', required=True, help='file to write')
+    for flags in (looking, packing):
+        add = flags.add_argument
+        add('dataset', help=f'one of {", ".join(NAMES)}, or a folder, zip or packed file')
+        add('--captions', default='', help='CSV with file or id, and caption or text')
+        add('--data', default='', help='where the data are, default data/DATASET')
+        add('--split', default='', help='held-out fraction, or a file of the split')
+        add('--group', default='', help='regular expression: names that become equal when it is '
+            'deleted stay on one side (--group=REGEX if it begins with -)')
     for config in CONFIGS:
-        flags.add_config(config)
-    flags.set_defaults(run=check)
-    what = 'sample meshes into the files that shapes are trained on'
-    flags = commands.add_parser('mesh', help=what, description=what)
-    add = flags.add_argument
+        looking.add_config(config)
+    _, add = command('mesh', mesh, 'sample meshes into the files that shapes are trained on')
     add('folder', help='folder of .obj, .ply, .off or .stl files; each folder in it is a class')
     add('--classes', default='', help="CSV with the columns id (the file's name) and category, "
         'where folders do not tell')
@@ -3946,7 +4165,6 @@ def main():
     add('--group', default='', help='as for check')
     add('--seed', type=common.at_least(0, int), default=0, help='of the points and the split')
     add('--keep', action='store_true', help='list doubtful meshes for training, too')
-    flags.set_defaults(run=mesh)
     args = parser.parse_args()
     args.run(args)
 
