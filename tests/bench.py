@@ -12,6 +12,7 @@ device and reports its memory. One JSON line follows each row.
 """
 import argparse
 import contextlib
+import io
 import json
 import math
 import re
@@ -19,6 +20,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -343,6 +346,52 @@ def stage_cases(table, device):
     return {name: lambda f=f: torch.no_grad()(f) for name, f in calls.items()}
 
 
+READ_ITEMS = 32
+
+
+def grainy_pictures(folder, suffix, count=8):
+    """Toy pictures of 1024 x 1024 with grain, so that their files are as large as photographs'."""
+    for k in range(count):
+        x = data.toy_image([k], 1024)[0]
+        x = data.to_uint8((x + 4 / 127.5 * torch.randn(x.shape)).clamp(-1, 1))
+        data.save_image(folder / f'{k}{suffix}', Image.fromarray(x.permute(1, 2, 0).numpy()),
+                        quality=95)
+
+
+def reading_cases(table, device):
+    """Items as the preset celebahq trains on them, none of them kept in memory."""
+    flags = train_vae.build_parser().parse_preset(train_vae.PRESETS, 'celebahq', [])
+
+    def build(suffix, size=0):
+        place = tempfile.TemporaryDirectory()
+        folder = Path(place.name) / 'set'
+        grainy_pictures(folder, suffix)
+        if size:
+            with contextlib.redirect_stdout(io.StringIO()):
+                data.pack(argparse.Namespace(dataset=str(folder), data='', captions='', split='',
+                                             group='', size=size, out=f'{folder}.pack'))
+            folder = folder.with_suffix('.pack')
+        pictures = data.make_dataset('celebahq', folder, 'all', cache_bytes=0,
+                                     **data.options_of(vars(flags)))
+
+        def read(place=place):  # which is removed when nobody holds it
+            for k in range(READ_ITEMS):
+                pictures.item(k % len(pictures), common.seeded('bench', k))
+        return read
+    return {'PNG, 1024': partial(build, '.png'), 'JPEG of quality 95, 1024': partial(build, '.jpg'),
+            'packed at 512': partial(build, '.png', 512),
+            'packed at 256, first scale only': partial(build, '.png', 256)}
+
+
+def reading(args):
+    """Items a second that one core reads at r = 256, as each of the loader's workers does."""
+    torch.set_num_threads(1)
+    rows = report(argparse.Namespace(**dict(vars(args), threads=1)), 'reading')
+    torch.set_num_threads(args.threads)
+    print(', '.join(f'{row["case"]} {READ_ITEMS / row["seconds"]:,.0f} items a second'
+                    for row in rows))
+
+
 def video_cases(table, device):
     """One clip of 16 x 256 x 256 through a part of the networks of the preset skytimelapse."""
     first, second = (script.build_parser().parse_preset(script.PRESETS, 'skytimelapse', [])
@@ -524,12 +573,14 @@ def samplers(args):
 
 
 TABLES = dict(readout=readout_cases, vae=vae_cases, unet=unet_cases, stage=stage_cases,
-              mesh=mesh_cases, metrics=metric_cases, video=video_cases, rays=field_cases)
+              mesh=mesh_cases, metrics=metric_cases, video=video_cases, rays=field_cases,
+              reading=reading_cases)
 BENCHES = dict(readout=readout, vae=lambda args: report(args, 'vae'),
                unet=lambda args: [report(args, t) for t in ('unet step', 'unet evaluation')],
                stage=lambda args: report(args, 'stage'), mesh=mesh, metrics=costs,
                video=lambda args: [report(args, f'video {part}') for part in (
-                   'encoder', 'decoder', 'read-out', 'evaluation')], samplers=samplers, rays=rays)
+                   'encoder', 'decoder', 'read-out', 'evaluation')], samplers=samplers, rays=rays,
+               reading=reading)
 
 
 def main():
