@@ -973,9 +973,10 @@ class Packed(Files):
     """Centre squares as `python data.py pack` wrote them, mapped into memory by every process.
 
     The file: PACKED, the squares, uint8 (side, side, 3) each, in the order of the entries, a JSON
-    of the entries and of what they have in common, PACKED_END. An entry has a name, a side (0 if
-    there is no picture to keep), maybe a label, captions and why it is `fault`y, and of a video
-    the number of its frames, the file of the first and their rate.
+    of the entries and of what they have in common, PACKED_END. An entry has a name and a side (0
+    if there was no picture) and may have a label, captions and a `fault`, why it is of no use; that
+    of a video has the number of its frames, the name of the first and their rate. ValueError if
+    the file is not whole.
     """
 
     def __init__(self, root):
@@ -993,7 +994,7 @@ class Packed(Files):
             self.clips = [self.clip(e) for e in entries]
 
     def read_about(self):
-        """What the file says of its squares; ValueError if it is not whole."""
+        """The JSON, a dict with `kind`, `size`, `split` and `entries`."""
         try:
             with open(self.root, 'rb') as file:
                 file.seek(-PACKED_END.size, os.SEEK_END)
@@ -1637,7 +1638,7 @@ class FileItems(Items):
         if self.files.official:
             official = {side: [n for n in listed if n in known]
                         for side, listed in self.files.official.items()}
-        self.official = official
+        self.official = official  # the split that comes with the data
         sides = divide(names, selection.holdout, selection.group, selection.seed, official)
         self.sides, self.apart = self.distinct(sides), len(known - {*sum(sides.values(), [])})
         chosen = ('train', 'test') if selection.split == 'all' else (selection.split,)
@@ -4082,7 +4083,7 @@ def write_packed(path, dataset, about):
             yield values
 
     def store(i):
-        """Decoding fails by itself; that the disk is full is no fault of the picture."""
+        """Write the squares of item i in their place, or skip it; errors of writing are raised."""
         start, found = starts[dataset.names[i]], squares(i)
         while True:
             try:
@@ -4110,6 +4111,8 @@ def pack(args):
     base, _ = DATASETS[name]
     require(base.packing, f'{args.dataset}: only pictures and videos in files are packed')
     common.try_file('--out', args.out)
+    require(not Path(args.out).exists() or is_packed(args.out),
+            f'--out {args.out}: a file that data.py did not pack is there; name another')
     dataset = make_dataset(name, root, 'all', args.split, args.group, captions=args.captions,
                            **base.packing)
     common.list_notes(dataset.notes, dataset.bad)

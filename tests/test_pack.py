@@ -18,7 +18,7 @@ import data
 import metrics
 import sample
 
-WHERE_SMALL = 64  # pixels: no picture of the fixture is larger
+SIZE = 64  # pixels a side: no picture of the fixtures is larger
 
 
 def noise(height, width, seed=0):
@@ -58,7 +58,7 @@ def folder(tmp_path):
 @pytest.fixture
 def pack(monkeypatch, tmp_path):
     """Run `python data.py pack` with these arguments; the packed file."""
-    def run(*argv, size=WHERE_SMALL, out=tmp_path / 'set.pack'):
+    def run(*argv, size=SIZE, out=tmp_path / 'set.pack'):
         argv = 'data.py', 'pack', *argv, '--size', size, '--out', out
         monkeypatch.setattr(sys, 'argv', [*map(str, argv)])
         try:
@@ -100,7 +100,7 @@ def assert_equal(a, b):
                       'splits().values(), []), key=str)')
 @pytest.mark.mutation('data.py', 'resize(im, min(about[', 'resize(im, max(about[')
 @pytest.mark.mutation('data.py', 'side=min(size, dataset.largest(i))', 'side=size')
-@pytest.mark.mutation('data.py', '                file.seek(start)\n', '')
+@pytest.mark.mutation('data.py', 'file.seek(start)', 'file.seek(8)')
 def test_pictures_come_out_equal_where_none_is_larger(folder, pack):
     file = pack(folder)
     assert_equal(pictures(folder), pictures(file))
@@ -362,6 +362,7 @@ def test_clips_with_a_broken_or_another_frame_are_left_out(clips, pack, capsys):
     write_frames(clips / 'v4', clip(4))
     packed = videos(pack('video', '--data', clips, size=24))
     assert packed.names == ['v4']
+    assert np.array_equal(packed.read(0, range(4), 24), clip(4)[:, :, 4:28])
     assert [why for _, why in packed.bad] == [
         "not packed, OSError: no picture: it begins with b'none'",
         'not packed, ValueError: its frames differ in size']
@@ -422,7 +423,7 @@ def test_damaged_files_are_one_line_with_the_cure(folder, pack, tmp_path):
     whole, bad = file.read_bytes(), tmp_path / 'bad'
     size, checksum, _ = struct.unpack('<QI8s', whole[-20:])
     text = whole[-20 - size:-20]
-    assert zlib.crc32(text) == checksum and json.loads(text)['size'] == WHERE_SMALL
+    assert zlib.crc32(text) == checksum and json.loads(text)['size'] == SIZE
     damaged = [whole[:n] for n in (3, 8, 15, 500, len(whole) - size, len(whole) - 1)]
     damaged += [whole[:100] + whole[200:], whole.replace(b'a/p10.png', b'a/p19.png'),
                 whole + b'x', b'something else']
@@ -431,6 +432,15 @@ def test_damaged_files_are_one_line_with_the_cure(folder, pack, tmp_path):
         with pytest.raises(ValueError, match='pack it again') as error:
             pictures(bad)
         assert '\n' not in str(error.value) and str(bad) in str(error.value)
+
+
+@pytest.mark.mutation('data.py', 'require(not Path(args.out).exists() or', 'require(True or')
+def test_no_other_file_is_written_over(folder, pack):
+    picture = folder / 'deep.png'
+    before = picture.read_bytes()
+    with pytest.raises(pytest.fail.Exception, match='that data.py did not pack is there'):
+        pack(folder, out=picture)
+    assert picture.read_bytes() == before
 
 
 @pytest.mark.mutation('data.py', 'computed, packing = True, None', 'computed = True')
