@@ -392,6 +392,37 @@ def reading(args):
                     for row in rows))
 
 
+SHARE = dict(vae=50, ldm=25)  # items of a step of celebahq for each of eight processes
+
+
+def host_cases(table, device):
+    """'host vae' and 'host ldm': the random numbers of a step of celebahq on one of 8 processes."""
+    stage = table.split()[1]
+    share, shape = SHARE[stage], (dict(vae=1, ldm=2)[stage], 64, 4096)
+    cases = {'of the whole batch': lambda: torch.randn(8 * share, *shape),
+             'of its own rows': lambda: common.row_noise(range(share), ('bench',), device, shape)}
+    return {name: lambda call=call: call for name, call in cases.items()}
+
+
+def host(args):
+    """Seconds of a step of celebahq beside the network, on one of 8 processes and one thread.
+
+    Items come from JPEG files, read by the process itself, or packed, by four workers, whose rate
+    is four times that of one.
+    """
+    torch.set_num_threads(1)
+    alone = argparse.Namespace(**dict(vars(args), threads=1))
+    read = {row['case']: row['seconds'] / READ_ITEMS for row in report(alone, 'reading')}
+    for stage, share in SHARE.items():
+        whole, own = (row['seconds'] for row in report(alone, f'host {stage}'))
+        jpeg, packed = (share * read[case] if stage == 'vae' else 0
+                        for case in ('JPEG of quality 95, 1024', 'packed at 512'))
+        print(f'{stage}: noise of the whole batch {whole:.2f} s, items of JPEG files {jpeg:.2f}, '
+              f'{whole + jpeg:.2f} in all; noise of its own rows {own:.3f} and, beside it, packed '
+              f'items {packed / 4:.3f}')
+    torch.set_num_threads(args.threads)
+
+
 def video_cases(table, device):
     """One clip of 16 x 256 x 256 through a part of the networks of the preset skytimelapse."""
     first, second = (script.build_parser().parse_preset(script.PRESETS, 'skytimelapse', [])
@@ -574,13 +605,13 @@ def samplers(args):
 
 TABLES = dict(readout=readout_cases, vae=vae_cases, unet=unet_cases, stage=stage_cases,
               mesh=mesh_cases, metrics=metric_cases, video=video_cases, rays=field_cases,
-              reading=reading_cases)
+              reading=reading_cases, host=host_cases)
 BENCHES = dict(readout=readout, vae=lambda args: report(args, 'vae'),
                unet=lambda args: [report(args, t) for t in ('unet step', 'unet evaluation')],
                stage=lambda args: report(args, 'stage'), mesh=mesh, metrics=costs,
                video=lambda args: [report(args, f'video {part}') for part in (
                    'encoder', 'decoder', 'read-out', 'evaluation')], samplers=samplers, rays=rays,
-               reading=reading)
+               reading=reading, host=host)
 
 
 def main():
