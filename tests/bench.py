@@ -392,6 +392,33 @@ def reading(args):
                     for row in rows))
 
 
+def evaluation_cases(table, device):
+    """Stage 1 of celebahq on 64 pictures, by how many are in memory at once."""
+    flags = train_vae.build_parser().parse_preset(train_vae.PRESETS, 'celebahq', [])
+
+    @torch.no_grad()
+    def build(together):
+        model = vae.D2CVAE(common.from_flags(flags, vae.VAEConfig)).to(device).eval()
+        pictures = torch.rand(64, 3, 256, 256, device=device) * 2 - 1
+
+        @torch.no_grad()
+        def reconstruct():
+            for part in pictures.split(together):
+                model.show(model.decode(model.encode(part).mean))
+        return reconstruct
+    return {f'{n} together': partial(build, n) for n in (64, 16, 8)}
+
+
+def once(args, table):
+    """Each case of a table once, in a process of its own: seconds and all of its memory."""
+    print(f'\n{table}: matrix product {product_rate(torch.device(args.device)) / 1e9:.0f} GFLOP/s, '
+          f'{args.threads} threads, {args.device}')
+    for name in TABLES[table](table, torch.device(args.device)):
+        memory, taken = fresh(args, table, name)
+        print(f'{name:40s} {taken:7.1f} s {memory / 2 ** 20:8.0f} MiB\n' + json.dumps(
+            dict(table=table, case=name, seconds=taken, mib=memory / 2 ** 20)), flush=True)
+
+
 SHARE = dict(vae=50, ldm=25)  # items of a step of celebahq for each of eight processes
 
 
@@ -577,16 +604,6 @@ def metric_cases(table, device):
             'MMD, COV, 1-NNA, 200 clouds each': clouds}
 
 
-def costs(args):
-    """Each metric once, in a process of its own: seconds and all of its memory."""
-    print(f'\nmetrics: matrix product {product_rate(torch.device(args.device)) / 1e9:.0f} GFLOP/s, '
-          f'{args.threads} threads, {args.device}')
-    for name in metric_cases('metrics', args.device):
-        memory, taken = fresh(args, 'metrics', name)
-        print(f'{name:40s} {taken:7.1f} s {memory / 2 ** 20:8.0f} MiB\n' + json.dumps(
-            dict(table='metrics', case=name, seconds=taken, mib=memory / 2 ** 20)), flush=True)
-
-
 GRIDS = [(20, rho, last, 1.0) for rho in (4, 7, 1e4) for last in (0, 30, 50)]  # 1e4: log-SNR
 GRIDS += [(20, 7, 50, eta) for eta in (0.0, 1.5, 2.0)] + [(20, 7, 80, 1.5)]
 GRIDS += [(10, 7, last, 1.5) for last in (50, 80, 99)] + [(50, 7, last, 1.5) for last in (19, 50)]
@@ -605,13 +622,14 @@ def samplers(args):
 
 TABLES = dict(readout=readout_cases, vae=vae_cases, unet=unet_cases, stage=stage_cases,
               mesh=mesh_cases, metrics=metric_cases, video=video_cases, rays=field_cases,
-              reading=reading_cases, host=host_cases)
+              reading=reading_cases, host=host_cases, evaluation=evaluation_cases)
 BENCHES = dict(readout=readout, vae=lambda args: report(args, 'vae'),
                unet=lambda args: [report(args, t) for t in ('unet step', 'unet evaluation')],
-               stage=lambda args: report(args, 'stage'), mesh=mesh, metrics=costs,
+               stage=lambda args: report(args, 'stage'), mesh=mesh,
+               metrics=lambda args: once(args, 'metrics'),
                video=lambda args: [report(args, f'video {part}') for part in (
                    'encoder', 'decoder', 'read-out', 'evaluation')], samplers=samplers, rays=rays,
-               reading=reading, host=host)
+               reading=reading, host=host, evaluation=lambda args: once(args, 'evaluation'))
 
 
 def main():
