@@ -33,6 +33,7 @@ import inr
 import ldm
 import metrics
 import sample
+import train_ldm
 import vae
 
 ROOT = Path(__file__).parent.parent
@@ -550,7 +551,6 @@ def test_two_processes_equal_one(toy, photos, shapes, tmp_path, mutation, repo):
 
 @pytest.mark.filterwarnings('error')
 @pytest.mark.mutation('data.py', '0, 0, k == 1))', '0, 0, False))')
-@pytest.mark.mutation('train_ldm.py', '(0.5 * posterior.logvar).exp()\n    network', 'posterior.logvar.exp()\n    network')
 @pytest.mark.mutation('train_ldm.py', 'self.table[i * self.views', 'self.table[i')
 def test_cached_latents_change_nothing(photos, tmp_path, repo):
     folder = Path(shutil.copytree(photos, tmp_path / 'copy'))
@@ -565,6 +565,72 @@ def test_cached_latents_change_nothing(photos, tmp_path, repo):
     assert np.load(file).shape[1:] == (2, 4, 16)
     done(folder, 'train_ldm.py', LDM, '--name disk --cache disk --restart --steps 1')
     assert file.stat().st_mtime_ns == written  # read, not made again
+
+
+@pytest.mark.mutation('train_ldm.py', '(0.5 * posterior.logvar).exp()', 'posterior.logvar.exp()')
+@pytest.mark.mutation('train_ldm.py', "mean if posterior == 'mean' else", '')
+def test_latents_are_samples_of_the_posterior(toy):
+    vae, _ = ldm.load_vae(toy.run)
+    encode = train_ldm.encoder(vae, SimpleNamespace(compile='off'), common.start_process('cpu'))
+    batch, noise = dict(image=torch.rand(3, 3, 16, 16) * 2 - 1), torch.randn(3, 4, 16)
+    posterior = vae.encode(batch)
+    torch.testing.assert_close(train_ldm.latents_of(batch, encode, noise), posterior.sample(noise))
+    cached = dict(zip(('mean', 'std'), (m.half() for m in encode(batch))))
+    for z in (train_ldm.latents_of(cached, None, noise), train_ldm.latents_of(batch, encode, noise)):
+        torch.testing.assert_close(z, posterior.sample(noise), atol=5e-3, rtol=2e-3)
+        assert z.dtype == torch.float32
+    assert torch.equal(train_ldm.latents_of(batch, encode, noise, 'mean'), posterior.mean)
+
+
+@pytest.mark.mutation('train_ldm.py', 'if not done[b]]', ']')
+@pytest.mark.mutation('train_ldm.py', 'file.seek(first + row * parts[b].start)', 'file.seek(first)')
+@pytest.mark.mutation('train_ldm.py', 'range(len(parts))[process.rank::process.world]',
+                      'range(len(parts))')
+@pytest.mark.mutation('train_ldm.py', 'path.stat().st_size == end', 'True')
+def test_a_file_of_latents_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """Two processes, one after the other, of which the second is stopped after two blocks."""
+    whole = np.random.default_rng(0).normal(size=(100, 2, 3, 5)).astype('float16')
+    path, made = tmp_path / 'latents.npy', []
+    monkeypatch.setattr(train_ldm, 'barrier', lambda process: None)
+
+    def run(rank, most=99):
+        def values_of(parts):
+            for k, rows in enumerate(parts):
+                if k == most:
+                    raise KeyboardInterrupt
+                made.append(rows.start)
+                yield whole[rows.start:rows.stop]
+        process = common.Process(rank, 2, torch.device('cpu'), False)
+        try:
+            train_ldm.write_rows(path, whole.shape, process, values_of)
+        except IndexError as error:
+            pytest.fail(str(error))
+    path.write_bytes(b'latents of another form')
+    run(0)
+    with pytest.raises(KeyboardInterrupt):
+        run(1, most=2)
+    assert made == [0, 32, 64, 96, 16, 48]
+    run(0)
+    run(1)
+    assert made[6:] == [80]
+    np.testing.assert_array_equal(np.load(path, mmap_mode='r'), whole)
+
+
+@pytest.mark.mutation('train_ldm.py', 'free_memory() // (4 * local)', 'free_memory() // 4')
+@pytest.mark.mutation('train_ldm.py', "shutil.disk_usage(folder).free // 2", '10 ** 20')
+@pytest.mark.mutation('train_ldm.py', "if choice != 'auto':", "if False:")
+def test_where_latents_are_kept(monkeypatch, capsys, tmp_path):
+    """A quarter of the memory, shared by the processes of a machine, then half of the disk."""
+    monkeypatch.setattr(train_ldm, 'free_memory', lambda: 800)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=600))
+    for local, size, place in ((1, 199, 'memory'), (1, 200, 'disk'), (2, 99, 'memory'),
+                               (2, 100, 'disk'), (1, 299, 'disk'), (1, 300, 'none')):
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', str(local))
+        assert train_ldm.choose_cache('auto', size, tmp_path) == place
+        assert f'--cache auto: {place}, for' in capsys.readouterr().out
+        assert train_ldm.choose_cache('disk', size, tmp_path) == 'disk'
+    monkeypatch.undo()
+    assert train_ldm.free_memory() > 2 ** 20 or not Path('/proc/meminfo').exists()
 
 
 # ---- sampling ----------------------------------------------------------------------------------
