@@ -236,7 +236,7 @@ def test_corners_on_straight_edges_and_on_cuts():
             outline += [(x, heights[x])]
         outline += [(0, y) for y in reversed(range(1, heights[0]))]
         for corners, area in ((ell, 3), (list(dict.fromkeys(outline)), sum(heights))):
-            p = np.pad(np.array(corners, float), ((0, 0), (0, 1)))
+            p = np.pad(np.roll(np.array(corners, float), seed, axis=0), ((0, 0), (0, 1)))
             a, b, c = p[data.cut_polygons(p, [list(range(len(p)))])].transpose(1, 0, 2)
             found = np.cross(b - a, c - a)[:, 2] / 2
             assert found.min() > -1e-9 and found.sum() == pytest.approx(area)
