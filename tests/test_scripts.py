@@ -371,9 +371,17 @@ def assert_half(half, full, stage, step):
 @pytest.mark.mutation('train_ldm.py', 'with process.autocast():\n                    loss',
                       'if True:\n                    loss')
 def test_bfloat16_is_near_float32(toy, copy, repo):
-    for script, (file, flags) in STAGES.items():
-        done(copy, script, flags, '--name half --amp on --steps 2', *(
-            ['--vae toy_image'] if file == 'ldm.pt' else []), repo=repo)
+    """And the U-Net computes in it while it learns, in float32 when it is measured."""
+    seen, forward = [], ldm.UNet.forward
+
+    def watched(*args):
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled('cpu')))
+        return forward(*args)
+    with mock.patch.object(ldm.UNet, 'forward', watched):
+        for script, (file, flags) in STAGES.items():
+            done(copy, script, flags, '--name half --amp on --steps 2', *(
+                ['--vae toy_image'] if file == 'ldm.pt' else []), repo=repo)
+    assert {*seen} == {(True, True), (False, False)}
     runs = copy / 'runs'
     assert_half(runs / 'half', runs / 'toy_image', 'vae', 1)
     assert_half(runs / 'half', runs / 'toy_image', 'ldm', 2)  # starts from an output of zero
