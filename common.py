@@ -6,6 +6,7 @@ own rows, on the device where that has generators. A resumed run, and a run on m
 smaller pieces, therefore see what one undisturbed process would have seen.
 """
 import argparse
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -23,6 +24,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import typing
 import warnings
 import zlib
 from functools import partial
@@ -742,16 +744,50 @@ def trains(path):
         return False
 
 
+class StandIn:
+    """An object of a configuration of the authors' code, which is not imported: its attributes."""
+
+
+# What their files hold beside tensors: nothing that can do anything.
+HARMLESS = [argparse.Namespace, collections.defaultdict, dict, int, list,
+            (typing.Any, 'typing.Any'), *((StandIn, f'omegaconf.{name}') for name in (
+                'base.ContainerMetadata', 'base.Metadata', 'dictconfig.DictConfig',
+                'listconfig.ListConfig', 'nodes.AnyNode'))]
+
+
+def published(state):
+    """A dict of the authors' code, with the kind 'published', its parts under the same names.
+
+    They are vaemodel, mlp, and, if there, pointnet, diffusion, ema, step and args. Any other dict
+    is returned as it is.
+    """
+    flat = {'vae': 'vaemodel', 'ldm': 'diffusion'}  # parts as prefixes, in one dict
+    for name in ('vae', 'mlp', 'ldm', 'pointnet'):
+        start = f'{name}.'
+        part = {k.removeprefix(start): v for k, v in state.items() if str(k).startswith(start)}
+        state = {**state, **{flat.get(name, name): part}} if part else state
+    autoencoder = state.get('vaemodel', state.get('model'))
+    if not (isinstance(autoencoder, dict) and isinstance(state.get('mlp'), dict)):
+        return state
+    return {**state, 'vaemodel': autoencoder, 'kind': 'published'}
+
+
 def load_checkpoint(path, kind=None, device='cpu'):
-    """A checkpoint's dict. ValueError if it is truncated, not one of ours, or of another kind."""
+    """A checkpoint's dict. ValueError if it is truncated, not one of ours, or of another kind.
+
+    Those of the authors' code, see `ldm.translated`, have the kind 'published'.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such checkpoint')
     try:
-        state = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(HARMLESS):
+            state = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except Exception as error:  # torch raises half a dozen types here; all mean the same to a user
         raise ValueError(f'{path}: truncated or not a checkpoint ({type(error).__name__}); '
                          'name another, or train it again with --restart') from None
+    if isinstance(state, dict) and 'kind' not in state:
+        state = published(state)
     if not isinstance(state, dict) or 'kind' not in state:
         raise ValueError(f'{path}: a file of some other program, not a checkpoint of this one')
     if kind and state['kind'] != kind:

@@ -4009,9 +4009,10 @@ def open_run_data(info, split, root=None, **options):
     """The data set of a run, by its info (see `ldm.load_vae`); root: where it is, if it moved."""
     args = info['args']
     settled = DATASETS[args['dataset']][0].options_of_run(info)
+    listed = info['splits'] if any(info['splits'].values()) else None  # some runs know of no data
     options = {**options_of(args), **settled, 'flip': args['flip'] and split == 'train', **options}
     try:
-        return make_dataset(args['dataset'], root or args['data'], split, info['splits'],
+        return make_dataset(args['dataset'], root or args['data'], split, listed,
                             **options)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'the data this run was trained on are gone: {error}') from None

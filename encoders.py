@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import regular, require
-from inr import PLANES
+from inr import PLANES, PointBlock
 
 
 class GroupNorm(nn.GroupNorm):
@@ -41,6 +41,15 @@ def norm(channels):
     while groups > 1 and channels < 4 * groups:
         groups //= 2
     return GroupNorm(groups, channels, eps=1e-6)
+
+
+def regroup(module, groups, eps):
+    """Give all group norms of a module so many groups, 0 for as many as they have, and this eps."""
+    for layer in module.modules():
+        if isinstance(layer, GroupNorm):
+            layer.eps, layer.num_groups = eps, groups or layer.num_groups
+            require(layer.num_channels % layer.num_groups == 0, f'a group norm of '
+                    f'{layer.num_channels} channels has no {layer.num_groups} groups')
 
 
 def conv3x3(in_channels, out_channels, stride=1):
@@ -113,16 +122,36 @@ class PlaneAttention(Attention):
         return super().forward(x.flatten(2)).unflatten(2, x.shape[2:])
 
 
-class Downsample(nn.Module):
-    """3x3 convolution of stride 2: (B,C,H,W) -> (B,C,ceil(H/2),ceil(W/2))."""
+class JoinedPlanes(nn.Sequential):
+    """ResBlock, attention, ResBlock on `planes` planes as the channels of one.
 
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = conv3x3(channels, channels, stride=2)
+    (P B,C,H,W), each plane's batch after the other's -> the same shape.
+    """
+
+    def __init__(self, channels, planes=3):
+        width = planes * channels
+        super().__init__(ResBlock(width, width), PlaneAttention(width), ResBlock(width, width))
+        self.planes = planes
 
     def forward(self, x):
-        # As in latent diffusion; odd sizes are padded on both sides, or a row would be lost.
-        return self.conv(F.pad(x, (x.shape[3] % 2, 1, x.shape[2] % 2, 1)))
+        h = super().forward(torch.cat(x.chunk(self.planes), dim=1))  # (B, P*C, H, W)
+        return torch.cat(h.chunk(self.planes, dim=1))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2: (B,C,H,W) -> (B,C,ceil(H/2),ceil(W/2)).
+
+    Zeros are added to the right and below, as in latent diffusion, or on all sides (`symmetric`).
+    """
+
+    def __init__(self, channels, symmetric=False):
+        super().__init__()
+        self.conv, self.symmetric = conv3x3(channels, channels, stride=2), symmetric
+
+    def forward(self, x):
+        # Odd sizes are padded on both sides, or a row would be lost.
+        left, top = (1, 1) if self.symmetric else (x.shape[3] % 2, x.shape[2] % 2)
+        return self.conv(F.pad(x, (left, 1, top, 1)))
 
 
 class Upsample(nn.Module):
@@ -142,18 +171,24 @@ class ConvEncoder(nn.Module):
     As in latent diffusion: a 3x3 convolution; for each mult of `ch_mult`, a level of
     `num_res_blocks` ResBlocks of width ch * mult, with `Downsample` between levels; then ResBlock,
     attention, ResBlock and a 3x3 convolution. The VAE makes mean and log variance of the result.
+    `joined`: the downsampling factors after whose level `JoinedPlanes` follow, 0 for after the last
+    attention.
     """
 
-    def __init__(self, in_channels, ch, ch_mult, num_res_blocks, z_channels):
+    def __init__(self, in_channels, ch, ch_mult, num_res_blocks, z_channels, joined=()):
         super().__init__()
         layers, width = [conv3x3(in_channels, ch)], ch
         for level, mult in enumerate(ch_mult):
             for _ in range(num_res_blocks):
                 layers.append(ResBlock(width, ch * mult))
                 width = ch * mult
+            if 2 ** level in joined:
+                layers.append(JoinedPlanes(width))
             if level < len(ch_mult) - 1:
                 layers.append(Downsample(width))
         layers += [ResBlock(width, width), PlaneAttention(width), ResBlock(width, width)]
+        if 0 in joined:
+            layers.append(JoinedPlanes(width))
         layers += [norm(width), nn.SiLU(inplace=True), conv3x3(width, 2 * z_channels)]
         self.net = nn.Sequential(*layers)
 
@@ -167,20 +202,6 @@ def pool_cells(features, cell, count, reduce):
     """Maximum ('amax') or 'mean' of features (M,C) by cell (M,): (count,C), 0 for empty cells."""
     return features.new_zeros(count, features.shape[1]).scatter_reduce(
         0, cell[:, None].expand_as(features), features, reduce, include_self=False)
-
-
-class PointBlock(nn.Module):
-    """skip(x) + fc1(relu(fc0(relu(x)))), (...,in) -> (...,out); fc1's weights start at zero."""
-
-    def __init__(self, in_features, out_features):
-        super().__init__()
-        hidden = min(in_features, out_features)
-        self.fc0, self.fc1 = nn.Linear(in_features, hidden), nn.Linear(hidden, out_features)
-        nn.init.zeros_(self.fc1.weight)
-        self.skip = nn.Linear(in_features, out_features, bias=False)
-
-    def forward(self, x):
-        return self.skip(x) + self.fc1(F.relu(self.fc0(F.relu(x))))
 
 
 class LocalPoolPointNet(nn.Module):

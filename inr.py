@@ -112,10 +112,13 @@ def scale_of_points(resolution, coords):
 
 # ---- gamma: bilinear look-up -------------------------------------------------------------------
 
-def sample_field(field, coords):
-    """gamma(c; Xi): values (B,N,C) of a field (B,C,H,W) at any points coords (B,N,2) in [-1,1]."""
+def sample_field(field, coords, align_corners=False):
+    """gamma(c; Xi): values (B,N,C) of a field (B,C,H,W) at any points coords (B,N,2) in [-1,1].
+
+    -1 and 1 are the edges of the outer cells or, with `align_corners`, their centres.
+    """
     p = F.grid_sample(field.to(coords.dtype), coords[:, None], mode='bilinear',
-                      padding_mode='border', align_corners=False)  # (B, C, 1, N)
+                      padding_mode='border', align_corners=align_corners)  # (B, C, 1, N)
     return p[:, :, 0].transpose(1, 2)
 
 
@@ -187,13 +190,14 @@ class ScaledLinear(nn.Linear):
 
 
 class ScaleEmbedding(nn.Module):
-    """s (B,) -> style (B,features): two layers on 32 sines and cosines of s * 10000^(-k/31)."""
+    """s (B,) -> style (B,features): two layers on n sines and cosines of s * 10000^(-k/(n-1))."""
 
-    def __init__(self, features):
+    def __init__(self, features, n=32):
         super().__init__()
-        k = torch.arange(32) / 31
+        k = torch.arange(n) / (n - 1)
         self.register_buffer('frequencies', 10000.0 ** -k, persistent=False)
-        self.net = nn.Sequential(nn.Linear(64, features), nn.GELU(), nn.Linear(features, features))
+        self.net = nn.Sequential(nn.Linear(2 * n, features), nn.GELU(),
+                                 nn.Linear(features, features))
 
     def forward(self, s):
         with torch.autocast(s.device.type, enabled=False):
@@ -224,6 +228,21 @@ class MLPBlock(nn.Module):
             h = F.leaky_relu(layer(h, style, gain), 0.2, inplace=True)
         skip = x if self.skip is None else self.skip(x)
         return torch.add(h, skip, alpha=math.sqrt(0.5))
+
+
+class PointBlock(nn.Module):
+    """skip(x) + fc1(relu(fc0(relu(x)))), (...,in) -> (...,out); fc1's weights start at zero."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        hidden = min(in_features, out_features)
+        self.fc0, self.fc1 = nn.Linear(in_features, hidden), nn.Linear(hidden, out_features)
+        nn.init.zeros_(self.fc1.weight)
+        self.skip = (nn.Linear(in_features, out_features, bias=False)
+                     if in_features != out_features else nn.Identity())
+
+    def forward(self, x, style=None):
+        return self.skip(x) + self.fc1(F.relu(self.fc0(F.relu(x))))
 
 
 def with_octaves(x, count):
@@ -310,25 +329,32 @@ class CFCMLP(nn.Module):
     'single' only the finest (rows 3, 2 and 1 of Table 8). merge: how 'cfc' joins p^i to the state
     h, by 'concat' or 'sum'. coord_features: D to add a linear map of the coordinates, and of sines
     and cosines of `coord_octaves` of them, after the first block; 0 for none. radiance: hidden,
-    octaves and scale of a `RadianceHead` in the place of the last layer. ValueError if there are
-    more look-ups than blocks.
+    octaves and scale of a `RadianceHead` in the place of the last layer. scale_channels: how many
+    constant channels, equal to s, join each look-up; scale_frequencies: of s in the style. block:
+    'post' for `MLPBlock`, 'pre' for `PointBlock`, whose activations come first. ValueError if
+    there are more look-ups than blocks.
     """
 
     def __init__(self, pe_channels, out_channels, width=256, blocks=4, layers=2,
                  conditioning='cfc', merge='concat', scale_injection=True, resolution=256,
-                 coord_features=0, coord_octaves=0, radiance=None):
+                 coord_features=0, coord_octaves=0, radiance=None, scale_channels=0,
+                 scale_frequencies=32, block='post'):
         super().__init__()
+        pe_channels = [n + scale_channels for n in pe_channels]
         pe_channels = dict(cfc=pe_channels, concat=[sum(pe_channels)],
                            single=pe_channels[-1:])[conditioning]
         require(blocks >= len(pe_channels), f'{blocks} MLP blocks cannot take {len(pe_channels)} '
                 'basis fields; raise --mlp_blocks')
         self.conditioning, self.merge, self.resolution = conditioning, merge, resolution
-        self.style = ScaleEmbedding(width) if scale_injection else None
+        self.style = ScaleEmbedding(width, scale_frequencies) if scale_injection else None
+        self.scale_channels, self.fixed = scale_channels, None
         linear = ModulatedLinear if scale_injection else ScaledLinear
         first, *later = pe_channels
         joined = [width + c if merge == 'concat' else width for c in later]
         inputs = [first, *joined] + [width] * (blocks - len(pe_channels))
-        self.blocks = nn.ModuleList(MLPBlock(linear, n, width, width, layers) for n in inputs)
+        self.blocks = nn.ModuleList(
+            PointBlock(n, width) if block == 'pre' else MLPBlock(linear, n, width, width, layers)
+            for n in inputs)
         self.project = nn.ModuleList(nn.Linear(c, width) for c in later if merge == 'sum')
         self.coord_octaves = coord_octaves
         self.coords = None
@@ -343,7 +369,7 @@ class CFCMLP(nn.Module):
         if self.style is None:
             return self
         plain, style = copy.deepcopy(self), self.style(scale)
-        plain.style = None
+        plain.style, plain.fixed = None, scale
         for parent in list(plain.modules()):
             for name, layer in list(parent.named_children()):
                 if isinstance(layer, ModulatedLinear):
@@ -367,6 +393,9 @@ class CFCMLP(nn.Module):
         if self.style is not None and scale is None:
             scale = scale_of_points(self.resolution, coords)[None]
         style = None if self.style is None else self.style(scale)
+        if self.scale_channels:
+            s = (self.fixed if style is None else scale).to(pe[0]).view(-1, 1, 1)
+            pe = [torch.cat([p, s.expand(*p.shape[:2], self.scale_channels)], dim=2) for p in pe]
         if self.conditioning == 'concat':
             pe = [torch.cat(pe, dim=-1)]
         elif self.conditioning == 'single':
@@ -386,13 +415,13 @@ class CFCMLP(nn.Module):
 
 # ---- one sample as a function ------------------------------------------------------------------
 
-def look_up(xi, points, domain, plane_merge):
+def look_up(xi, points, domain, plane_merge, align_corners=False):
     """p^1..p^n at points (B,N,D): a list of (B,N,C), coarse to fine.
 
     xi: basis fields, coarse to fine, each a dict plane name -> (B,C,H,W). plane_merge: what is
     looked up in the planes of one field is joined by 'concat' or 'sum'.
     """
-    parts = [[sample_field(field, points[..., PLANES[domain][name]])
+    parts = [[sample_field(field, points[..., PLANES[domain][name]], align_corners)
               for name, field in level.items()] for level in xi]
     return [sum(p) if plane_merge == 'sum' else torch.cat(p, dim=-1) for p in parts]
 
@@ -419,7 +448,8 @@ class Function(nn.Module):
         points = coords.reshape(1, -1, coords.shape[-1])
         scale = None if scale is None else points.new_tensor([scale])
         dirs = None if dirs is None else dirs.expand(*coords.shape[:-1], 3).reshape(1, -1, 3)
-        p = look_up(self.xi, points, self.about['domain'], self.about['plane_merge'])
+        p = look_up(self.xi, points, self.about['domain'], self.about['plane_merge'],
+                    self.about.get('align_corners', False))
         return self.mlp(p, points, scale, dirs).view(*coords.shape[:-1], -1)
 
 

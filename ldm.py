@@ -11,6 +11,7 @@ The paper leaves the schedule of beta open: it is the "scaled linear" one of lat
 Departures: an embedding that tells the U-Net which plane it sees, since planes of one shape would
 otherwise be all the same to it; latents normalised by channel, if wanted; DPM-Solver++.
 """
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,8 @@ from tqdm import tqdm
 
 from common import (fitting, flag, load_checkpoint, load_weights, require, require_finite,
                     row_noise, the_checkpoint, torch_seeded)
-from encoders import Attention, ByteText, Downsample, ResBlock, Upsample, conv3x3, norm, zeroed
+from encoders import (Attention, ByteText, Downsample, ResBlock, Upsample, conv3x3, norm, regroup,
+                      zeroed)
 from inr import PLANES, pack, unpack
 
 # ---- schedule --------------------------------------------------------------------------------
@@ -78,6 +80,11 @@ class LDMConfig:
     text: str = flag('', 'what reads captions: bytes (a small transformer, trained along), a file '
                      "or folder of CLIP's weights, or an .npz of features; empty = none")
     context_channels: int = 0  # width of the text features to condition on, 0 = none
+    # How the authors' networks differ, see STRUCTURE.
+    symmetric_pad: bool = False  # zeros on all sides before a convolution of stride 2
+    norm_groups: int = 0  # of all group norms; 0 = up to 32, of at least 4 channels
+    norm_eps: float = 1e-6
+    mixing_planes: bool = False  # a mixing logit for each plane
     triplane: str = flag('shared', 'planes through one U-Net with attention across them, or '
                          'concatenated as channels', choices=('shared', 'concat'))
     cond_dropout: float = flag(0.1, 'share of training items whose condition is left out')
@@ -95,6 +102,10 @@ class LDMConfig:
                 'condition on class labels (--num_classes) or text (--text), not both')
         require(self.triplane != 'concat' or len({*map(tuple, self.planes.values())}) == 1,
                 '--triplane concat: planes of different shapes cannot be concatenated')
+
+
+# Fields that no flag sets: a network that goes on from a checkpoint has the checkpoint's.
+STRUCTURE = 'symmetric_pad', 'norm_groups', 'norm_eps', 'mixing_planes'
 
 
 def time_embedding(t, channels):
@@ -190,7 +201,7 @@ class UNet(nn.Module):
         width, skips = ch, [ch]  # skips: the widths to be joined on the way up
         for level, mult in enumerate(config.ch_mult):
             if level:
-                self.down.append(Downsample(width))
+                self.down.append(Downsample(width, config.symmetric_pad))
                 skips.append(width)
             for _ in range(config.num_res_blocks):
                 self.down.append(Block(width, ch * mult, config, 2 ** level in config.attn_factors))
@@ -205,6 +216,7 @@ class UNet(nn.Module):
             if level:
                 self.up.append(Upsample(width))
         self.out_norm, self.out = norm(width), zeroed(conv3x3(width, channels))
+        regroup(self, config.norm_groups, config.norm_eps)
 
     def forward(self, z, t, cond=None):
         batch, channels = z.shape[:2]
@@ -266,8 +278,10 @@ class LDM(nn.Module):
         self.text = ByteText(config.context_channels) if config.text == 'bytes' else None
         c = config.z_channels
         self.shape = c, sum(h * w for h, w in config.planes.values())  # (C, L) of one latent
-        self.mixing_logit = (nn.Parameter(torch.full((1, c, 1), float(config.mixing_init)))
+        logits = 1, c, len(config.planes) if config.mixing_planes else 1
+        self.mixing_logit = (nn.Parameter(torch.full(logits, float(config.mixing_init)))
                              if config.mixed else None)
+        self.cells = [h * w for h, w in config.planes.values()]
         self.register_buffer('z_mean', torch.zeros(c, 1))
         self.register_buffer('z_std', torch.ones(c, 1))
         self.register_buffer('null_context', torch.zeros(1, max(config.context_channels, 1)))
@@ -323,7 +337,11 @@ class LDM(nn.Module):
         if self.mixing_logit is None:
             return out
         sigma = (1 - alpha_bar(t, self.log_alpha_bar)).sqrt().float()[:, None, None]
-        return torch.lerp(sigma * z_t, out, self.mixing_logit.sigmoid())
+        share = self.mixing_logit.sigmoid()
+        if self.config.mixing_planes:
+            share = torch.cat([s.expand(-1, -1, n) for s, n in zip(share.split(1, 2), self.cells)],
+                              dim=2)
+        return torch.lerp(sigma * z_t, out, share)
 
     def draw(self, positions, *key):
         """The random numbers of rows, each from `key` and its stream position alone.
@@ -623,6 +641,296 @@ def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler=SAMPLER, steps=ST
     return (z, nfe) if return_nfe else z
 
 
+# ---- checkpoints of the authors' code ----------------------------------------------------------
+
+# The names of layers there and here, within a residual block, an attention, or the read-out.
+LAYERS = {'in_layers.0': 'norm1', 'in_layers.2': 'conv1', 'emb_layers.1': 'emb',
+          'out_layers.0': 'norm2', 'out_layers.3': 'conv2', 'skip_connection': 'skip',
+          'nin_shortcut': 'skip', 'proj_out': 'out', 'k': 'kv', 'v': 'kv',
+          'fc_0': 'fc0', 'fc_1': 'fc1', 'shortcut': 'skip'}
+PUBLISHED_BOX = 0.550005  # half the side of the box of shapes: (1 + 0.1 + 1e-5) / 2
+
+
+def part_of(state, prefix):
+    """The entries whose names begin with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def count(state, pattern):
+    """How many numbers follow one another in the names: 'down.{}.' is in .. as down.0., down.1."""
+    return next(n for n in range(len(state) + 1)
+                if not any(k.startswith(pattern.format(n)) for k in state))
+
+
+def translated_block(state, old, new, heads=1):
+    """{name here: tensor} of one residual block, attention or layer, named `old` and `new`.
+
+    In an attention, 1x1 convolutions are linear layers, and the rows of `qkv` are ordered by head.
+    """
+    found = {}
+    for key, value in part_of(state, f'{old}.').items():
+        layer, _, kind = key.rpartition('.')
+        if layer == 'qkv':
+            rows = value.flatten(1) if kind == 'weight' else value
+            q, *kv = rows.unflatten(0, (heads, 3, -1)).unbind(1)
+            found |= {f'q.{kind}': q.flatten(0, 1), f'kv.{kind}': torch.cat(kv).flatten(0, 1)}
+        else:
+            linear = layer in ('q', 'k', 'v', 'proj_out') and kind == 'weight'
+            name = f'{LAYERS.get(layer, layer)}.{kind}'.removeprefix('.')
+            value = value.flatten(1) if linear else value
+            found[name] = torch.cat([found[name], value]) if layer == 'v' else value
+    return {f'{new}.{name}': value for name, value in found.items()}
+
+
+def translated_unet(state, head_channels):
+    """Weights and fields of the `LDMConfig` of a U-Net in the layout of ADM."""
+    found, levels, blocks = {}, [[]], 0
+
+    def put(old, new):
+        qkv = state.get(f'{old}.qkv.weight')
+        heads = 1 if qkv is None else qkv.shape[1] // head_channels
+        found.update(translated_block(state, old, new, heads))
+
+    def put_block(old, new):
+        put(f'{old}.0', f'{new}.res')
+        put(f'{old}.1', f'{new}.attention')
+    for old, new in (('time_embed.', 'time.'), ('input_blocks.0.0.', 'stem.'),
+                     ('out.0.', 'out_norm.'), ('out.2.', 'out.')):
+        found |= {new + k: v for k, v in part_of(state, old).items()}
+    for k in range(1, count(state, 'input_blocks.{}.')):
+        old, new = f'input_blocks.{k}', f'down.{k - 1}'
+        if f'{old}.0.op.weight' in state:
+            levels.append([])
+            put(f'{old}.0.op', f'{new}.conv')
+        else:
+            levels[-1].append((state[f'{old}.0.in_layers.2.weight'].shape[0],
+                               f'{old}.1.qkv.weight' in state))
+            put_block(old, new)
+    put_block('middle_block', 'middle.0')
+    put('middle_block.2', 'middle.1.res')
+    for k in range(count(state, 'output_blocks.{}.')):
+        put(f'output_blocks.{k}.0', f'up.{blocks}.res')
+        for j in (1, 2):
+            if f'output_blocks.{k}.{j}.conv.weight' in state:
+                blocks += 1
+                put(f'output_blocks.{k}.{j}.conv', f'up.{blocks}.conv')
+            else:
+                put(f'output_blocks.{k}.{j}', f'up.{blocks}.attention')
+        blocks += 1
+    ch = found['stem.weight'].shape[0]
+    return found, dict(
+        ch=ch, ch_mult=tuple(level[0][0] // ch for level in levels), num_res_blocks=len(levels[0]),
+        attn_factors=tuple(2 ** i for i, level in enumerate(levels) if level[0][1]),
+        head_channels=head_channels, symmetric_pad=True, norm_groups=32, norm_eps=1e-5)
+
+
+def translated_planes(state):
+    """Weights and fields of the `VAEConfig` of an autoencoder of pictures or planes."""
+    found, layers = {}, ['conv_in']
+    levels, last = count(state, 'encoder.down.{}.'), count(state, 'encoder.down.{}.') - 1
+    joined = [i for i in range(levels) if f'encoder.down.{i}.inter_attn.0.norm1.weight' in state]
+    middle = 'encoder.mid.block_3.norm1.weight' in state
+
+    def put(old, new):
+        """One layer, or three that join the planes: the parts of `old` split by spaces."""
+        for n, part in enumerate(old.split()):
+            found.update(translated_block(state, part, f'{new}.{n}' if ' ' in old else new))
+
+    def joining(side, i=None):
+        if i is None:
+            return f'{side}.mid.block_3 {side}.mid_attn {side}.mid.block_4'
+        return ' '.join(f'{side}.{i}.inter_attn.{n}' for n in range(3))
+    for i in range(levels):
+        blocks = count(state, f'encoder.down.{i}.block.{{}}.')
+        layers += [f'down.{i}.block.{j}' for j in range(blocks)]
+        layers += [joining('down', i)] * (i in joined) + [f'down.{i}.downsample'] * (i < last)
+    stem = ['mid.block_1', 'mid.attn_1', 'mid.block_2', *[joining('encoder')] * middle]
+    for n, layer in enumerate([*layers, *stem, 'norm_out', 'SiLU', 'conv_out']):
+        put(' '.join(f'encoder.{part}'.replace('encoder.encoder', 'encoder')
+                     for part in layer.split()), f'encoder.net.{n}')
+    for n, layer in enumerate(['conv_in', *stem]):
+        put(' '.join(f'decoder.{part}'.replace('decoder.encoder', 'decoder')
+                     for part in layer.split()), f'decoder.stem.{n}')
+    for i in range(levels):
+        old, new = f'decoder.up.{last - i}', f'decoder.levels.{i}'  # theirs are fine to coarse
+        for j in range(blocks + 1):
+            put(f'{old}.block.{j}', f'{new}.{j}')
+        put(joining('decoder.up', last - i), f'{new}.{blocks + 1}')
+        found |= translated_block(state, f'{old}.upsample', f'decoder.ups.{i}')
+        found |= translated_block(state, f'{old}.hdbf.0', f'decoder.heads.{2 ** i}')
+    for n, layer in ((0, 'norm_out'), (2, 'conv_out')):
+        found |= translated_block(state, f'decoder.{layer}', f'decoder.heads.{2 ** last}.{n}')
+    for old, new in (('quant_conv', 'quant'), ('post_quant_conv', 'post_quant')):
+        for plane in ('', '_xy', '_yz', '_xz'):
+            found |= translated_block(state, old + plane, f'{new}.{plane[1:] or "xy"}')
+    ch = state['encoder.conv_in.weight'].shape[0]
+    mult = tuple(state[f'encoder.down.{i}.block.0.conv1.weight'].shape[0] // ch
+                 for i in range(levels))
+    return found, dict(
+        channels=state['encoder.conv_in.weight'].shape[1], ch=ch, ch_mult=mult, decoder_ch=ch,
+        decoder_mult=mult[::-1], num_res_blocks=blocks,
+        z_channels=found['post_quant.xy.weight'].shape[1],
+        inner_channels=found['post_quant.xy.weight'].shape[0],
+        field_channels=state['decoder.conv_out.weight'].shape[0], norm_groups=32,
+        joined=(*[0] * middle, *(2 ** i for i in joined)),
+        fields=tuple(2 ** i for i in range(levels)
+                     if i == last or f'decoder.up.{last - i}.hdbf.0.weight' in state))
+
+
+def translated_read_out(state):
+    """Weights and fields of the `VAEConfig` of a read-out with scale injection.
+
+    There the learning rate is equalised: weights are divided by the root of their inputs.
+    """
+    width = state['time_mlp.3.weight'].shape[0]
+    found = {f'mlp.style.net.{n}.{kind}': state[f'time_mlp.{n + 1}.{kind}']
+             for n in (0, 2) for kind in ('weight', 'bias')}
+
+    def put(old, new, bias):
+        weight = state[f'{old}.weight'][0, :, :, 0, 0]
+        found.update({f'{new}.weight': weight / weight.shape[1] ** 0.5, f'{new}.bias': bias,
+                      f'{new}.affine.weight': state[f'{old}.modulation.weight'] / width ** 0.5,
+                      f'{new}.affine.bias': state[f'{old}.modulation.bias']})
+    blocks = [f'net_res{n}' for n in (1, 2, 3, 4)]
+    layers = sum(k.startswith('net_res1.') and k.endswith('.activate.bias') for k in state)
+    for n, block in enumerate(blocks):
+        for j in range(layers):
+            put(f'{block}.conv{j + 1}.conv', f'mlp.blocks.{n}.layers.{j}',
+                state[f'{block}.conv{j + 1}.activate.bias'])
+        if f'{block}.skip.0.weight' in state:
+            weight = state[f'{block}.skip.0.weight'][:, :, 0, 0]
+            found[f'mlp.blocks.{n}.skip.weight'] = weight / weight.shape[1] ** 0.5
+    put('torgb.conv', 'mlp.out', state['torgb.bias'].flatten())
+    return found, dict(mlp_width=width, mlp_layers=layers, scale_channels=2,
+                       scale_frequencies=state['time_mlp.1.weight'].shape[1] // 2)
+
+
+def translated_solid(points, mlp):
+    """Weights and fields of the `VAEConfig` of point network and read-out of shapes.
+
+    Places there are in units of the data, whose box here is [-1, 1].
+    """
+    found = {}
+    blocks = count(points, 'blocks.{}.')
+    for old, new in [('fc_pos', 'proj_in'), ('fc_c', 'proj_out'),
+                     *((f'blocks.{n}', f'blocks.{n}') for n in range(blocks))]:
+        found |= translated_block(points, old, f'points.{new}')
+    for n in range(4):
+        found |= translated_block(mlp, f'net_res{n + 1}', f'mlp.blocks.{n}')
+    for old, new in (('net_p', 'coords'), ('net_out', 'out')):
+        found |= translated_block(mlp, old, f'mlp.{new}')
+    for name in ('points.proj_in.weight', 'mlp.coords.weight'):
+        found[name] = found[name] * PUBLISHED_BOX
+    return found, dict(
+        domain='shape', loss='bce', scale_injection=False, coord_input=True, plane_merge='sum',
+        align_corners=True, mlp_block='pre', mlp_width=mlp['net_out.weight'].shape[1],
+        extent=PUBLISHED_BOX, threshold=0.2, point_hidden=points['fc_c.weight'].shape[1],
+        point_blocks=blocks, point_channels=points['fc_c.weight'].shape[0])
+
+
+def side_by_side(x, order=('xy', 'xz', 'yz')):
+    """Channels (3 C,...), plane by plane in this order -> (C,3,...), in the order of `PLANES`."""
+    return x.unflatten(0, (3, -1))[[order.index(name) for name in PLANES['shape']]].transpose(0, 1)
+
+
+def by_channel(weights):
+    """Weights of a U-Net of joined planes, whose channels become those of `UNet`."""
+    stem = side_by_side(weights['stem.weight'].transpose(0, 1)).flatten(0, 1).transpose(0, 1)
+    return weights | {'stem.weight': stem} | {
+        name: side_by_side(weights[name]).flatten(0, 1) for name in ('out.weight', 'out.bias')}
+
+
+def setting(args, group, name, default):
+    """A number of the authors' configuration, or the default if the file has none."""
+    content = getattr(getattr(args, group, None), '_content', None) or {}
+    value = content.get(name, default)
+    return int(getattr(value, '_val', value))
+
+
+def buffers(network, config, weights):
+    """The weights, and those buffers of network(config) that they lack, as it begins."""
+    with torch.device('meta'):
+        state = network(config).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    made = {name: F.normalize(torch.randn(x.shape, generator=generator), dim=1)
+            if name.startswith('sn_u') else torch.full(x.shape, float(name == 'z_std'))
+            for name, x in state.items() if name not in weights}
+    lost = [name for name in made if not name.startswith(('sn_u', 'z_', 'null_'))]
+    require(not lost, f'it lacks {", ".join(lost[:3])}')
+    return made | weights
+
+
+def translated(state, path):
+    """A checkpoint of the authors' code, of pictures or shapes, as one of ours.
+
+    A dict of the kind 'ldm' or, without a second stage, 'vae'. ValueError for other domains and
+    files. What is lost is said: the noise that their read-out adds to its layers, by which it is no
+    function of the coordinate.
+    """
+    from data import CONFIGS
+    from vae import D2CVAE, VAEConfig
+    args, planes, points = state.get('args'), state['vaemodel'], state.get('pointnet')
+    require(not any('to_patch_embedding' in k for k in planes), f'{path}: a video model of the '
+            'authors\' code, whose planes are read along other axes than they are made; train anew')
+    require(points is None or points['fc_pos.weight'].shape[1] == 3, f'{path}: a radiance field of '
+            'the authors\' code, whose read-out is linear; train anew')
+    with fitting(path):
+        weights, fields = translated_planes(planes)
+        if points is None:
+            more, others = translated_read_out(state['mlp'])
+        else:
+            more, others = translated_solid(points, state['mlp'])
+            others['channels'] = 1
+        resolution = setting(args, 'ddconfig', 'resolution', 256 if points is None else 64)
+        config = VAEConfig(**fields | others | dict(resolution=resolution))
+        vae = buffers(D2CVAE, config, weights | more)
+        preset = ('shapenet_chair_code' if points is not None else
+                  'celebahq_code' if config.num_res_blocks == 3 else 'afhq_cat_code')
+        step = int(state.get('current_iters', 0))
+        flags = {f.name: f.default for c in CONFIGS for f in dataclasses.fields(c)} | dict(
+            dataset=config.domain, preset=preset, data='', flip=False, steps=step,
+            resolution=resolution)
+        found = dict(kind='vae', step=step, args=flags, vae_config=vars(config), vae=vae,
+                     splits=dict(train=[], test=[]))
+        process = part_of(state.get('ema', {}), 'ema_model.') or state.get('diffusion')
+        if points is None:
+            tqdm.write(f'note: {path}: the noise of its read-out is left out')
+        return found | translated_diffusion(process, args, config, found) if process else found
+
+
+def translated_diffusion(state, args, config, first):
+    """What a checkpoint of both stages has beside those of the first, a dict."""
+    from vae import D2CVAE
+    weights, fields = translated_unet(part_of(state, 'model.'), setting(
+        args, 'unetconfig', 'num_head_channels', 32))
+    with torch.device('meta'):
+        planes = D2CVAE(config).latent_sizes()
+    logit = state['mixing_logit'].flatten()
+    if len(planes) > 1:
+        weights, logit = by_channel(weights), side_by_side(logit)
+        fields |= dict(triplane='concat', mixing_planes=True)
+    weights = {f'unet.{k}': v for k, v in weights.items()}
+    weights['mixing_logit'] = logit.reshape(1, config.z_channels, -1)
+    about = LDMConfig(domain=config.domain, z_channels=config.z_channels, planes=planes, **fields)
+    return dict(kind='ldm', vae_args=first['args'], args=dict(preset=first['args']['preset']),
+                ldm_config=vars(about), ema=buffers(LDM, about, weights))
+
+
+def open_checkpoint(path, kind=None, device='cpu'):
+    """`common.load_checkpoint` also of files of the authors' code, `translated`.
+
+    Of those with both stages, `kind` 'vae' takes the first.
+    """
+    state = load_checkpoint(path, None, device)
+    if state['kind'] == 'published':
+        state = translated(state, path)
+        if kind == 'vae':
+            state['kind'] = 'vae'
+    if kind and state['kind'] != kind:
+        raise ValueError(f'{path}: holds a {state["kind"]} checkpoint where {kind} is needed')
+    return state
+
+
 def restore(make, weights, device, path):
     """The network `make()` with these weights, frozen, in evaluation mode; ValueError if not."""
     with fitting(path):
@@ -648,7 +956,7 @@ def load_vae(path, device='cpu'):
     ValueError or FileNotFoundError, one line, for anything else.
     """
     path = the_checkpoint(path, 'vae.pt', 'ldm.pt')
-    return first_stage(load_checkpoint(path), device, path)
+    return first_stage(open_checkpoint(path), device, path)
 
 
 def load(path, device='cpu'):
@@ -658,7 +966,7 @@ def load(path, device='cpu'):
     or FileNotFoundError, one line, for anything that is not a finished or running second stage.
     """
     path = the_checkpoint(path, 'ldm.pt', 'vae.pt')
-    state = load_checkpoint(path)
+    state = open_checkpoint(path)
     require(state['kind'] != 'vae', f'{path} holds stage 1 only; train stage 2 with: '
             f'python train_ldm.py --vae {path.parent}')
     vae, info = first_stage(state, device, path)

@@ -30,10 +30,10 @@ import common
 import data
 from common import flag
 from encoders import text_reader
-from ldm import LDM, LDMConfig, first_stage, generate
+from ldm import LDM, LDMConfig, STRUCTURE, first_stage, generate, open_checkpoint
 
 # Differences from LDMConfig, LatentConfig and RunConfig only, by the name of stage 1's preset. What
-# follows a preset was measured, see RESULTS.md; those without were not run, and their micro_batch is
+# follows a preset was measured, see RESULTS.md; those without were not run. Their micro_batch is
 # for cards of 24 GB, by what tests/test_presets.py counts.
 BETAS = dict(weight_decay=0.0, beta2=0.999)
 PAPER = dict(BETAS, eval_every=5000, save_every=5000, micro_batch=20)
@@ -108,7 +108,7 @@ def build_parser():
 
 def write_slim(path, target):
     """Copy ldm.pt without optimiser and raw weights, floats in half precision."""
-    state = common.load_checkpoint(path, 'ldm')
+    state = open_checkpoint(path, 'ldm')
     common.try_checkpoint('--slim', target)
     half = {part: {k: v.half() if v.is_floating_point() else v for k, v in state[part].items()}
             for part in ('vae', 'ema')}
@@ -344,7 +344,7 @@ def parse(argv=None):
         common.require(vae or common.find_checkpoint('', 'vae.pt'),
                        'no stage-1 run in runs/: train one with python train_vae.py')
         path = common.the_checkpoint(vae, 'vae.pt')
-        state = common.load_checkpoint(path, 'vae')
+        state = open_checkpoint(path, 'vae')
     except (ValueError, OSError):
         parser.description += ' Defaults are those of no preset, for lack of a stage 1.'
         parser.parse_known_args(argv)  # -h works without a stage 1
@@ -385,7 +385,8 @@ def main():
     args, vae_path, first = parse()
     folder, digest = common.run_folder(args.name), common.file_digest(vae_path)
     if args.slim:
-        return write_slim(folder / 'ldm.pt', args.slim)
+        path = folder / 'ldm.pt'
+        return write_slim(path if path.exists() else vae_path, args.slim)
     process = common.start_process(args.device, args.amp)
     device = process.device
     common.check_run_flags(args, process.world)
@@ -403,9 +404,15 @@ def main():
 
     # 1. the frozen first stage, the model, what it starts from; last, the data
     vae, info = first_stage(first, device, vae_path)
+    start = state
+    if args.init and not state:
+        path = common.the_checkpoint(args.init, 'ldm.pt')
+        start = open_checkpoint(path, 'ldm')
+    about = start['ldm_config'] if start else {}
     config = common.from_flags(args, LDMConfig, domain=vae.domain, planes=vae.latent_sizes(),
                                z_channels=vae.config.z_channels,
-                               context_channels=reader.channels if reader else 0)
+                               context_channels=reader.channels if reader else 0,
+                               **{k: about[k] for k in STRUCTURE if k in about})
     torch.manual_seed(args.seed)
     model = LDM(config).to(device)
     opt = torch.optim.AdamW(model.param_groups(args.lr, args.weight_decay, args.mixing_lr_mult),
@@ -415,8 +422,7 @@ def main():
         with common.fitting(folder / 'ldm.pt'):
             opt.load_state_dict(state['opt'])
     elif args.init:
-        path = common.the_checkpoint(args.init, 'ldm.pt')
-        common.load_weights(model, common.load_checkpoint(path, 'ldm')['ema'], path)
+        common.load_weights(model, start['ema'], path)
     train, held_out = open_data(info, args)
 
     # 2. continue, or measure the latents
@@ -432,7 +438,7 @@ def main():
     if state and ema:
         with common.fitting(folder / 'ldm.pt'):
             ema.load_state_dict(state['ema'])
-    state = None  # what it holds is copied
+    state = start = None  # what they hold is copied
     low, high = model.z_std.min().item(), model.z_std.max().item()
     log = common.start_run(folder, 'ldm', args, process, step, [
         f'{len(train)} training items', common.parameters_of(model),
@@ -494,7 +500,7 @@ def main():
             guard.check()
             common.save_checkpoint(folder / 'ldm.pt', dict(
                 kind='ldm', step=step, args=vars(args), vae_args=first['args'],
-                splits=first['splits'], vae_hash=digest, vae_config=info['vae_config'],
+                splits=train.splits(), vae_hash=digest, vae_config=info['vae_config'],
                 vae=vae.state_dict(), ldm_config=asdict(config), model=model.state_dict(),
                 ema=ema.state_dict(), opt=opt.state_dict()))
     bar.close()

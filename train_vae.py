@@ -21,12 +21,13 @@ import torch
 import common
 import data
 import metrics
-from vae import D2CVAE, VAEConfig, annealed
+from ldm import open_checkpoint
+from vae import D2CVAE, STRUCTURE, VAEConfig, annealed
 
 # Differences from VAEConfig and RunConfig only. The paper gives no batch sizes or step counts: for
 # AFHQ and CelebA-HQ they are the authors' configurations on 8 processes, who published no others.
-# What follows a preset was measured, see RESULTS.md; those without were not run. Their micro_batch is
-# for cards of 24 GB, by what tests/test_presets.py counts.
+# What follows a preset was measured, see RESULTS.md; those without were not run. Their micro_batch
+# is for cards of 24 GB, by what tests/test_presets.py counts.
 RARELY = dict(eval_every=5000, save_every=5000)
 PAPER = dict(RARELY, scales=(1.0, 1.5, 2.0), scale_probs=(0.3, 0.3, 0.4), flip=True, micro_batch=8)
 AUTHORS = dict(PAPER, decoder_ch=128, mlp_layers=3, sn_start=5.0, micro_batch=5)
@@ -39,7 +40,8 @@ POINTS = dict(resolution=64, ch=64, coord_input=True, scale_injection=False, poi
 SMALL_POINTS = dict(POINTS, resolution=32, ch=32, ch_mult=(1, 2), decoder_mult=(2, 1),
                     fields=(1, 2), num_res_blocks=1, decoder_ch=32, z_channels=16,
                     field_channels=32, mlp_width=64, point_hidden=32, point_blocks=3,
-                    point_local=True, batch=8, micro_batch=0, warmup=100, eval_every=1000, save_every=500)
+                    point_local=True, batch=8, micro_batch=0, warmup=100, eval_every=1000,
+                    save_every=500)
 SHAPES = dict(POINTS, **RARELY, decoder_ch=32, plane_merge='sum', loss='bce', n_ref=2048,
               kl_weight=0.01, threshold=0.2, batch=480, micro_batch=60)
 SMALL_SHAPES = SHAPES | SMALL_POINTS | dict(threshold=0.5, plane_merge='concat', near=0.5,
@@ -144,6 +146,12 @@ def latent_statistics(vae, batch, noise):
     return dict(z_std_min=std.min(), z_std_max=std.max(), z_active=active)
 
 
+def structure_of(state):
+    """What no flag says of the network of a checkpoint, or of None, a dict of its config."""
+    about = state['vae_config'] if state else {}
+    return {k: about[k] for k in STRUCTURE if k in about}
+
+
 def loss_of(model, dataset, n):
     """The loss of n copies of a training item."""
     item = dataset.item(0, common.seeded('micro batch'))
@@ -175,15 +183,16 @@ def main():
     # 1. what to start from; then data and model
     folder = common.run_folder(args.name)
     state = common.resume(folder / 'vae.pt', args, 'vae')
-    step = state['step'] if state else 0
+    step, init = state['step'] if state else 0, None
     if args.init and not state:
         path = common.the_checkpoint(args.init, 'vae.pt', 'ldm.pt')
-        start = common.load_checkpoint(path).get('vae', {})
+        init = open_checkpoint(path)
+        start = init.get('vae', {})
     base = data.DATASETS[args.dataset][0]
     with torch.device('meta'):  # what cannot be is refused before the data are read
         D2CVAE(common.from_flags(args, VAEConfig, domain=base.domain, channels=base.channels))
     train, held_out = open_data(args, 'train'), open_data(args, 'test')
-    config = common.from_flags(args, VAEConfig, **train.settles())
+    config = common.from_flags(args, VAEConfig, **train.settles(), **structure_of(state or init))
     torch.manual_seed(args.seed)
     model = D2CVAE(config).to(process.device)
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),

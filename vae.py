@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import evenly_spaced, flag, require
-from encoders import (Attention, ConvEncoder, LocalPoolPointNet, PlaneAttention, ResBlock, Upsample,
-                      VideoEncoder, conv3x3, norm)
+from encoders import (Attention, ConvEncoder, JoinedPlanes, LocalPoolPointNet, PlaneAttention,
+                      ResBlock, Upsample, VideoEncoder, conv3x3, norm, regroup)
 from inr import (CFCMLP, Function, camera_rays, cell_centres, draw_mesh, extract_mesh, focal_length,
                  grid_scale, look_up, march, occupied_cells, orbit, pack, plane_sizes, sample_grid,
                  scattered, unpack, where_occupied, PLANES, UPWARDS)
@@ -44,6 +44,14 @@ class VAEConfig:
     up: str = 'y'  # axis of the data that points upwards, one of inr.UPWARDS
     frames: int = 16  # of a clip
     side: int = 128  # of the pictures that rays come from, in pixels
+    # How the authors' networks differ, see STRUCTURE.
+    inner_channels: int = 0  # of the planes beside the latent ones; 0 = z_channels
+    scale_channels: int = 0  # see inr.CFCMLP
+    scale_frequencies: int = 32
+    norm_groups: int = 0  # of all group norms; 0 = up to 32, of at least 4 channels
+    joined: tuple = ()  # downsampling factors with encoders.JoinedPlanes, 0: in the middle
+    align_corners: bool = False  # see inr.sample_field
+    mlp_block: str = 'post'  # see inr.CFCMLP
     resolution: int = flag(256, 'r: pixels a side the encoder sees and the anchor s = 1; of point '
                            'clouds, cells a side of the planes they are pooled into')
     point_hidden: int = flag(32, 'width of the PointNet')
@@ -114,6 +122,11 @@ class VAEConfig:
         self.n_ref = self.n_ref or DOMAINS[self.domain].values_of_signal(self)
 
 
+# Fields that no flag sets: a network that goes on from a checkpoint has the checkpoint's.
+STRUCTURE = ('inner_channels', 'scale_channels', 'scale_frequencies', 'norm_groups', 'joined',
+             'align_corners', 'mlp_block')
+
+
 def annealed(step, steps, config):
     """(lambda_kl, lambda_sn) of a step, numbers: linear, and log-linear."""
     p = min(max((step - 1e-4 * steps) / (config.anneal * steps), 0), 1)
@@ -158,15 +171,18 @@ class HDBFDecoder(nn.Module):
         self.fields = c.fields[-1:] if c.conditioning == 'single' else c.fields
         self.width = width  # of the stem
         self.stem = nn.Sequential(
-            conv3x3(c.z_channels, width), ResBlock(width, width), PlaneAttention(width),
-            ResBlock(width, width))
+            conv3x3(c.inner_channels or c.z_channels, width), ResBlock(width, width),
+            PlaneAttention(width), ResBlock(width, width))
+        if 0 in c.joined:
+            self.stem.append(JoinedPlanes(width))
         self.levels, self.heads, self.ups = nn.ModuleList(), nn.ModuleDict(), nn.ModuleList()
         for i, mult in enumerate(c.decoder_mult):
             blocks = [ResBlock(width if j == 0 else c.decoder_ch * mult, c.decoder_ch * mult)
                       for j in range(c.num_res_blocks + 1)]
-            width = c.decoder_ch * mult
+            width, last = c.decoder_ch * mult, i == len(c.decoder_mult) - 1
+            if 2 ** (len(c.decoder_mult) - 1 - i) in c.joined:
+                blocks.append(JoinedPlanes(width))
             self.levels.append(nn.Sequential(*blocks))
-            last = i == len(c.decoder_mult) - 1
             if last:
                 self.heads[str(2 ** i)] = nn.Sequential(
                     norm(width), nn.SiLU(inplace=True), conv3x3(width, c.field_channels))
@@ -268,7 +284,7 @@ class D2CVAE(nn.Module):
         self.build_encoder(c)
         z, features = c.z_channels, self.feature_channels(c)
         self.quant, self.post_quant = (nn.ModuleDict({name: nn.Conv2d(n, m, 1) for name in axes})
-                                       for n, m in ((features, 2 * z), (z, z)))
+                                       for n, m in ((features, 2 * z), (z, c.inner_channels or z)))
         self.decoder = HDBFDecoder(c)
         self.across = Attention(self.decoder.width, 8, zero_init=True) if c.across else None
         looked_up = c.field_channels * (len(axes) if c.plane_merge == 'concat' else 1)
@@ -278,12 +294,14 @@ class D2CVAE(nn.Module):
             conditioning=c.conditioning, merge=c.cfc_merge, scale_injection=c.scale_injection,
             resolution=c.resolution,
             coord_features=1 + max(map(max, axes.values())) if c.coord_input else 0,
-            coord_octaves=c.coord_octaves, **self.head(c))
+            coord_octaves=c.coord_octaves, scale_channels=c.scale_channels,
+            scale_frequencies=c.scale_frequencies, block=c.mlp_block, **self.head(c))
         self.mlp = CFCMLP(**self.read_out)
         scope = [self.encoder, self.quant]
         if c.sn_scope == 'all':
             scope += [self.post_quant, self.decoder]
         self.spectral = SpectralPenalty(self, scope)
+        regroup(self, c.norm_groups, 1e-6)
         self.to(memory_format=torch.channels_last)  # about twice the speed of NCHW on CPU
 
     @classmethod
@@ -301,7 +319,7 @@ class D2CVAE(nn.Module):
 
     @staticmethod
     def feature_channels(c):
-        return 2 * c.z_channels
+        return 2 * (c.inner_channels or c.z_channels)
 
     @staticmethod
     def head(c):
@@ -357,12 +375,14 @@ class D2CVAE(nn.Module):
 
     def look_up(self, xi, points):
         """p^1..p^n at points (B,N,D): a list of (B,N,C)."""
-        return look_up(xi, points, self.domain, self.config.plane_merge)
+        return look_up(xi, points, self.domain, self.config.plane_merge,
+                       self.config.align_corners)
 
     def function(self, xi):
         """The `inr.Function` of one sample, which takes (...,D) and nothing of this network."""
         about = dict(domain=self.domain, extent=self.config.extent, centre=self.config.centre,
-                     plane_merge=self.config.plane_merge, read_out=self.read_out)
+                     plane_merge=self.config.plane_merge, read_out=self.read_out,
+                     align_corners=self.config.align_corners)
         return Function(about, xi, self.mlp)
 
     def query(self, xi, coords, scale=None):
@@ -472,7 +492,8 @@ class PictureVAE(D2CVAE):
         return c.channels * c.resolution ** 2
 
     def build_encoder(self, c):
-        self.encoder = ConvEncoder(c.channels, c.ch, c.ch_mult, c.num_res_blocks, c.z_channels)
+        self.encoder = ConvEncoder(c.channels, c.ch, c.ch_mult, c.num_res_blocks,
+                                   c.inner_channels or c.z_channels)
 
     def features(self, x):
         """Pictures of any size."""
@@ -514,7 +535,7 @@ class ShapeVAE(D2CVAE):
                                         c.point_hidden, c.point_blocks, c.point_channels,
                                         c.point_local)
         self.encoder = ConvEncoder(c.point_channels, c.ch, c.ch_mult, c.num_res_blocks,
-                                   c.z_channels)
+                                   c.inner_channels or c.z_channels, c.joined)
 
     def features(self, x):
         """Points pooled on three planes, each of which the encoder then reads."""
