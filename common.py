@@ -426,9 +426,10 @@ class Stream(Dataset):
 
 
 def rounds(batch, micro, world):
-    """How many rows a process has in each round of a step."""
+    """How many rows a process has in each round of a step: at most `micro`, all about alike."""
     local = batch // world
-    return [min(micro, local - start) for start in range(0, local, micro)]
+    count = -(-local // micro)
+    return [local // count + (i < local % count) for i in range(count)]
 
 
 def positions(step, batch, micro, rank, world):

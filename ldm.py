@@ -925,7 +925,7 @@ def open_checkpoint(path, kind=None, device='cpu'):
     if state['kind'] == 'published':
         state = translated(state, path)
         if kind == 'vae':
-            state['kind'] = 'vae'
+            state |= dict(kind='vae', args=state.get('vae_args', state['args']))
     if kind and state['kind'] != kind:
         raise ValueError(f'{path}: holds a {state["kind"]} checkpoint where {kind} is needed')
     return state

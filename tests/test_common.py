@@ -104,14 +104,15 @@ def test_stream_is_a_new_permutation_each_epoch_keyed_by_position():
 @pytest.mark.mutation('common.py', 'start = step * batch + rank', 'start = rank')
 @pytest.mark.mutation('common.py', '            start += count\n', '')
 @pytest.mark.mutation('common.py', '        step += 1\n\n\ndef stream', '\n\n\ndef stream')
-@pytest.mark.mutation('common.py', 'min(micro, local - start)', 'micro')
+@pytest.mark.mutation('common.py', 'local // count + (i < local % count)', 'local // count')
 def test_ranks_and_rounds_divide_the_batch_in_order():
     """At every step, rank by rank and round by round, the positions make up one batch."""
     batch = 24
     for world in (1, 2, 3):
         for micro in (3, 5, batch // world):
             rows = common.rounds(batch, micro, world)
-            assert sum(rows) * world == batch and max(rows) <= micro and min(rows) > 0
+            assert sum(rows) * world == batch and max(rows) <= micro
+            assert max(rows) - min(rows) <= 1 and len(rows) == math.ceil(batch / world / micro)
             for first in (0, 5):
                 ranks = [common.positions(first, batch, micro, r, world) for r in range(world)]
                 for step in (first, first + 1):
