@@ -362,8 +362,9 @@ def peak_of(stage, n):
 
 
 def measure(kind, flags, process, seconds):
-    """Seconds by part of a round of a card's items, and peaks by items; {}, {} if they do not fit.
+    """Seconds by part of a round of a card's items, and peak bytes by items.
 
+    Both are empty if the items do not fit. The second peak is of half of them or, for one, of two.
     Compiled networks would be compiled anew for a second number of items: they have one peak.
     """
     end, times, peaks = time.perf_counter() + seconds, {}, {}
@@ -418,8 +419,8 @@ def rows(name, compile, known, args, process):
     for kind, own in zip((FirstStage, SecondStage), flags):
         key = same, kind, compile, test_presets.items_of(own)
         if key not in known:
-            release()
             torch._dynamo.reset()
+            release()
             with compiler(process.device):
                 known[key] = measure(kind, flags, process, args.seconds)
         yield row(name, kind.title, own, *known[key])
@@ -496,9 +497,9 @@ def train(args, process):
             start = time.perf_counter()
             subprocess.run([sys.executable, ROOT / f'train_{stage}.py', *flags, '--name', run_name,
                             '--device', args.device, '--restart'], check=True)
-            minutes, log = (time.perf_counter() - start) / 60, common.run_folder(run_name)
-            last = [v for v in common.read_log(log / 'log.jsonl')
-                    if v['stage'] == stage and 'lr' not in v][-1]
+            minutes = (time.perf_counter() - start) / 60
+            log = common.read_log(common.run_folder(run_name) / 'log.jsonl')
+            last = [v for v in log if v['stage'] == stage and 'lr' not in v][-1]
             yield f'       {name}, {minutes:.1f} minutes: {last}'
 
 

@@ -35,7 +35,7 @@ def verdicts(lines):
 @pytest.mark.mutation('tests/gpu.py', "f'| {\" | \".join(cells)} |'", "f'| {\" | \".join(cells)}'")
 @pytest.mark.mutation('tests/gpu.py', 'if key not in known:', 'if True:')
 def test_it_runs_on_a_cpu(gpu, capsys, monkeypatch):
-    """Two presets of the same networks, which are measured once, and one not at all."""
+    """Checks, comparisons and rows; two presets of the same networks are measured once."""
     measured, measure = [], gpu.measure
     monkeypatch.setattr(gpu, 'measure', lambda *args: measured.append(args) or measure(*args))
     lines, code = run(gpu, capsys, 'video look_up table --presets celebahq,cifar10 --compile ,')
@@ -53,7 +53,8 @@ def test_it_runs_on_a_cpu(gpu, capsys, monkeypatch):
 
 
 @pytest.mark.mutation('tests/gpu.py', 'values_of(*there)', 'values_of(*here)')
-@pytest.mark.mutation('tests/gpu.py', 'found = step_of(b, b, other)', 'found = step_of(a, a, inputs)')
+@pytest.mark.mutation('tests/gpu.py', 'found = step_of(b, b, other)',
+                      'found = step_of(a, a, inputs)')
 @pytest.mark.mutation('tests/gpu.py', 'failed += not good', 'failed += 0')
 @pytest.mark.mutation('tests/gpu.py', 'sys.exit(failed > 0)', 'sys.exit(0)')
 def test_a_weight_that_is_off_fails(gpu, capsys, monkeypatch):
