@@ -656,7 +656,7 @@ def part_of(state, prefix):
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def count(state, pattern):
+def numbered(state, pattern):
     """How many numbers follow one another in the names: 'down.{}.' is in .. as down.0., down.1."""
     return next(n for n in range(len(state) + 1)
                 if not any(k.startswith(pattern.format(n)) for k in state))
@@ -697,7 +697,7 @@ def translated_unet(state, head_channels):
     for old, new in (('time_embed.', 'time.'), ('input_blocks.0.0.', 'stem.'),
                      ('out.0.', 'out_norm.'), ('out.2.', 'out.')):
         found |= {new + k: v for k, v in part_of(state, old).items()}
-    for k in range(1, count(state, 'input_blocks.{}.')):
+    for k in range(1, numbered(state, 'input_blocks.{}.')):
         old, new = f'input_blocks.{k}', f'down.{k - 1}'
         if f'{old}.0.op.weight' in state:
             levels.append([])
@@ -708,7 +708,7 @@ def translated_unet(state, head_channels):
             put_block(old, new)
     put_block('middle_block', 'middle.0')
     put('middle_block.2', 'middle.1.res')
-    for k in range(count(state, 'output_blocks.{}.')):
+    for k in range(numbered(state, 'output_blocks.{}.')):
         put(f'output_blocks.{k}.0', f'up.{blocks}.res')
         for j in (1, 2):
             if f'output_blocks.{k}.{j}.conv.weight' in state:
@@ -726,40 +726,36 @@ def translated_unet(state, head_channels):
 
 def translated_planes(state):
     """Weights and fields of the `VAEConfig` of an autoencoder of pictures or planes."""
-    found, layers = {}, ['conv_in']
-    levels, last = count(state, 'encoder.down.{}.'), count(state, 'encoder.down.{}.') - 1
+    found, levels = {}, numbered(state, 'encoder.down.{}.')
+    last, blocks = levels - 1, numbered(state, 'encoder.down.0.block.{}.')
     joined = [i for i in range(levels) if f'encoder.down.{i}.inter_attn.0.norm1.weight' in state]
-    middle = 'encoder.mid.block_3.norm1.weight' in state
+    middle = ('mid.block_3', 'mid_attn', 'mid.block_4')  # as JoinedPlanes: three layers
 
-    def put(old, new):
-        """One layer, or three that join the planes: the parts of `old` split by spaces."""
-        for n, part in enumerate(old.split()):
-            found.update(translated_block(state, part, f'{new}.{n}' if ' ' in old else new))
-
-    def joining(side, i=None):
-        if i is None:
-            return f'{side}.mid.block_3 {side}.mid_attn {side}.mid.block_4'
-        return ' '.join(f'{side}.{i}.inter_attn.{n}' for n in range(3))
+    def put(old, layer, new):
+        """A layer of encoder or decoder or, of a tuple, each of its layers."""
+        parts = {new: layer} if isinstance(layer, str) else {
+            f'{new}.{n}': part for n, part in enumerate(layer)}
+        for name, part in parts.items():
+            found.update(translated_block(state, f'{old}.{part}', name))
+    layers = ['conv_in']
     for i in range(levels):
-        blocks = count(state, f'encoder.down.{i}.block.{{}}.')
         layers += [f'down.{i}.block.{j}' for j in range(blocks)]
-        layers += [joining('down', i)] * (i in joined) + [f'down.{i}.downsample'] * (i < last)
-    stem = ['mid.block_1', 'mid.attn_1', 'mid.block_2', *[joining('encoder')] * middle]
+        layers += [tuple(f'down.{i}.inter_attn.{n}' for n in range(3))] * (i in joined)
+        layers += [f'down.{i}.downsample'] * (i < last)
+    stem = ['mid.block_1', 'mid.attn_1', 'mid.block_2']
+    stem += [middle] * ('encoder.mid.block_3.norm1.weight' in state)
     for n, layer in enumerate([*layers, *stem, 'norm_out', 'SiLU', 'conv_out']):
-        put(' '.join(f'encoder.{part}'.replace('encoder.encoder', 'encoder')
-                     for part in layer.split()), f'encoder.net.{n}')
+        put('encoder', layer, f'encoder.net.{n}')
     for n, layer in enumerate(['conv_in', *stem]):
-        put(' '.join(f'decoder.{part}'.replace('decoder.encoder', 'decoder')
-                     for part in layer.split()), f'decoder.stem.{n}')
+        put('decoder', layer, f'decoder.stem.{n}')
     for i in range(levels):
         old, new = f'decoder.up.{last - i}', f'decoder.levels.{i}'  # theirs are fine to coarse
         for j in range(blocks + 1):
-            put(f'{old}.block.{j}', f'{new}.{j}')
-        put(joining('decoder.up', last - i), f'{new}.{blocks + 1}')
-        found |= translated_block(state, f'{old}.upsample', f'decoder.ups.{i}')
-        found |= translated_block(state, f'{old}.hdbf.0', f'decoder.heads.{2 ** i}')
-    for n, layer in ((0, 'norm_out'), (2, 'conv_out')):
-        found |= translated_block(state, f'decoder.{layer}', f'decoder.heads.{2 ** last}.{n}')
+            put(old, f'block.{j}', f'{new}.{j}')
+        put(old, tuple(f'inter_attn.{n}' for n in range(3)), f'{new}.{blocks + 1}')
+        put(old, 'upsample', f'decoder.ups.{i}')
+        put(old, 'hdbf.0', f'decoder.heads.{2 ** i}')
+    put('decoder', ('norm_out', 'SiLU', 'conv_out'), f'decoder.heads.{2 ** last}')
     for old, new in (('quant_conv', 'quant'), ('post_quant_conv', 'post_quant')):
         for plane in ('', '_xy', '_yz', '_xz'):
             found |= translated_block(state, old + plane, f'{new}.{plane[1:] or "xy"}')
@@ -772,7 +768,7 @@ def translated_planes(state):
         z_channels=found['post_quant.xy.weight'].shape[1],
         inner_channels=found['post_quant.xy.weight'].shape[0],
         field_channels=state['decoder.conv_out.weight'].shape[0], norm_groups=32,
-        joined=(*[0] * middle, *(2 ** i for i in joined)),
+        joined=(*[0] * (middle in stem), *(2 ** i for i in joined)),
         fields=tuple(2 ** i for i in range(levels)
                      if i == last or f'decoder.up.{last - i}.hdbf.0.weight' in state))
 
@@ -811,7 +807,7 @@ def translated_solid(points, mlp):
     Places there are in units of the data, whose box here is [-1, 1].
     """
     found = {}
-    blocks = count(points, 'blocks.{}.')
+    blocks = numbered(points, 'blocks.{}.')
     for old, new in [('fc_pos', 'proj_in'), ('fc_c', 'proj_out'),
                      *((f'blocks.{n}', f'blocks.{n}') for n in range(blocks))]:
         found |= translated_block(points, old, f'points.{new}')
