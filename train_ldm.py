@@ -385,8 +385,8 @@ def main():
     args, vae_path, first = parse()
     folder, digest = common.run_folder(args.name), common.file_digest(vae_path)
     if args.slim:
-        path = folder / 'ldm.pt'
-        return write_slim(path if path.exists() else vae_path, args.slim)
+        both = 'ldm_config' in first  # a file of the authors' code
+        return write_slim(vae_path if both else folder / 'ldm.pt', args.slim)
     process = common.start_process(args.device, args.amp)
     device = process.device
     common.check_run_flags(args, process.world)
