@@ -921,7 +921,7 @@ def open_checkpoint(path, kind=None, device='cpu'):
     if state['kind'] == 'published':
         state = translated(state, path)
         if kind == 'vae':
-            state |= dict(kind='vae', args=state.get('vae_args', state['args']))
+            state |= dict(kind='vae', args=state.get('vae_args') or state['args'])
     if kind and state['kind'] != kind:
         raise ValueError(f'{path}: holds a {state["kind"]} checkpoint where {kind} is needed')
     return state

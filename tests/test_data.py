@@ -905,7 +905,7 @@ def test_an_empty_part_is_an_error(folder):
         pictures(folder, 'test', holdout=0.0)
 
 
-@pytest.mark.mutation('data.py', "split, info['splits'],", "split, args['split'],")
+@pytest.mark.mutation('data.py', "args['data'], split, listed,", "args['data'], split, args['split'],")
 def test_a_finished_run_gets_its_split_back(folder):
     args = dict(dataset='image', data=str(folder), resolution=16, scales=(1.0,), scale_probs=(),
                 continuous=False, flip=False, split='0.3', group=None, seed=4)

@@ -104,7 +104,8 @@ def test_unpack_inverts_pack():
 
 # ---- look-up -----------------------------------------------------------------------------------
 
-@pytest.mark.mutation('inr.py', "'border', align_corners=False", "'border', align_corners=True")
+@pytest.mark.mutation('inr.py', "'border', align_corners=align_corners",
+                      "'border', align_corners=True")
 @pytest.mark.mutation('inr.py', "padding_mode='border'", "padding_mode='zeros'")
 def test_field_read_on_its_own_grid_is_itself():
     field = torch.randn(2, 3, 5, 7)

@@ -446,7 +446,7 @@ def test_mixing_at_zero_is_the_standard_normal():
     torch.testing.assert_close(z_0, ab ** 0.5 * z, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.mutation('ldm.py', 'out, self.mixing_logit.sigmoid())', 'out, self.mixing_logit)')
+@pytest.mark.mutation('ldm.py', 'share = self.mixing_logit.sigmoid()', 'share = self.mixing_logit')
 def test_mixing_is_per_channel_and_learned():
     model = tiny()
     with torch.no_grad():

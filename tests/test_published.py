@@ -587,8 +587,8 @@ def grid(h, w):
                       "torch.cat([value, found[name]]) if layer == 'v'")
 @pytest.mark.mutation('ldm.py', "inner_channels=found['post_quant.xy.weight'].shape[0]",
                       'inner_channels=0')
-@pytest.mark.mutation('ldm.py', "put(f'{old}.block.{j}', f'{new}.{j}')",
-                      "put(f'{old}.block.{j}', f'{new}.{j and blocks + 1 - j}')")
+@pytest.mark.mutation('ldm.py', "put(old, f'block.{j}', f'{new}.{j}')",
+                      "put(old, f'block.{j}', f'{new}.{j and blocks + 1 - j}')")
 @torch.no_grad()
 def test_pictures_are_encoded_and_decoded_as_theirs(pictures):
     model, _ = loaded(ldm.load_vae, pictures.path)
@@ -668,11 +668,9 @@ def cloud(seed=0, n=150):
                       'h = super().forward(torch.cat(x.chunk(self.planes)[::-1], dim=1))')
 @pytest.mark.mutation('encoders.py', 'return torch.cat(h.chunk(self.planes, dim=1))',
                       'return x')
-@pytest.mark.mutation('ldm.py', "put(joining('decoder.up', last - i), f'{new}.{blocks + 1}')",
-                      "put(joining('encoder.down', last - i), f'{new}.{blocks + 1}')")
-@pytest.mark.mutation('ldm.py', "' '.join(f'decoder.{part}'.replace('decoder.encoder', 'decoder')",
-                      "' '.join(f'decoder.{part}'.replace('decoder.encoder', 'encoder')")
-@pytest.mark.mutation('ldm.py', 'joined=(*[0] * middle, *(2 ** i for i in joined))',
+@pytest.mark.mutation('ldm.py', "put('decoder', layer, f'decoder.stem.{n}')",
+                      "put('encoder' if n > 3 else 'decoder', layer, f'decoder.stem.{n}')")
+@pytest.mark.mutation('ldm.py', 'joined=(*[0] * (middle in stem), *(2 ** i for i in joined))',
                       'joined=(*(2 ** i for i in joined),)')
 @pytest.mark.mutation('ldm.py', '{plane[1:] or "xy"}',
                       '{dict(_yz="xz", _xz="yz").get(plane, "xy")}')
