@@ -656,10 +656,10 @@ def part_of(state, prefix):
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def numbered(state, pattern):
+def numbered(state, pattern, first=0):
     """How many numbers follow one another in the names: 'down.{}.' is in .. as down.0., down.1."""
     return next(n for n in range(len(state) + 1)
-                if not any(k.startswith(pattern.format(n)) for k in state))
+                if not any(k.startswith(pattern.format(first + n)) for k in state))
 
 
 def translated_block(state, old, new, heads=1):
@@ -728,7 +728,7 @@ def translated_planes(state):
     """Weights and fields of the `VAEConfig` of an autoencoder of pictures or planes."""
     found, levels = {}, numbered(state, 'encoder.down.{}.')
     last, blocks = levels - 1, numbered(state, 'encoder.down.0.block.{}.')
-    joined = [i for i in range(levels) if f'encoder.down.{i}.inter_attn.0.norm1.weight' in state]
+    joined = [i for i in range(levels) if part_of(state, f'encoder.down.{i}.inter_attn.')]
     middle = ('mid.block_3', 'mid_attn', 'mid.block_4')  # as JoinedPlanes: three layers
 
     def put(old, layer, new):
@@ -743,7 +743,7 @@ def translated_planes(state):
         layers += [tuple(f'down.{i}.inter_attn.{n}' for n in range(3))] * (i in joined)
         layers += [f'down.{i}.downsample'] * (i < last)
     stem = ['mid.block_1', 'mid.attn_1', 'mid.block_2']
-    stem += [middle] * ('encoder.mid.block_3.norm1.weight' in state)
+    stem += [middle] * bool(part_of(state, 'encoder.mid.block_3.'))
     for n, layer in enumerate([*layers, *stem, 'norm_out', 'SiLU', 'conv_out']):
         put('encoder', layer, f'encoder.net.{n}')
     for n, layer in enumerate(['conv_in', *stem]):
@@ -770,7 +770,7 @@ def translated_planes(state):
         field_channels=state['decoder.conv_out.weight'].shape[0], norm_groups=32,
         joined=(*[0] * (middle in stem), *(2 ** i for i in joined)),
         fields=tuple(2 ** i for i in range(levels)
-                     if i == last or f'decoder.up.{last - i}.hdbf.0.weight' in state))
+                     if i == last or part_of(state, f'decoder.up.{last - i}.hdbf.0.')))
 
 
 def translated_read_out(state):
@@ -788,7 +788,7 @@ def translated_read_out(state):
                       f'{new}.affine.weight': state[f'{old}.modulation.weight'] / width ** 0.5,
                       f'{new}.affine.bias': state[f'{old}.modulation.bias']})
     blocks = [f'net_res{n}' for n in (1, 2, 3, 4)]
-    layers = sum(k.startswith('net_res1.') and k.endswith('.activate.bias') for k in state)
+    layers = numbered(state, 'net_res1.conv{}.', 1)
     for n, block in enumerate(blocks):
         for j in range(layers):
             put(f'{block}.conv{j + 1}.conv', f'mlp.blocks.{n}.layers.{j}',
@@ -868,8 +868,9 @@ def translated(state, path):
     args, planes, points = state.get('args'), state['vaemodel'], state.get('pointnet')
     require(not any('to_patch_embedding' in k for k in planes), f'{path}: a video model of the '
             'authors\' code, whose planes are read along other axes than they are made; train anew')
-    require(points is None or points['fc_pos.weight'].shape[1] == 3, f'{path}: a radiance field of '
-            'the authors\' code, whose read-out is linear; train anew')
+    places = (points or {}).get('fc_pos.weight')
+    require(places is None or places.shape[1] == 3, f'{path}: a radiance field of the authors\' '
+            'code, whose read-out is linear; train anew')
     with fitting(path):
         weights, fields = translated_planes(planes)
         if points is None:
