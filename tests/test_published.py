@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
+import data
 import inr
 import ldm
 import vae
@@ -184,7 +185,7 @@ def random_tensors(shapes, seed):
         if len(shape) > 1 and not equalised and name.endswith('weight'):
             x = x / math.prod(shape[1:]) ** 0.5
         if len(shape) == 1:
-            x = 0.3 * x + (name.endswith('modulation.bias') or 'norm' in name)
+            x = 0.3 * x + name.endswith(('modulation.bias', '.weight'))
         # What the first norms see is so small that their eps shows.
         small = name.startswith(('encoder.conv_in', 'decoder.conv_in', 'input_blocks.0.0'))
         tensors[name] = 0.03 * x if small else x
@@ -540,8 +541,7 @@ def close(ours, theirs, tolerance=1e-4):
 def loaded(load, path):
     """What `load` makes of a file of theirs, which must not be refused."""
     try:
-        with contextlib.redirect_stderr(None):
-            return load(path)
+        return load(path)
     except ValueError as error:
         pytest.fail(f'refused: {error}')
 
@@ -626,7 +626,8 @@ def test_pictures_are_encoded_and_decoded_as_theirs(pictures):
 @torch.no_grad()
 def test_colours_are_theirs_at_every_period(pictures):
     model, _ = loaded(ldm.load_vae, pictures.path)
-    weights, fields = pictures.state['mlp'], [random_input(2, 16, n, n, seed=n) for n in (8, 16, 32)]
+    weights = pictures.state['mlp']
+    fields = [random_input(2, 16, n, n, seed=n) for n in (8, 16, 32)]
     xi = [{'xy': f} for f in fields]
 
     def theirs(coords, scale):
@@ -720,7 +721,7 @@ def test_logits_are_theirs(solids):
 
 def as_ours(z):
     """Their joint latent (B,C,h,w) or (B,3C,h,w), in the order of LATENT, as ours (B,C,L)."""
-    if len(z) and z.shape[1] == 8:
+    if z.shape[1] == 8:
         return z.flatten(2)
     planes = dict(zip(LATENT, z.chunk(3, 1)))
     return torch.stack([planes[p] for p in PAIRS], 2).flatten(2)
@@ -808,8 +809,10 @@ def equal_networks(a, b):
 
 @pytest.mark.mutation('common.py', "state.get('vaemodel', state.get('model'))",
                       "state.get('vaemodel')")
-@pytest.mark.mutation('ldm.py', "'resolution', 256 if points is None else 64)", "'resolution', 256)")
-@pytest.mark.mutation('ldm.py', "'resolution', 256 if points is None else 64)", "'resolution', 64)")
+@pytest.mark.mutation('ldm.py', "'resolution', 256 if points is None else 64)",
+                      "'resolution', 256)")
+@pytest.mark.mutation('ldm.py', "'resolution', 256 if points is None else 64)",
+                      "'resolution', 64)")
 def test_first_stages_are_the_same_networks(pictures, solids, tmp_path):
     """model-last.pt, which has no configuration, holds what ldm-last.pt holds."""
     for run, resolution in ((pictures, 256), (solids, 64)):
@@ -837,6 +840,14 @@ def test_configurations_load_without_their_package(pictures, tmp_path, flag):
     assert network.config.planes == dict(xy=[12, 12])
     path = save(tmp_path / 'bare.pt', pictures.state)
     assert loaded(ldm.load, path)[1].config.head_channels == 32
+
+
+@pytest.mark.mutation('ldm.py', "        if points is None:\n            tqdm.write(f'note:",
+                      "        if points is not None:\n            tqdm.write(f'note:")
+def test_what_is_left_out_is_said_once(pictures, solids, capsys):
+    for run, times in ((pictures, 1), (solids, 0)):
+        ldm.load(run.path)
+        assert capsys.readouterr().out.count('noise of its read-out is left out') == times
 
 
 class Call:
@@ -889,24 +900,29 @@ def test_truncated_and_foreign_files_are_refused(pictures, tmp_path):
     refused(tmp_path / 'empty.pt')
 
 
-MISSING = [('vaemodel', 'encoder.down.1.block.1.conv2.bias', 'encoder.net'),
-           ('vaemodel', 'decoder.up.1.hdbf.0.bias', 'heads.2.bias'),
-           ('vaemodel', 'encoder.conv_in.weight', 'encoder.conv_in.weight'),
-           ('vaemodel', 'quant_conv.weight', 'quant.xy.weight'),
-           ('mlp', 'net_res2.skip.0.weight', 'mlp.blocks.1.skip.weight'),
-           ('mlp', 'net_res3.conv3.conv.weight', 'net_res3.conv3.conv.weight'),
-           ('mlp', 'torgb.conv.modulation.bias', 'torgb.conv.modulation.bias'),
-           ('ema', 'ema_model.model.input_blocks.1.0.emb_layers.1.weight', 'emb.weight'),
-           ('ema', 'ema_model.model.middle_block.1.qkv.bias', 'attention.q.bias'),
-           ('ema', 'ema_model.model.out.0.bias', 'out_norm.bias'),
-           ('ema', 'ema_model.mixing_logit', 'mixing_logit')]
+MISSING = [
+    ('pictures', 'vaemodel', 'encoder.down.1.block.1.conv2.bias', 'conv2.bias'),
+    ('pictures', 'vaemodel', 'decoder.up.1.hdbf.0.weight', 'heads.2.weight'),
+    ('pictures', 'vaemodel', 'encoder.conv_in.weight', 'encoder.conv_in.weight'),
+    ('pictures', 'vaemodel', 'quant_conv.weight', 'quant.xy.weight'),
+    ('pictures', 'mlp', 'net_res2.skip.0.weight', 'mlp.blocks.1.skip.weight'),
+    ('pictures', 'mlp', 'net_res1.conv3.activate.bias', 'net_res1.conv3.activate.bias'),
+    ('pictures', 'mlp', 'torgb.conv.modulation.bias', 'torgb.conv.modulation.bias'),
+    ('pictures', 'ema', 'ema_model.model.input_blocks.1.0.emb_layers.1.weight', 'emb.weight'),
+    ('pictures', 'ema', 'ema_model.model.middle_block.1.qkv.bias', 'attention.q.bias'),
+    ('pictures', 'ema', 'ema_model.model.out.0.bias', 'out_norm.bias'),
+    ('pictures', 'ema', 'ema_model.mixing_logit', 'mixing_logit'),
+    ('solids', 'vaemodel', 'encoder.mid.block_3.norm1.weight', 'norm1.weight'),
+    ('solids', 'vaemodel', 'decoder.up.1.inter_attn.1.norm.bias', 'norm.bias'),
+    ('solids', 'pointnet', 'fc_pos.weight', 'proj_in.weight'),
+    ('solids', 'mlp', 'net_p.bias', 'coords.bias')]
 
 
-@pytest.mark.parametrize('part, name, word', MISSING, ids=[name for _, name, _ in MISSING])
-def test_a_missing_tensor_is_named(pictures, tmp_path, part, name, word):
-    assert name in pictures.state[part]
-    state = {**pictures.state, part: without(pictures.state[part], name)}
-    torch.save(state, tmp_path / 'ldm-last.pt')
+@pytest.mark.parametrize('run, part, name, word', MISSING, ids=[m[2] for m in MISSING])
+def test_a_missing_tensor_is_named(request, tmp_path, run, part, name, word):
+    state = request.getfixturevalue(run).state
+    assert name in state[part]
+    torch.save({**state, part: without(state[part], name)}, tmp_path / 'ldm-last.pt')
     with pytest.raises(ValueError) as error:
         ldm.load(tmp_path / 'ldm-last.pt')
     assert '\n' not in str(error.value)
@@ -914,7 +930,8 @@ def test_a_missing_tensor_is_named(pictures, tmp_path, part, name, word):
 
 
 @pytest.mark.mutation('ldm.py', "'to_patch_embedding' in k", "'nothing' in k")
-@pytest.mark.mutation('ldm.py', "points['fc_pos.weight'].shape[1] == 3", "len(points) > 0")
+@pytest.mark.mutation('ldm.py', ".shape[1] == 3, f'{path}: a radiance",
+                      ".shape[1] > 0, f'{path}: a radiance")
 def test_other_domains_are_refused_with_the_reason(solids, tmp_path):
     state = solids.state
     video = {**state['vaemodel'], **random_tensors(layer('encoder.to_patch_embedding', 8, 192), 0)}
@@ -960,11 +977,14 @@ def assert_pictures(folder, expected, bound):
         assert theirs.std() > 20 and np.abs(ours - theirs).max() < bound
 
 
+@pytest.mark.mutation('train_ldm.py', "for part in ('vae', 'ema')}", "for part in ('vae',)}")
 @torch.no_grad()
 def test_files_of_theirs_are_sampled_and_made_slim(at_work, pictures, repo):
     state, sampling = pictures.state, '--num 2 --res 32 --steps 2 --device cpu --sampler ddim'
     done(at_work, 'train_ldm.py', '--vae ldm-last.pt --slim small.pt', repo=repo)
-    assert (at_work / 'small.pt').stat().st_size < pictures.path.stat().st_size / 2
+    model, network, _ = ldm.load(pictures.path)
+    values = sum(v.numel() for part in (model, network) for v in part.state_dict().values())
+    assert 2 * values < (at_work / 'small.pt').stat().st_size < 2.2 * values
     noise = ldm.initial_noise([0, 1], (8, 64)).unflatten(2, (8, 8))
     expected = rendered(state, ddim(averaged(state), noise, 2, 32))
     for name, bound in (('ldm-last', 1), ('small', 6)):  # halves
@@ -972,6 +992,7 @@ def test_files_of_theirs_are_sampled_and_made_slim(at_work, pictures, repo):
         assert_pictures(at_work / name, expected, bound)
 
 
+@pytest.mark.mutation('encoders.py', '(x.shape[3] % 2, x.shape[2] % 2)', '(1, 1)')
 @torch.no_grad()
 def test_pictures_are_reconstructed_by_files_of_theirs(at_work, pictures, repo):
     done(at_work, 'sample.py', '--run ldm-last.pt --reconstruct set/3.png --res 32 --out back '
@@ -979,6 +1000,29 @@ def test_pictures_are_reconstructed_by_files_of_theirs(at_work, pictures, repo):
     x = torch.from_numpy(picture(at_work / 'set/3.png')).float().permute(2, 0, 1) / 127.5 - 1
     mean, _ = moments(pictures.state['vaemodel'], {'': x[None]})['']
     assert_pictures(at_work / 'back', rendered(pictures.state, mean), 1)
+
+
+@pytest.mark.mutation('ldm.py', 'extent=PUBLISHED_BOX', 'extent=0.5')
+@pytest.mark.mutation('ldm.py', 'threshold=0.2', 'threshold=0.5')
+@torch.no_grad()
+def test_surfaces_lie_where_theirs_do(solids, tmp_path, repo):
+    """Vertices of a sample are in their units, where the occupancy of the same latent is 0.2."""
+    noise = ldm.initial_noise([0], (8, 48)).unflatten(2, (3, 4, 4)).unbind(2)
+    noise = torch.cat([dict(zip(PAIRS, noise))[p] for p in LATENT], 1)
+    z = ddim(averaged(solids.state), noise, 2, 16)
+    fields = decoded(solids.state['vaemodel'], dict(zip(LATENT, z.chunk(3, 1))))
+    places = 1.1 * torch.rand(1, 1000, 3) - 0.55
+    values = logits(solids.state['mlp'], fields, places)
+    mlp = dict(solids.state['mlp'])  # half of the box is inside
+    mlp['net_out.bias'] = mlp['net_out.bias'] + math.log(0.2 / 0.8) - values.median()
+    path = save(tmp_path / 'half.pt', {**solids.state, 'mlp': mlp}, 16, 32)
+    done(tmp_path, 'sample.py', f'--run {path} --num 1 --res 24 --steps 2 --device cpu '
+         '--sampler ddim', repo=repo)
+    vertices = torch.from_numpy(data.read_mesh(tmp_path / 'out/24/000000.obj')[0]).float()
+    inner = vertices[vertices.abs().amax(1) < 0.54]  # the box closes the surface
+    assert len(inner) > 500
+    off = logits(mlp, fields, inner[None]) - math.log(0.2 / 0.8)
+    assert off.abs().mean() < 0.1 * values.std()
 
 
 VAE_FLAGS = ('--resolution 32 --ch 64 --ch_mult 1,2,2 --decoder_ch 64 --decoder_mult 2,2,1 '
@@ -992,6 +1036,13 @@ def largest_change(a, b):
     return max((a[k] - b[k]).abs().max().item() for k in a if not k.startswith(('sn_u', 'z_')))
 
 
+@pytest.mark.mutation('train_ldm.py', '**{k: about[k] for k in STRUCTURE if k in about})', ')')
+@pytest.mark.mutation('train_ldm.py', 'splits=train.splits()', "splits=first['splits']")
+@pytest.mark.mutation('train_ldm.py', "common.load_weights(model, start['ema'], path)", 'pass')
+@pytest.mark.mutation('train_vae.py', '**structure_of(state or init)', '**structure_of(state)')
+@pytest.mark.mutation('train_vae.py', 'common.load_weights(model, start, path)', 'pass')
+@pytest.mark.mutation('data.py', "info['splits'] if any(info['splits'].values()) else None",
+                      "info['splits']")
 def test_files_of_theirs_train_on(at_work, repo):
     """A step of a tiny rate leaves the weights; the result is a run like any other."""
     before, prior, _ = ldm.load(at_work / 'ldm-last.pt')
@@ -1003,7 +1054,129 @@ def test_files_of_theirs_train_on(at_work, repo):
     done(at_work, 'train_ldm.py', f'{flags} --vae ldm-last.pt --data set --name on', repo=repo)
     done(at_work, 'train_ldm.py', f'{flags} --vae fine', repo=repo)
     for name in ('on', 'fine'):
-        model, network, _ = ldm.load(at_work / f'runs/{name}/ldm.pt')
+        model, network, info = ldm.load(at_work / f'runs/{name}/ldm.pt')
         assert largest_change(before, model) < 1e-6 and largest_change(prior, network) < 1e-6
+        for ours, old, names in ((model, before, vae.STRUCTURE), (network, prior, ldm.STRUCTURE)):
+            assert all(getattr(ours.config, k) == getattr(old.config, k) for k in names)
+        assert len(info['splits']['train']) > 4
         done(at_work, 'sample.py', f'--run runs/{name} --num 1 --res 32 --steps 1 --device cpu '
              f'--out {name}', repo=repo)
+
+
+# ---- their own numbers -------------------------------------------------------------------------
+
+def published_io(domain, tmp_path):
+    """Their inputs and outputs, {name: (vae, ldm)} for both sets of weights, as we load them."""
+    with torch.serialization.safe_globals(common.HARMLESS):
+        state = torch.load(AUTHORS / domain / 'ldm-last.pt', weights_only=True)
+    raw = save(tmp_path / 'raw.pt', without(without(state, 'ema'), 'args'), 16,
+               dict(image=32, shapes=16)[domain])
+    models = {name: ldm.load(path)[:2] for name, path in (
+        ('ema', AUTHORS / domain / 'ldm-last.pt'), ('diffusion', raw))}
+    io = torch.load(AUTHORS / domain / 'io.pt', weights_only=True)
+    return io['inputs'], io['outputs'], models
+
+
+def ancestral_step(z, eps, t):
+    """Mean and variance of q(z_(t-1) | z_t, z_0) where eps is the noise in z."""
+    bar = float(ldm.alpha_bar(torch.tensor(t)))
+    before = float(ldm.alpha_bar(torch.tensor(t - 1))) if t else 1.0
+    alpha = bar / before
+    z_0 = (z - (1 - bar) ** 0.5 * eps) / bar ** 0.5
+    mean = (before ** 0.5 * (1 - alpha) * z_0 + alpha ** 0.5 * (1 - before) * z) / (1 - bar)
+    return mean, torch.tensor((1 - alpha) * (1 - before) / (1 - bar))
+
+
+def assert_io_of_diffusion(inputs, outputs, models, as_ours):
+    times = {f't{t}': torch.full((2,), t) for t in (0, 250, 999)} | dict(t_pair=inputs['t_pair'])
+    z = as_ours(inputs['z_t'])
+    for (name, (_, model)), (suffix, t) in itertools.product(models.items(), times.items()):
+        eps = model.eps(z, t)
+        close(model.unet(z, t), as_ours(outputs[f'F.{name}.{suffix}']))
+        close(eps, as_ours(outputs[f'eps.{name}.{suffix}']))
+        if name == 'ema' and suffix != 't_pair':
+            mean, variance = ancestral_step(z, eps, int(t[0]))
+            close(mean, as_ours(outputs[f'posterior_mean.ema.{suffix}']))
+            close(variance, outputs[f'posterior_variance.{suffix}'])
+    z_T, bar = inputs['z_T'], ldm.alpha_bar(torch.tensor(250)).float()
+    noisy = bar.sqrt() * z_T + (1 - bar).sqrt() * inputs['z_t'][:len(z_T)]
+    close(noisy, outputs['q_sample.t250'])
+    made, _ = ldm.sample(models['ema'][1].eps, as_ours(z_T), 'ddim', 5)
+    close(made, as_ours(outputs['ddim5.z0']))
+    for calls in (5, 25, 50, 200, 1000):
+        expected = sorted(outputs[f'ddim{calls}.times'].tolist(), reverse=True)
+        assert [*ldm.even_times(calls), -1] == expected
+    return made
+
+
+needs_authors = pytest.mark.skipif(not AUTHORS.exists(), reason=f'{AUTHORS} is absent')
+
+
+@pytest.mark.slow
+@needs_authors
+@torch.no_grad()
+def test_pictures_have_the_published_numbers(tmp_path):
+    inputs, outputs, models = published_io('image', tmp_path)
+    model = models['ema'][0]
+    posterior = model.encode(inputs['x'])
+    close(posterior.mean, outputs['mean'].flatten(2))
+    close(posterior.logvar, outputs['logvar'].flatten(2))
+    close(posterior.kl(), outputs['kl'])
+    close(posterior.sample(inputs['noise'].flatten(2)), outputs['z'].flatten(2))
+    for ours, theirs in zip(model.decode(outputs['z'].flatten(2)), outputs['fields'], strict=True):
+        close(ours['xy'], theirs)
+    xi = [{'xy': field} for field in outputs['fields']]
+    for name, s in dict(s1=1, s2_3=2 / 3, s1_2=1 / 2, s2=2, crop=1 / 2).items():
+        places = outputs[f'coords.{name}'][0].permute(1, 2, 0)
+        for scale in (s, None):
+            ours = model.query(xi, places, scale).permute(0, 3, 1, 2)
+            close(ours, outputs[f'rgb.{name}'])
+        if name != 'crop':
+            close(model.render(xi, places.shape[:2], antialias=False), outputs[f'rgb.{name}'])
+    states = []
+    for block in model.mlp.blocks:
+        block.register_forward_hook(lambda _, x, y: states.append(y))
+    close(model.query(xi, inputs['points'], 0.7), outputs['points.rgb'])
+    close(model.mlp.style(torch.tensor([0.7])), outputs['points.style'])
+    for ours, theirs in zip([*model.look_up(xi, inputs['points'].expand(2, -1, -1)), *states],
+                            [*outputs['points.pe'], *outputs['points.h']], strict=True):
+        close(ours, theirs)
+    posterior = model.encode(inputs['x_rect'])
+    close(posterior.mean, outputs['rect.mean'].flatten(2))
+    close(posterior.logvar, outputs['rect.logvar'].flatten(2))
+    xi = model.decode(posterior.mean, posterior.sizes)
+    for ours, theirs in zip(xi, outputs['rect.fields'], strict=True):
+        close(ours['xy'], theirs)
+    rgb = model.query(xi, outputs['rect.coords'][0].permute(1, 2, 0), 1)
+    close(rgb.permute(0, 3, 1, 2), outputs['rect.rgb'])
+    made = assert_io_of_diffusion(inputs, outputs, models, lambda z: z.flatten(2))
+    close(model.render(model.decode(made), (32, 32)), outputs['ddim5.rgb'])
+
+
+@pytest.mark.slow
+@needs_authors
+@torch.no_grad()
+def test_shapes_have_the_published_numbers(tmp_path):
+    def joint(planes):
+        return torch.cat([planes[p].flatten(2) for p in PAIRS], 2)
+    inputs, outputs, models = published_io('shapes', tmp_path)
+    model = models['ema'][0]
+    for name, ours in model.points(in_box(inputs['cloud'])).items():
+        close(ours, outputs['planes'][name])
+    posterior = model.encode(in_box(inputs['cloud']))
+    close(posterior.mean, joint(outputs['mean']))
+    close(posterior.logvar, joint(outputs['logvar']))
+    close(posterior.kl(), outputs['kl'])
+    z = posterior.sample(joint(inputs['noise']))
+    close(z, joint(outputs['z']))
+    close(z, as_ours(outputs['latent.straight']))
+    xy, yz, xz = z.chunk(3, 2)
+    for way, latent in (('straight', z), ('swapped', torch.cat([xy, xz, yz], 2))):
+        close(latent, as_ours(outputs[f'latent.{way}']))
+        xi = model.decode(latent)
+        for plane, fields in outputs[f'fields.{way}'].items():
+            for ours, theirs in zip(xi, fields, strict=True):
+                close(ours[plane], theirs)
+        close(model.inside(xi, in_box(inputs['points'])), outputs[f'logits.{way}'])
+    made = assert_io_of_diffusion(inputs, outputs, models, as_ours)
+    close(model.inside(model.decode(made), in_box(inputs['points'])), outputs['ddim5.logits'])
