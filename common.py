@@ -768,7 +768,9 @@ def published(state):
         part = {k.removeprefix(start): v for k, v in state.items() if str(k).startswith(start)}
         state = {**state, **{flat.get(name, name): part}} if part else state
     autoencoder = state.get('vaemodel', state.get('model'))
-    if not (isinstance(autoencoder, dict) and isinstance(state.get('mlp'), dict)):
+    parts = autoencoder, state.get('mlp'), state.get('pointnet', {})
+    if not all(isinstance(part, dict) and all(map(torch.is_tensor, part.values()))
+               for part in parts):
         return state
     return {**state, 'vaemodel': autoencoder, 'kind': 'published'}
 

@@ -965,7 +965,7 @@ def load(path, device='cpu'):
     path = the_checkpoint(path, 'ldm.pt', 'vae.pt')
     state = open_checkpoint(path)
     require(state['kind'] != 'vae', f'{path} holds stage 1 only; train stage 2 with: '
-            f'python train_ldm.py --vae {path.parent}')
+            f'python train_ldm.py --vae {path.parent if path.name == "vae.pt" else path}')
     vae, info = first_stage(state, device, path)
     ldm = restore(lambda: LDM(LDMConfig(**state['ldm_config'])), state['ema'], device, path)
     return vae, ldm, dict(info, step=state['step'], ldm_args=state['args'])

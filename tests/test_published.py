@@ -893,7 +893,9 @@ def test_truncated_and_foreign_files_are_refused(pictures, tmp_path):
         (tmp_path / f'{n}.pt').write_bytes(data[:int(share * len(data))])
         refused(tmp_path / f'{n}.pt', 'not a checkpoint')
     for content in ({}, dict(model={}), dict(state_dict=pictures.state['vaemodel']), [1],
-                    dict(vaemodel=torch.ones(2), mlp={}), pictures.state['vaemodel']):
+                    dict(vaemodel=torch.ones(2), mlp={}), pictures.state['vaemodel'],
+                    dict(pictures.state, vaemodel={1: 2}), dict(pictures.state, pointnet=[]),
+                    dict(pictures.state, pointnet={'fc_pos.weight': 5})):
         torch.save(content, tmp_path / 'foreign.pt')
         refused(tmp_path / 'foreign.pt')
     torch.save(dict(pictures.state, vaemodel={}, mlp={}), tmp_path / 'empty.pt')
