@@ -212,7 +212,7 @@ def cure_of(error):
     if any(s in text for s in ('DataLoader worker (pid', 'shared memory', '/torch_')):
         return '--workers 0, or give /dev/shm more room'
     too_large = not isinstance(error, RuntimeError) or 'allocate' in text or 'overflow' in text
-    return 'a smaller size or --batch' if too_large else ''
+    return 'a smaller size, --batch or, in training, --micro_batch' if too_large else ''
 
 
 def run(main, stopped='stopped'):
@@ -254,8 +254,7 @@ class RunConfig:
     steps: int = flag(100_000, 'optimiser steps in all')
     batch: int = flag(64, 'items a step, over all processes and rounds')
     micro_batch: int = flag(0, 'items a device sees at once, a step in rounds of so many; 0 = its '
-                            'whole share of --batch, auto = as many as fit, by trying', auto=True,
-                            low=0)
+                            'whole share of --batch, auto = as many as fit, by trying', auto=True)
     lr: float = flag(1e-4, 'peak learning rate of AdamW')
     lr_min: float = flag(1e-6, 'learning rate at the end of the cosine')
     lr_schedule: str = flag('cosine', 'after the warm-up', choices=('cosine', 'constant'))

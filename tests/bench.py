@@ -419,6 +419,20 @@ def once(args, table):
             dict(table=table, case=name, seconds=taken, mib=memory / 2 ** 20)), flush=True)
 
 
+def checkpoint(args):
+    """Seconds to write what stage 2 of celebahq saves, on this disk, and its size."""
+    flags = train_ldm.build_parser().parse_preset(train_ldm.PRESETS, 'celebahq', [])
+    with torch.device('meta'):
+        unet = ldm.LDM(common.from_flags(flags, ldm.LDMConfig))
+    n = sum(p.numel() for p in unet.parameters())
+    state = {k: torch.zeros(n) for k in ('model', 'ema', 'first moments', 'second moments')}
+    with tempfile.TemporaryDirectory(dir='.') as folder:
+        path = Path(folder) / 'ldm.pt'
+        taken = [seconds(lambda: common.save_checkpoint(path, state), torch.device('cpu'))
+                 for _ in range(2)]
+        print(f'\ncheckpoint: {path.stat().st_size / 2 ** 30:.2f} GiB, {max(taken):.1f} s')
+
+
 SHARE = dict(vae=50, ldm=25)  # items of a step of celebahq for each of eight processes
 
 
@@ -629,7 +643,8 @@ BENCHES = dict(readout=readout, vae=lambda args: report(args, 'vae'),
                metrics=lambda args: once(args, 'metrics'),
                video=lambda args: [report(args, f'video {part}') for part in (
                    'encoder', 'decoder', 'read-out', 'evaluation')], samplers=samplers, rays=rays,
-               reading=reading, host=host, evaluation=lambda args: once(args, 'evaluation'))
+               reading=reading, host=host, checkpoint=checkpoint,
+               evaluation=lambda args: once(args, 'evaluation'))
 
 
 def main():

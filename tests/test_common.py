@@ -935,7 +935,7 @@ def test_errors_of_workers_and_of_memory_are_one_line(capsys):
         finally:
             batches._shutdown_workers()  # the frames of the error would keep them
     for main, message in ((broken, 'error: 3 of 4 files: ValueError: inside'),
-                          (huge, 'try a smaller size or --batch')):
+                          (huge, 'try a smaller size, --batch or')):
         try:
             common.run(main)
         except SystemExit as caught:
@@ -952,7 +952,7 @@ def test_errors_of_workers_and_of_memory_are_one_line(capsys):
 @pytest.mark.mutation('common.py', 'not isinstance(error, RuntimeError) or', '')
 def test_what_to_try_on_a_small_machine(capsys):
     """The errors are PyTorch's, NumPy's and Python's, as they word them."""
-    shm, size = '--workers 0, or give /dev/shm more room', 'a smaller size or --batch'
+    shm, size = '--workers 0, or give /dev/shm more room', 'a smaller size, --batch or, in training, --micro_batch'
     for error, cure in (
             (RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is '
                           "possible that dataloader's workers are out of shared memory."), shm),
