@@ -93,16 +93,17 @@ class Attention(nn.Module):
     """x + linear(attention(norm(x))) over N tokens, x (B,C,N) -> (B,C,N).
 
     A layer built with `context_channels` attends to `context` (B,M,context_channels), which gives
-    the keys and values, any other layer to x itself. `zero_init` makes it start as the identity.
+    the keys and values, any other layer to x itself. A head has `head_channels` channels, or its
+    share of C. `zero_init` makes it start as the identity.
     """
 
-    def __init__(self, channels, heads=1, context_channels=0, zero_init=False):
+    def __init__(self, channels, heads=1, context_channels=0, zero_init=False, head_channels=0):
         super().__init__()
-        self.heads = heads
+        self.heads, width = heads, heads * head_channels or channels
         self.norm = norm(channels)
-        self.q = nn.Linear(channels, channels)
-        self.kv = nn.Linear(context_channels or channels, 2 * channels)
-        self.out = nn.Linear(channels, channels)
+        self.q = nn.Linear(channels, width)
+        self.kv = nn.Linear(context_channels or channels, 2 * width)
+        self.out = nn.Linear(width, channels)
         if zero_init:
             zeroed(self.out)
 
@@ -115,6 +116,19 @@ class Attention(nn.Module):
         return x + self.out(h).transpose(1, 2)
 
 
+def across(attention, xs, batch, *context):
+    """`attention` over the tokens of all planes at once, a list like xs.
+
+    xs has a tensor (B*P,C,H,W) for each shape of planes, the P planes of an item side by side.
+    """
+    shapes = [(len(x) // batch, *x.shape[2:]) for x in xs]  # (P, H, W) each
+    tokens = [x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2) for x in xs]
+    tokens = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=2)  # (B, C, N)
+    parts = attention(tokens, *context).split([math.prod(s) for s in shapes], dim=2)
+    return [part.unflatten(2, shape).transpose(1, 2).flatten(0, 1)
+            for part, shape in zip(parts, shapes)]
+
+
 class PlaneAttention(Attention):
     """Self-attention over the pixels of one plane, (B,C,H,W) -> (B,C,H,W)."""
 
@@ -125,7 +139,7 @@ class PlaneAttention(Attention):
 class JoinedPlanes(nn.Sequential):
     """ResBlock, attention, ResBlock on `planes` planes as the channels of one.
 
-    (P B,C,H,W), each plane's batch after the other's -> the same shape.
+    (B*P,C,H,W), the P planes of an item side by side -> the same shape.
     """
 
     def __init__(self, channels, planes=3):
@@ -134,8 +148,8 @@ class JoinedPlanes(nn.Sequential):
         self.planes = planes
 
     def forward(self, x):
-        h = super().forward(torch.cat(x.chunk(self.planes), dim=1))  # (B, P*C, H, W)
-        return torch.cat(h.chunk(self.planes, dim=1))
+        h = super().forward(x.unflatten(0, (-1, self.planes)).flatten(1, 2))  # (B, P*C, H, W)
+        return h.unflatten(1, (self.planes, -1)).flatten(0, 1)
 
 
 class Downsample(nn.Module):
@@ -246,24 +260,26 @@ class LocalPoolPointNet(nn.Module):
 
 # ---- clips -------------------------------------------------------------------------------------
 
-def time_angles(frames, channels, device=None):
+def time_angles(frames, channels, device=None, code=False):
     """Rotary angles (frames,channels): t 10000^(-2k/channels) for the pair k of channels.
 
-    The authors' code gives the two channels of a pair the angles of k = 2j and 2j + 1, which is no
-    rotation and makes attention depend on more than the difference of two times.
+    The authors' code (`code`) gives the two channels of a pair the angles of k = 2j and 2j + 1,
+    which is no rotation and makes attention depend on more than the difference of two times.
     """
     rate = 10000 ** (-2 * torch.arange(channels // 2, device=device) / channels)
-    return (torch.arange(frames, device=device)[:, None] * rate).repeat_interleave(2, dim=1)
+    angles = torch.arange(frames, device=device)[:, None] * rate
+    return angles.repeat(1, 2) if code else angles.repeat_interleave(2, dim=1)
 
 
-def space_angles(h, w, channels, device=None):
+def space_angles(h, w, channels, device=None, code=False):
     """Rotary angles (h*w,channels): pi * scale * place, of the row, then of the column.
 
-    Scales lie between 1 and 5, evenly in the logarithm. Places are centres of cells in [-1,1] (the
-    authors' first and last are the ends), so a frame has the same angles at each resolution.
+    Scales lie between 1 and 5, evenly in the logarithm. Places are centres of cells in [-1,1], so a
+    frame has the same angles at each resolution; the authors' first and last (`code`) are the ends.
     """
     scale = torch.logspace(0, math.log10(5), channels // 4, device=device)
-    y, x = (((2 * torch.arange(n, device=device) + 1) / n - 1)[:, None] * scale for n in (h, w))
+    y, x = (torch.linspace(-1, 1, n, device=device)[:, None] * (1 if code else 1 - 1 / n) * scale
+            for n in (h, w))
     pairs = torch.cat([y[:, None].expand(h, w, -1), x.expand(h, w, -1)], dim=2)
     return math.pi * pairs.flatten(0, 1).repeat_interleave(2, dim=1)
 
@@ -346,12 +362,13 @@ class PlaneTransformer(nn.Module):
     """Reads the lines of a volume: (B,H,W,n,width) -> plane (B,width,H,W), from n tokens each.
 
     A learned summary token joins the n, goes with them through `depth` pre-norm layers, and is what
-    is returned. (The authors' code returns the first of the n.) Learned positions of `cells` tokens
-    are interpolated linearly for other n.
+    is returned; the authors' code (`code`) returns the first of the n. Learned positions of `cells`
+    tokens are interpolated linearly for other n.
     """
 
-    def __init__(self, cells, width, depth, heads, hidden):
+    def __init__(self, cells, width, depth, heads, hidden, code=False):
         super().__init__()
+        self.returned = 0 if code else -1
         self.position = nn.Parameter(torch.randn(cells, width))
         self.summary = nn.Parameter(torch.randn(width))
         self.layers = nn.Sequential(*(layer for _ in range(depth) for layer in (
@@ -367,7 +384,7 @@ class PlaneTransformer(nn.Module):
         size = x.shape[:3]
         x = (x + self.positions(x.shape[3])).flatten(0, 2)  # (B*H*W, n, width)
         x = torch.cat([x, self.summary.expand(len(x), 1, -1)], dim=1)
-        return self.layers(x)[:, -1].unflatten(0, size).permute(0, 3, 1, 2)
+        return self.layers(x)[:, self.returned].unflatten(0, size).permute(0, 3, 1, 2)
 
 
 class VideoEncoder(nn.Module):
@@ -377,17 +394,19 @@ class VideoEncoder(nn.Module):
     et al., 2021) and PVDM (Yu et al., 2023): patches become tokens, these go through `depth`
     `SpaceTimeLayer`s, and each plane has a `PlaneTransformer` that reads along the coordinate which
     the plane lacks. `cells` = (w, h, T) are the sizes of training; any others will do.
+    `code`: angles and returned tokens are those of the authors' code.
     """
 
     def __init__(self, channels=3, cells=(32, 32, 16), patch=8, width=384, depth=8, heads=8,
-                 head_channels=64, plane_depth=4, plane_heads=4, plane_hidden=512):
+                 head_channels=64, plane_depth=4, plane_heads=4, plane_hidden=512, code=False):
         super().__init__()
-        self.patch, self.head_channels = patch, head_channels
+        self.patch, self.head_channels, self.code = patch, head_channels, code
         self.embed = nn.Linear(patch * patch * channels, width)
         self.layers = nn.ModuleList(SpaceTimeLayer(width, heads, head_channels)
                                     for _ in range(depth))
         self.planes = nn.ModuleDict({
-            name: PlaneTransformer(cells[3 - u - v], width, plane_depth, plane_heads, plane_hidden)
+            name: PlaneTransformer(cells[3 - u - v], width, plane_depth, plane_heads, plane_hidden,
+                                   code)
             for name, (u, v) in PLANES['video'].items()})  # 0 + 1 + 2 = 3: the third coordinate
 
     def tokens(self, video):
@@ -399,8 +418,8 @@ class VideoEncoder(nn.Module):
         x = video.unflatten(4, (w, p)).unflatten(3, (h, p))  # (B, channels, T, h, p, w, p)
         x = self.embed(x.permute(0, 2, 3, 5, 4, 6, 1).flatten(4))
         x = x.flatten(2, 3).float()  # bfloat16 would round the sum anew in each layer
-        of_time = time_angles(T, self.head_channels, x.device)
-        of_space = space_angles(h, w, self.head_channels, x.device)
+        of_time = time_angles(T, self.head_channels, x.device, self.code)
+        of_space = space_angles(h, w, self.head_channels, x.device, self.code)
         for layer in self.layers:
             x = layer(x, of_time, of_space)
         return x.unflatten(2, (h, w))

@@ -332,14 +332,14 @@ class CFCMLP(nn.Module):
     and cosines of `coord_octaves` of them, after the first block; 0 for none. radiance: hidden,
     octaves and scale of a `RadianceHead` in the place of the last layer. scale_channels: how many
     constant channels, equal to s, join each look-up; scale_frequencies: of s in the style. block:
-    'post' for `MLPBlock`, 'pre' for `PointBlock`, whose activations come first. ValueError if
-    there are more look-ups than blocks.
+    'post' for `MLPBlock`, 'pre' for `PointBlock`, whose activations come first; out_slope: of a
+    leaky ReLU before the last layer, 1 for none. ValueError if there are more look-ups than blocks.
     """
 
     def __init__(self, pe_channels, out_channels, width=256, blocks=4, layers=2,
                  conditioning='cfc', merge='concat', scale_injection=True, resolution=256,
                  coord_features=0, coord_octaves=0, radiance=None, scale_channels=0,
-                 scale_frequencies=32, block='post'):
+                 scale_frequencies=32, block='post', out_slope=1.0):
         super().__init__()
         pe_channels = [n + scale_channels for n in pe_channels]
         pe_channels = dict(cfc=pe_channels, concat=[sum(pe_channels)],
@@ -348,7 +348,7 @@ class CFCMLP(nn.Module):
                 'basis fields; raise --mlp_blocks')
         self.conditioning, self.merge, self.resolution = conditioning, merge, resolution
         self.style = ScaleEmbedding(width, scale_frequencies) if scale_injection else None
-        self.scale_channels, self.fixed = scale_channels, None
+        self.scale_channels, self.fixed, self.out_slope = scale_channels, None, out_slope
         linear = ModulatedLinear if scale_injection else ScaledLinear
         first, *later = pe_channels
         joined = [width + c if merge == 'concat' else width for c in later]
@@ -411,19 +411,20 @@ class CFCMLP(nn.Module):
             elif i < len(pe):
                 h = torch.cat([h, pe[i]], dim=-1)
             h = block(h, style)
-        return h, style
+        return h if self.out_slope == 1 else F.leaky_relu(h, self.out_slope), style
 
 
 # ---- one sample as a function ------------------------------------------------------------------
 
-def look_up(xi, points, domain, plane_merge, align_corners=False):
+def look_up(xi, points, axes, plane_merge, align_corners=False):
     """p^1..p^n at points (B,N,D): a list of (B,N,C), coarse to fine.
 
-    xi: basis fields, coarse to fine, each a dict plane name -> (B,C,H,W). plane_merge: what is
-    looked up in the planes of one field is joined by 'concat' or 'sum'.
+    xi: basis fields, coarse to fine, each a dict plane name -> (B,C,H,W). axes: which coordinates
+    each is read at, as in `PLANES`. plane_merge: what is looked up in the planes of one field is
+    joined by 'concat', in the order of axes, or by 'sum'.
     """
-    parts = [[sample_field(field, points[..., PLANES[domain][name]], align_corners)
-              for name, field in level.items()] for level in xi]
+    parts = [[sample_field(level[name], points[..., along], align_corners)
+              for name, along in axes.items()] for level in xi]
     return [sum(p) if plane_merge == 'sum' else torch.cat(p, dim=-1) for p in parts]
 
 
@@ -437,7 +438,7 @@ class Function(nn.Module):
     `scale` is the sampling period s; None derives it from a regular grid (H,W,2) and takes the
     training period 1 for other points.
 
-    about: `domain`, `extent`, `centre`, `plane_merge` and `read_out`, the arguments of the MLP.
+    about: `domain`, `extent`, `centre`, how to `look_up`, and `read_out`, the MLP's arguments.
     """
 
     def __init__(self, about, xi, mlp):
@@ -449,7 +450,8 @@ class Function(nn.Module):
         points = coords.reshape(1, -1, coords.shape[-1])
         scale = None if scale is None else points.new_tensor([scale])
         dirs = None if dirs is None else dirs.expand(*coords.shape[:-1], 3).reshape(1, -1, 3)
-        p = look_up(self.xi, points, self.about['domain'], self.about['plane_merge'],
+        axes = self.about.get('axes') or PLANES[self.about['domain']]
+        p = look_up(self.xi, points, axes, self.about['plane_merge'],
                     self.about.get('align_corners', False))
         return self.mlp(p, points, scale, dirs).view(*coords.shape[:-1], -1)
 

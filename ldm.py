@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from common import (fitting, flag, load_checkpoint, load_weights, require, require_finite,
                     row_noise, the_checkpoint, torch_seeded)
-from encoders import (Attention, ByteText, Downsample, ResBlock, Upsample, conv3x3, norm, regroup,
-                      zeroed)
+from encoders import (Attention, ByteText, Downsample, PlaneAttention, ResBlock, Upsample, across,
+                      conv3x3, norm, regroup, zeroed)
 from inr import PLANES, pack, unpack
 
 # ---- schedule --------------------------------------------------------------------------------
@@ -85,6 +85,7 @@ class LDMConfig:
     norm_groups: int = 0  # of all group norms; 0 = up to 32, of at least 4 channels
     norm_eps: float = 1e-6
     mixing_planes: bool = False  # a mixing logit for each plane
+    across_heads: int = 0  # see UNet
     triplane: str = flag('shared', 'planes through one U-Net with attention across them, or '
                          'concatenated as channels', choices=('shared', 'concat'))
     cond_dropout: float = flag(0.1, 'share of training items whose condition is left out')
@@ -105,7 +106,7 @@ class LDMConfig:
 
 
 # Fields that no flag sets: a network that goes on from a checkpoint has the checkpoint's.
-STRUCTURE = 'symmetric_pad', 'norm_groups', 'norm_eps', 'mixing_planes'
+STRUCTURE = 'symmetric_pad', 'norm_groups', 'norm_eps', 'mixing_planes', 'across_heads'
 
 
 def time_embedding(t, channels):
@@ -142,6 +143,8 @@ class TextAttention(nn.Module):
 class Block(nn.Module):
     """ResBlock on each plane, then, if `attend`, attention over the tokens of all planes at once.
 
+    With `across_heads`, see `UNet`, that attention is within each plane.
+
     forward(xs, embs, batch, context) -> list like xs. xs has a tensor (B*P,in_channels,H,W) for
     each shape of planes, the P planes of an item side by side, and embs an embedding (B*P,E) for
     each; batch is B and context is text features (B,M,context_channels) or None.
@@ -156,18 +159,16 @@ class Block(nn.Module):
         if attend and config.context_channels:
             self.attention = TextAttention(out_channels, heads, config.context_channels)
         elif attend:
-            self.attention = Attention(out_channels, heads, zero_init=True)
+            kind = PlaneAttention if config.across_heads else Attention
+            self.attention = kind(out_channels, heads, zero_init=True)
 
     def forward(self, xs, embs, batch, context=None):
         xs = [self.res(x, emb) for x, emb in zip(xs, embs)]
         if self.attention is None:
             return xs
-        shapes = [(len(x) // batch, *x.shape[2:]) for x in xs]  # (P, H, W) each
-        tokens = [x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2) for x in xs]
-        tokens = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=2)  # (B, C, N)
-        parts = self.attention(tokens, context).split([math.prod(s) for s in shapes], dim=2)
-        return [part.unflatten(2, shape).transpose(1, 2).flatten(0, 1)
-                for part, shape in zip(parts, shapes)]
+        if isinstance(self.attention, PlaneAttention):
+            return [self.attention(x) for x in xs]
+        return across(self.attention, xs, batch, context)
 
 
 class UNet(nn.Module):
@@ -176,7 +177,8 @@ class UNet(nn.Module):
     All planes go through the same weights, those of one shape as one batch, unless `triplane` is
     'concat': then they are the channels of a single plane. The condition is None, a label (B,),
     which is added to the time embedding, or text features (B,M,context_channels) for
-    cross-attention. Planes may have any size: odd ones are rounded up on the way down.
+    cross-attention. Planes may have any size: odd ones are rounded up on the way down. With
+    `across_heads`, attention of so many heads over all planes follows every layer but the stem.
     """
 
     def __init__(self, config):
@@ -207,16 +209,23 @@ class UNet(nn.Module):
                 self.down.append(Block(width, ch * mult, config, 2 ** level in config.attn_factors))
                 width = ch * mult
                 skips.append(width)
+        # Layer -> width of the attention that may follow it.
+        follow = {f'down{i}': n for i, n in enumerate(skips[1:])} | dict(middle1=width)
         self.middle = nn.ModuleList([Block(width, width, config, a) for a in (True, False)])
         for level, mult in reversed(list(enumerate(config.ch_mult))):
             attend = 2 ** level in config.attn_factors
-            for _ in range(config.num_res_blocks + 1):
+            for j in range(config.num_res_blocks + 1):
                 self.up.append(Block(width + skips.pop(), ch * mult, config, attend))
                 width = ch * mult
-            if level:
-                self.up.append(Upsample(width))
+                if level and j == config.num_res_blocks:
+                    self.up.append(Upsample(width))
+                follow[f'up{len(self.up) - 1}'] = width
         self.out_norm, self.out = norm(width), zeroed(conv3x3(width, channels))
         regroup(self, config.norm_groups, config.norm_eps)
+        self.across = nn.ModuleDict({
+            name: Attention(width, config.across_heads, zero_init=True)
+            for name, width in follow.items() if config.across_heads})
+        regroup(self.across, config.norm_groups, 1e-6)
 
     def forward(self, z, t, cond=None):
         batch, channels = z.shape[:2]
@@ -226,25 +235,31 @@ class UNet(nn.Module):
             emb, cond = emb + self.label(cond), None
         xs, embs = self.split_planes(z, emb)
         skips = [xs]
-        for layer in self.down:
+        for i, layer in enumerate(self.down):
             if isinstance(layer, Downsample):
                 xs = [layer(x) for x in xs]
             else:
                 xs = layer(xs, embs, batch, cond)
+            xs = self.attended(f'down{i}', xs, batch)
             skips.append(xs)
-        for layer in self.middle:
-            xs = layer(xs, embs, batch, cond)
-        for layer in self.up:
+        for i, layer in enumerate(self.middle):
+            xs = self.attended(f'middle{i}', layer(xs, embs, batch, cond), batch)
+        for i, layer in enumerate(self.up):
             if isinstance(layer, Upsample):
                 xs = [layer(x, skip.shape[2:]) for x, skip in zip(xs, skips[-1])]
             else:
                 xs = [torch.cat([x, skip], dim=1) for x, skip in zip(xs, skips.pop())]
                 xs = layer(xs, embs, batch, cond)
+            xs = self.attended(f'up{i}', xs, batch)
         xs = [self.out(F.silu(self.out_norm(x), inplace=True)) for x in xs]
         planes = {}
         for group, x in zip(self.groups.values(), xs):
             planes.update(zip(group, x.unflatten(0, (batch, -1)).unbind(1)))
         return pack({i: planes[i] for i in sorted(planes)}).reshape(batch, channels, -1)
+
+    def attended(self, name, xs, batch):
+        """What the attention that follows the layer of this name makes of xs, if there is one."""
+        return across(self.across[name], xs, batch) if name in self.across else xs
 
     def split_planes(self, z, emb):
         """Latents (B,C,L) and emb (B,E) -> the lists xs (after the stem) and embs of `Block`."""
@@ -694,11 +709,13 @@ def translated_unet(state, head_channels):
     def put_block(old, new):
         put(f'{old}.0', f'{new}.res')
         put(f'{old}.1', f'{new}.attention')
+    put('mid_attn', 'across.middle1')
     for old, new in (('time_embed.', 'time.'), ('input_blocks.0.0.', 'stem.'),
                      ('out.0.', 'out_norm.'), ('out.2.', 'out.')):
         found |= {new + k: v for k, v in part_of(state, old).items()}
     for k in range(1, numbered(state, 'input_blocks.{}.')):
         old, new = f'input_blocks.{k}', f'down.{k - 1}'
+        put(f'input_attns.{k}', f'across.down{k - 1}')
         if f'{old}.0.op.weight' in state:
             levels.append([])
             put(f'{old}.0.op', f'{new}.conv')
@@ -716,61 +733,124 @@ def translated_unet(state, head_channels):
                 put(f'output_blocks.{k}.{j}.conv', f'up.{blocks}.conv')
             else:
                 put(f'output_blocks.{k}.{j}', f'up.{blocks}.attention')
+        put(f'output_attns.{k}', f'across.up{blocks}')
         blocks += 1
     ch = found['stem.weight'].shape[0]
     return found, dict(
         ch=ch, ch_mult=tuple(level[0][0] // ch for level in levels), num_res_blocks=len(levels[0]),
         attn_factors=tuple(2 ** i for i, level in enumerate(levels) if level[0][1]),
-        head_channels=head_channels, symmetric_pad=True, norm_groups=32, norm_eps=1e-5)
+        head_channels=head_channels, plane_embed=False, symmetric_pad=True, norm_groups=32,
+        norm_eps=1e-5, across_heads=16 if 'mid_attn.q.weight' in state else 0)
 
 
-def translated_planes(state):
-    """Weights and fields of the `VAEConfig` of an autoencoder of pictures or planes."""
-    found, levels = {}, numbered(state, 'encoder.down.{}.')
-    last, blocks = levels - 1, numbered(state, 'encoder.down.0.block.{}.')
+MIDDLE = 'mid.block_1', 'mid.attn_1', 'mid.block_2'
+JOINED_MIDDLE = 'mid.block_3', 'mid_attn', 'mid.block_4'  # as JoinedPlanes: three layers
+# The planes there and here: their names of those over time say which axis a plane lacks.
+PLANES_THERE = {'': 'xy', '_xy': 'xy', '_yz': 'yz', '_xz': 'xz', '_yt': 'xt', '_xt': 'yt'}
+
+
+def translated_layers(state, old, layers, new):
+    """Weights of layers of encoder or decoder, numbered here; tuples are layers within a layer."""
+    found = {}
+    for n, layer in enumerate(layers):
+        if isinstance(layer, tuple):
+            found |= translated_layers(state, old, layer, f'{new}.{n}')
+        else:
+            found |= translated_block(state, f'{old}.{layer}', f'{new}.{n}')
+    return found
+
+
+def translated_encoder(state):
+    """Weights and fields of the `VAEConfig` of an encoder of pictures or planes."""
+    levels, blocks = (numbered(state, f'encoder.down.{k}') for k in ('{}.', '0.block.{}.'))
     joined = [i for i in range(levels) if part_of(state, f'encoder.down.{i}.inter_attn.')]
-    middle = ('mid.block_3', 'mid_attn', 'mid.block_4')  # as JoinedPlanes: three layers
-
-    def put(old, layer, new):
-        """A layer of encoder or decoder or, of a tuple, each of its layers."""
-        parts = {new: layer} if isinstance(layer, str) else {
-            f'{new}.{n}': part for n, part in enumerate(layer)}
-        for name, part in parts.items():
-            found.update(translated_block(state, f'{old}.{part}', name))
+    middle = [JOINED_MIDDLE] * bool(part_of(state, 'encoder.mid.block_3.'))
     layers = ['conv_in']
     for i in range(levels):
         layers += [f'down.{i}.block.{j}' for j in range(blocks)]
         layers += [tuple(f'down.{i}.inter_attn.{n}' for n in range(3))] * (i in joined)
-        layers += [f'down.{i}.downsample'] * (i < last)
-    stem = ['mid.block_1', 'mid.attn_1', 'mid.block_2']
-    stem += [middle] * bool(part_of(state, 'encoder.mid.block_3.'))
-    for n, layer in enumerate([*layers, *stem, 'norm_out', 'SiLU', 'conv_out']):
-        put('encoder', layer, f'encoder.net.{n}')
-    for n, layer in enumerate(['conv_in', *stem]):
-        put('decoder', layer, f'decoder.stem.{n}')
-    for i in range(levels):
-        old, new = f'decoder.up.{last - i}', f'decoder.levels.{i}'  # theirs are fine to coarse
-        for j in range(blocks + 1):
-            put(old, f'block.{j}', f'{new}.{j}')
-        put(old, tuple(f'inter_attn.{n}' for n in range(3)), f'{new}.{blocks + 1}')
-        put(old, 'upsample', f'decoder.ups.{i}')
-        put(old, 'hdbf.0', f'decoder.heads.{2 ** i}')
-    put('decoder', ('norm_out', 'SiLU', 'conv_out'), f'decoder.heads.{2 ** last}')
-    for old, new in (('quant_conv', 'quant'), ('post_quant_conv', 'post_quant')):
-        for plane in ('', '_xy', '_yz', '_xz'):
-            found |= translated_block(state, old + plane, f'{new}.{plane[1:] or "xy"}')
-    ch = state['encoder.conv_in.weight'].shape[0]
-    mult = tuple(state[f'encoder.down.{i}.block.0.conv1.weight'].shape[0] // ch
-                 for i in range(levels))
+        layers += [f'down.{i}.downsample'] * (i < levels - 1)
+    layers += [*MIDDLE, *middle, 'norm_out', 'SiLU', 'conv_out']
+    ch, channels = state['encoder.conv_in.weight'].shape[:2]
+    return translated_layers(state, 'encoder', layers, 'encoder.net'), dict(
+        channels=channels, ch=ch, joined=(*[0] * len(middle), *(2 ** i for i in joined)),
+        ch_mult=tuple(state[f'encoder.down.{i}.block.0.conv1.weight'].shape[0] // ch
+                      for i in range(levels)))
+
+
+def translated_decoder(state):
+    """Weights and fields of the `VAEConfig` of a decoder and of the convolutions at the latent."""
+    levels, blocks = (numbered(state, f'decoder.up.{k}') for k in ('{}.', '0.block.{}.'))
+    ups = [f'decoder.up.{i}' for i in reversed(range(levels))]  # theirs are fine to coarse
+    video = 'decoder.mid_attn.q.weight' in state and not part_of(state, 'decoder.mid.block_3.')
+    stem, level = ['conv_in', *MIDDLE], [f'block.{j}' for j in range(blocks)]
+    if not video:
+        stem.append(JOINED_MIDDLE)
+        level.append(tuple(f'inter_attn.{n}' for n in range(3)))
+    found = translated_layers(state, 'decoder', stem, 'decoder.stem')
+    found |= translated_block(state, 'decoder.mid_attn', 'across') if video else {}
+    for i, old in enumerate(ups):
+        found |= translated_layers(state, old, level, f'decoder.levels.{i}')
+        found |= translated_block(state, f'{old}.inter_attn.0',
+                                  f'decoder.across.{2 ** i}') if video else {}
+        found |= translated_block(state, f'{old}.upsample', f'decoder.ups.{i}')
+        found |= translated_block(state, f'{old}.hdbf.0', f'decoder.heads.{2 ** i}')
+    found |= translated_layers(state, 'decoder', ['norm_out', 'SiLU', 'conv_out'],
+                               f'decoder.heads.{2 ** (levels - 1)}')
+    for old, new in dict(quant_conv='quant', pre='quant', post_quant_conv='post_quant',
+                         post='post_quant').items():
+        for there, here in PLANES_THERE.items():
+            found |= translated_block(state, old + there, f'{new}.{here}')
+    widths = [state[f'{old}.block.0.conv1.weight'].shape[0] for old in ups]
+    inner, z_channels = found['post_quant.xy.weight'].shape[:2]
     return found, dict(
-        channels=state['encoder.conv_in.weight'].shape[1], ch=ch, ch_mult=mult, decoder_ch=ch,
-        decoder_mult=mult[::-1], num_res_blocks=blocks,
-        z_channels=found['post_quant.xy.weight'].shape[1],
-        inner_channels=found['post_quant.xy.weight'].shape[0],
+        decoder_ch=math.gcd(*widths), decoder_mult=tuple(w // math.gcd(*widths) for w in widths),
+        num_res_blocks=blocks - 1, z_channels=z_channels, inner_channels=inner,
         field_channels=state['decoder.conv_out.weight'].shape[0], norm_groups=32,
-        joined=(*[0] * (middle in stem), *(2 ** i for i in joined)),
-        fields=tuple(2 ** i for i in range(levels)
-                     if i == last or part_of(state, f'decoder.up.{last - i}.hdbf.0.')))
+        across=video, wide_heads=video, mid_heads=16 if video else 1,
+        across_fields=tuple(2 ** i for i, old in enumerate(ups)
+                            if video and part_of(state, f'{old}.inter_attn.')),
+        fields=tuple(2 ** i for i, old in enumerate(ups)
+                     if i == levels - 1 or part_of(state, f'{old}.hdbf.0.')))
+
+
+def translated_tokens(state, old, new):
+    """Weights of a transformer's layer, attention or feed-forward network, `old` and `new`."""
+    names = {'norm': 'norm', 'fn.to_qkv': 'qkv', 'fn.to_out.0': 'out'}
+    if f'{old}.fn.net.0.weight' in state:
+        names = {'norm': '0', 'fn.net.0': '1', 'fn.net.3': '3'}
+    return {f'{new}.{here}.{kind}': value for there, here in names.items()
+            for kind, value in part_of(state, f'{old}.{there}.').items()}
+
+
+def translated_clips(state):
+    """Weights and fields of the `VAEConfig` of an encoder of clips, and how its planes are read.
+
+    They are read along other axes than they are made: a field's rows, which are times to encoder
+    and decoder, are places to the read-out, and its columns times. It is what the weights learned.
+    """
+    found = translated_block(state, 'encoder.to_patch_embedding', 'encoder.embed')
+    depth, plane_depth = (numbered(state, k)
+                          for k in ('encoder.layers.{}.', 'xy_quant_attn.layers.{}.'))
+    for i in range(depth):
+        for n, layer in enumerate(('time', 'space', 'mlp')):
+            name = f'encoder.layers.{i}'
+            found |= translated_tokens(state, f'{name}.{n}', f'{name}.{layer}')
+    for there in ('xy', 'yt', 'xt'):
+        name = f'encoder.planes.{PLANES_THERE["_" + there]}'
+        *cells, last = state[f'{there}_pos_embedding'][0]
+        found |= {f'{name}.position': torch.stack(cells),
+                  f'{name}.summary': state[f'{there}_token'][0, 0] + last}
+        for i in range(2 * plane_depth):
+            found |= translated_tokens(state, f'{there}_quant_attn.layers.{i // 2}.{i % 2}',
+                                       f'{name}.layers.{i}')
+    width, pixels = found['encoder.embed.weight'].shape
+    patch = math.isqrt(pixels // 3)
+    return found, dict(
+        domain='video', resolution=patch * len(found['encoder.planes.yt.position']), patch=patch,
+        frames=len(found['encoder.planes.xy.position']), vit_width=width, vit_depth=depth,
+        plane_depth=plane_depth, plane_hidden=found['encoder.planes.xy.layers.1.1.bias'].shape[0],
+        video_code=True, read_axes=dict(xy=[0, 1], xt=[2, 1], yt=[2, 0]))
 
 
 def translated_read_out(state):
@@ -801,25 +881,32 @@ def translated_read_out(state):
                        scale_frequencies=state['time_mlp.1.weight'].shape[1] // 2)
 
 
+def translated_plain_read_out(mlp):
+    """Weights and fields of the `VAEConfig` of a read-out without scale injection."""
+    found = translated_block(mlp, 'net_out', 'mlp.out')
+    for n in range(4):
+        found |= translated_block(mlp, f'net_res{n + 1}', f'mlp.blocks.{n}')
+    video = mlp['net_out.weight'].shape[0] == 3
+    return found, dict(
+        scale_injection=False, align_corners=True, mlp_block='pre', out_slope=0.2 if video else 1.0,
+        mlp_width=mlp['net_out.weight'].shape[1])
+
+
 def translated_solid(points, mlp):
     """Weights and fields of the `VAEConfig` of point network and read-out of shapes.
 
     Places there are in units of the data, whose box here is [-1, 1].
     """
-    found = {}
+    found, fields = translated_plain_read_out(mlp)
+    found |= translated_block(mlp, 'net_p', 'mlp.coords')
     blocks = numbered(points, 'blocks.{}.')
     for old, new in [('fc_pos', 'proj_in'), ('fc_c', 'proj_out'),
                      *((f'blocks.{n}', f'blocks.{n}') for n in range(blocks))]:
         found |= translated_block(points, old, f'points.{new}')
-    for n in range(4):
-        found |= translated_block(mlp, f'net_res{n + 1}', f'mlp.blocks.{n}')
-    for old, new in (('net_p', 'coords'), ('net_out', 'out')):
-        found |= translated_block(mlp, old, f'mlp.{new}')
     for name in ('points.proj_in.weight', 'mlp.coords.weight'):
         found[name] = found[name] * PUBLISHED_BOX
-    return found, dict(
-        domain='shape', loss='bce', scale_injection=False, coord_input=True, plane_merge='sum',
-        align_corners=True, mlp_block='pre', mlp_width=mlp['net_out.weight'].shape[1],
+    return found, fields | dict(
+        domain='shape', channels=1, loss='bce', coord_input=True, plane_merge='sum',
         extent=PUBLISHED_BOX, threshold=0.2, point_hidden=points['fc_c.weight'].shape[1],
         point_blocks=blocks, point_channels=points['fc_c.weight'].shape[0])
 
@@ -857,7 +944,7 @@ def buffers(network, config, weights):
 
 
 def translated(state, path):
-    """A checkpoint of the authors' code, of pictures or shapes, as one of ours.
+    """A checkpoint of the authors' code, of pictures, shapes or videos, as one of ours.
 
     A dict of the kind 'ldm' or, without a second stage, 'vae'. ValueError for other domains and
     files. What is lost is said: the noise that their read-out adds to its layers, by which it is no
@@ -866,31 +953,33 @@ def translated(state, path):
     from data import CONFIGS
     from vae import D2CVAE, VAEConfig
     args, planes, points = state.get('args'), state['vaemodel'], state.get('pointnet')
-    require(not any('to_patch_embedding' in k for k in planes), f'{path}: a video model of the '
-            'authors\' code, whose planes are read along other axes than they are made; train anew')
     places = (points or {}).get('fc_pos.weight')
     require(places is None or places.shape[1] == 3, f'{path}: a radiance field of the authors\' '
             'code, whose read-out is linear; train anew')
+    video = 'encoder.to_patch_embedding.weight' in planes
     with fitting(path):
-        weights, fields = translated_planes(planes)
-        if points is None:
-            more, others = translated_read_out(state['mlp'])
+        if video:
+            domain, read_out = translated_clips(planes), translated_plain_read_out(state['mlp'])
+        elif points:
+            domain, read_out = translated_encoder(planes), translated_solid(points, state['mlp'])
         else:
-            more, others = translated_solid(points, state['mlp'])
-            others['channels'] = 1
-        resolution = setting(args, 'ddconfig', 'resolution', 256 if points is None else 64)
-        config = VAEConfig(**fields | others | dict(resolution=resolution))
-        vae = buffers(D2CVAE, config, weights | more)
-        preset = ('shapenet_chair_code' if points is not None else
+            domain, read_out = translated_encoder(planes), translated_read_out(state['mlp'])
+        weights, fields = (a | b | c for a, b, c in zip(
+            translated_decoder(planes), domain, read_out))
+        fields.setdefault('resolution', setting(args, 'ddconfig', 'resolution',
+                                                64 if points else 256))
+        config = VAEConfig(**fields)
+        vae = buffers(D2CVAE, config, weights)
+        preset = ('skytimelapse_code' if video else 'shapenet_chair_code' if points else
                   'celebahq_code' if config.num_res_blocks == 3 else 'afhq_cat_code')
         step = int(state.get('current_iters', 0))
         flags = {f.name: f.default for c in CONFIGS for f in dataclasses.fields(c)} | dict(
             dataset=config.domain, preset=preset, data='', flip=False, steps=step,
-            resolution=resolution)
+            resolution=config.resolution, frames=config.frames)
         found = dict(kind='vae', step=step, args=flags, vae_config=vars(config), vae=vae,
                      splits=dict(train=[], test=[]))
         process = part_of(state.get('ema', {}), 'ema_model.') or state.get('diffusion')
-        if points is None:
+        if config.scale_injection:
             tqdm.write(f'note: {path}: the noise of its read-out is left out')
         return found | translated_diffusion(process, args, config, found) if process else found
 
@@ -899,11 +988,11 @@ def translated_diffusion(state, args, config, first):
     """What a checkpoint of both stages has beside those of the first, a dict."""
     from vae import D2CVAE
     weights, fields = translated_unet(part_of(state, 'model.'), setting(
-        args, 'unetconfig', 'num_head_channels', 32))
+        args, 'unetconfig', 'num_head_channels', 64 if config.domain == 'video' else 32))
     with torch.device('meta'):
         planes = D2CVAE(config).latent_sizes()
     logit = state['mixing_logit'].flatten()
-    if len(planes) > 1:
+    if config.domain == 'shape':
         weights, logit = by_channel(weights), side_by_side(logit)
         fields |= dict(triplane='concat', mixing_planes=True)
     weights = {f'unet.{k}': v for k, v in weights.items()}

@@ -68,6 +68,8 @@ PRESETS = {
     'video_small': dict(TOY, lr=1e-3, ema=0.999, steps=3000),  # 1 core 22 minutes
     'skytimelapse': dict(PAPER, weight_decay=0.01, attn_factors=(1, 2, 4, 8), head_channels=64,
                          batch=16, steps=225_000),
+    'skytimelapse_code': dict(PAPER, weight_decay=0.01, ch_mult=(1, 2, 4, 6), head_channels=64,
+                              plane_embed=False, batch=16, steps=225_000),
     'toy_nerf': dict(TOY, triplane='concat', steps=1000, eval_every=1000),  # 3.1 minutes
     'nerf_small': dict(SMALL, triplane='concat', lr=1e-3, steps=2400,
                        eval_every=800),  # 1 core 13 minutes

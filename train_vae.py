@@ -96,6 +96,7 @@ PRESETS = {
                         fields=(2, 4, 8), pixels=2048, kl_weight=0.003, lr=2e-3, steps=10_000,
                         eval_every=2500),  # 152 clips, 1 core 46 minutes, 24.8 dB
     'skytimelapse': dict(VIDEOS, dataset='skytimelapse', batch=80, steps=6_000),
+    'skytimelapse_code': dict(VIDEOS, dataset='skytimelapse', sn_start=5.0, batch=80, steps=6_000),
     'toy_nerf': dict(SMALL_FIELDS, dataset='toy_nerf', side=32, clouds=1, points=1500,
                      view_dirs=False,  # its colours are the same from all sides
                      z_channels=32, ray_samples=32, rays=128, colour_points=128, lr=3e-3,

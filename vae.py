@@ -16,7 +16,7 @@ term. Unlike the code there is no LPIPS (inert at its weight) and no adversarial
 paper).
 """
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import product
 
@@ -26,7 +26,7 @@ from torch import nn
 
 from common import evenly_spaced, flag, require
 from encoders import (Attention, ConvEncoder, JoinedPlanes, LocalPoolPointNet, PlaneAttention,
-                      ResBlock, Upsample, VideoEncoder, conv3x3, norm, regroup)
+                      ResBlock, Upsample, VideoEncoder, across, conv3x3, norm, regroup)
 from inr import (CFCMLP, Function, camera_rays, cell_centres, draw_mesh, extract_mesh, focal_length,
                  grid_scale, look_up, march, occupied_cells, orbit, pack, plane_sizes, sample_grid,
                  scattered, unpack, where_occupied, PLANES, UPWARDS)
@@ -50,8 +50,14 @@ class VAEConfig:
     scale_frequencies: int = 32
     norm_groups: int = 0  # of all group norms; 0 = up to 32, of at least 4 channels
     joined: tuple = ()  # downsampling factors with encoders.JoinedPlanes, 0: in the middle
+    mid_heads: int = 1  # of the decoder's attention within a plane
+    wide_heads: bool = False  # heads of --across have the width of its input
+    across_fields: tuple = ()  # sizes of fields over the latent after whose level that follows, too
+    video_code: bool = False  # see encoders.VideoEncoder
+    read_axes: dict = field(default_factory=dict)  # see inr.look_up; empty = inr.PLANES
     align_corners: bool = False  # see inr.sample_field
     mlp_block: str = 'post'  # see inr.CFCMLP
+    out_slope: float = 1.0
     resolution: int = flag(256, 'r: pixels a side the encoder sees and the anchor s = 1; of point '
                            'clouds, cells a side of the planes they are pooled into')
     point_hidden: int = flag(32, 'width of the PointNet')
@@ -124,7 +130,8 @@ class VAEConfig:
 
 # Fields that no flag sets: a network that goes on from a checkpoint has the checkpoint's.
 STRUCTURE = ('inner_channels', 'scale_channels', 'scale_frequencies', 'norm_groups', 'joined',
-             'align_corners', 'mlp_block')
+             'mid_heads', 'wide_heads', 'across_fields', 'video_code', 'read_axes', 'align_corners',
+             'mlp_block', 'out_slope')
 
 
 def annealed(step, steps, config):
@@ -156,12 +163,21 @@ class Posterior:
         return 0.5 * terms.flatten(1).sum(1)
 
 
+def attention_across(width, config):
+    """The attention across planes of --across, on features of this width."""
+    return Attention(width, 8, zero_init=True, head_channels=config.wide_heads * width)
+
+
 class HDBFDecoder(nn.Module):
-    """One latent plane (B,z,h,w) -> its basis fields, coarse to fine, each (B,field,f*h,f*w).
+    """Latent planes (B,z,h,w) -> their basis fields, coarse to fine, each (B,field,f*h,f*w).
 
     The reverse of the encoder; wherever a level's factor f is in `fields`, a 1x1 convolution
     branches off a field. The finest one has its own norm, SiLU and 3x3 convolution, as in the
-    authors' code. `stretch` is how much a level enlarges (height, width).
+    authors' code.
+
+    forward(xs, stretches, batch, middle) -> a list of lists like xs. xs has a tensor (B*P,z,h,w)
+    for each shape of planes, the P planes of an item side by side, and stretches how much a level
+    enlarges (height, width) of each; `middle` attends across all planes before the first level.
     """
 
     def __init__(self, config):
@@ -172,10 +188,11 @@ class HDBFDecoder(nn.Module):
         self.width = width  # of the stem
         self.stem = nn.Sequential(
             conv3x3(c.inner_channels or c.z_channels, width), ResBlock(width, width),
-            PlaneAttention(width), ResBlock(width, width))
+            PlaneAttention(width, c.mid_heads), ResBlock(width, width))
         if 0 in c.joined:
             self.stem.append(JoinedPlanes(width))
         self.levels, self.heads, self.ups = nn.ModuleList(), nn.ModuleDict(), nn.ModuleList()
+        self.across = nn.ModuleDict()
         for i, mult in enumerate(c.decoder_mult):
             blocks = [ResBlock(width if j == 0 else c.decoder_ch * mult, c.decoder_ch * mult)
                       for j in range(c.num_res_blocks + 1)]
@@ -183,6 +200,8 @@ class HDBFDecoder(nn.Module):
             if 2 ** (len(c.decoder_mult) - 1 - i) in c.joined:
                 blocks.append(JoinedPlanes(width))
             self.levels.append(nn.Sequential(*blocks))
+            if 2 ** i in c.across_fields:
+                self.across[str(2 ** i)] = attention_across(width, c)
             if last:
                 self.heads[str(2 ** i)] = nn.Sequential(
                     norm(width), nn.SiLU(inplace=True), conv3x3(width, c.field_channels))
@@ -191,18 +210,19 @@ class HDBFDecoder(nn.Module):
                 if 2 ** i in self.fields:
                     self.heads[str(2 ** i)] = nn.Conv2d(width, c.field_channels, 1)
 
-    def forward(self, z, stretch=(2, 2)):
-        return self.grow(self.stem(z), stretch)
-
-    def grow(self, h, stretch=(2, 2)):
-        """What follows the stem, on its features h."""
-        xi = []
+    def forward(self, xs, stretches, batch, middle=None):
+        xs, xi = [self.stem(x) for x in xs], []
+        if middle is not None:
+            xs = across(middle, xs, batch)
         for i, level in enumerate(self.levels):
-            h = level(h)
+            xs, name = [level(x) for x in xs], str(2 ** i)
+            if name in self.across:
+                xs = across(self.across[name], xs, batch)
             if 2 ** i in self.fields:
-                xi.append(self.heads[str(2 ** i)](h))
+                xi.append([self.heads[name](x) for x in xs])
             if i < len(self.ups):
-                h = self.ups[i](h, (stretch[0] * h.shape[2], stretch[1] * h.shape[3]))
+                xs = [self.ups[i](x, (h * x.shape[2], w * x.shape[3]))
+                      for x, (h, w) in zip(xs, stretches)]
         return xi
 
 
@@ -286,7 +306,7 @@ class D2CVAE(nn.Module):
         self.quant, self.post_quant = (nn.ModuleDict({name: nn.Conv2d(n, m, 1) for name in axes})
                                        for n, m in ((features, 2 * z), (z, c.inner_channels or z)))
         self.decoder = HDBFDecoder(c)
-        self.across = Attention(self.decoder.width, 8, zero_init=True) if c.across else None
+        self.across = attention_across(self.decoder.width, c) if c.across else None
         looked_up = c.field_channels * (len(axes) if c.plane_merge == 'concat' else 1)
         self.read_out = dict(
             pe_channels=[looked_up] * len(self.decoder.fields), out_channels=c.channels,
@@ -295,7 +315,8 @@ class D2CVAE(nn.Module):
             resolution=c.resolution,
             coord_features=1 + max(map(max, axes.values())) if c.coord_input else 0,
             coord_octaves=c.coord_octaves, scale_channels=c.scale_channels,
-            scale_frequencies=c.scale_frequencies, block=c.mlp_block, **self.head(c))
+            scale_frequencies=c.scale_frequencies, block=c.mlp_block, out_slope=c.out_slope,
+            **self.head(c))
         self.mlp = CFCMLP(**self.read_out)
         scope = [self.encoder, self.quant]
         if c.sn_scope == 'all':
@@ -337,24 +358,27 @@ class D2CVAE(nn.Module):
         return plane_sizes(self.domain, self.latent_cells())
 
     def on_planes(self, network, planes):
-        """`network`, (plane (B,C,H,W), its stretch) -> list of planes, on each: a list of dicts.
+        """`network`, (xs, stretches, batch) -> list of lists like xs, on planes: a list of dicts.
 
-        Planes of one shape and stretch go through it side by side, as one batch.
+        Planes of one shape and stretch are one of xs, (B*P,C,H,W), the P planes of an item side by
+        side.
         """
-        groups, done = {}, {}
+        groups, batch = {}, len(next(iter(planes.values())))
         for name, plane in planes.items():
             groups.setdefault((plane.shape, self.stretch.get(name, (2, 2))), []).append(name)
-        for (_, stretch), names in groups.items():
-            x = planes[names[0]] if len(names) == 1 else torch.cat([planes[n] for n in names])
-            parts = [y.chunk(len(names)) for y in network(x, stretch)]
-            done.update(zip(names, zip(*parts)))
-        return [dict(zip(planes, level)) for level in zip(*(done[n] for n in planes))]
+        xs = [torch.stack([planes[n] for n in names], dim=1).flatten(0, 1).contiguous(
+            memory_format=torch.channels_last) for names in groups.values()]
+        found = []
+        for ys in network(xs, [stretch for _, stretch in groups], batch):
+            level = {}
+            for names, y in zip(groups.values(), ys):
+                level.update(zip(names, y.unflatten(0, (batch, -1)).unbind(1)))
+            found.append({name: level[name] for name in planes})
+        return found
 
     def encode_planes(self, planes):
         """`self.encoder` on each of a dict of planes."""
-        planes = {name: p.contiguous(memory_format=torch.channels_last)
-                  for name, p in planes.items()}
-        features, = self.on_planes(lambda p, stretch: [self.encoder(p)], planes)
+        features, = self.on_planes(lambda xs, *_: [[self.encoder(x) for x in xs]], planes)
         return features
 
     def encode(self, batch):
@@ -367,22 +391,18 @@ class D2CVAE(nn.Module):
         """z (B,C,L) -> xi, a list coarse to fine of dicts plane name -> (B,C,H,W)."""
         planes = unpack(z, sizes or self.latent_sizes())
         planes = {name: self.post_quant[name](p) for name, p in planes.items()}
-        middle, = self.on_planes(lambda p, stretch: [self.decoder.stem(p)], planes)
-        if self.across is not None:
-            sizes = {name: h.shape[2:] for name, h in middle.items()}
-            middle = unpack(self.across(pack(middle)), sizes)
-        return self.on_planes(self.decoder.grow, middle)
+        return self.on_planes(partial(self.decoder, middle=self.across), planes)
 
     def look_up(self, xi, points):
         """p^1..p^n at points (B,N,D): a list of (B,N,C)."""
-        return look_up(xi, points, self.domain, self.config.plane_merge,
-                       self.config.align_corners)
+        axes = self.config.read_axes or PLANES[self.domain]
+        return look_up(xi, points, axes, self.config.plane_merge, self.config.align_corners)
 
     def function(self, xi):
         """The `inr.Function` of one sample, which takes (...,D) and nothing of this network."""
         about = dict(domain=self.domain, extent=self.config.extent, centre=self.config.centre,
                      plane_merge=self.config.plane_merge, read_out=self.read_out,
-                     align_corners=self.config.align_corners)
+                     axes=self.config.read_axes, align_corners=self.config.align_corners)
         return Function(about, xi, self.mlp)
 
     def query(self, xi, coords, scale=None):
@@ -764,7 +784,7 @@ class VideoVAE(D2CVAE):
     def build_encoder(self, c):
         self.encoder = VideoEncoder(c.channels, self.latent_cells(), c.patch, c.vit_width,
                                     c.vit_depth, c.vit_heads, plane_depth=c.plane_depth,
-                                    plane_hidden=c.plane_hidden)
+                                    plane_hidden=c.plane_hidden, code=c.video_code)
 
     def features(self, x):
         """Clips whose height and width are multiples of the patch, of any length."""

@@ -356,7 +356,8 @@ def test_planes_of_one_shape_share_one_batch():
     assert batches == [(3, 8, 4, 4), (6, 8, 2, 4)]
 
 
-@pytest.mark.mutation('ldm.py', 'torch.cat(tokens, dim=2)', 'torch.cat([0 * t for t in tokens], 2)')
+@pytest.mark.mutation('encoders.py', 'torch.cat(tokens, dim=2)',
+                      'torch.cat([0 * t for t in tokens], 2)')
 @pytest.mark.mutation('ldm.py', 'pack({i: planes[i] for i in sorted(planes)})', 'pack(planes)')
 def test_every_plane_hears_of_every_other_and_keeps_its_place():
     sizes = {'xy': [2, 4], 'yt': [4, 4], 'xt': [2, 4]}
@@ -372,7 +373,7 @@ def test_every_plane_hears_of_every_other_and_keeps_its_place():
         assert max(parts, key=lambda p: change[..., p].mean()) == part
 
 
-@pytest.mark.mutation('ldm.py', 'x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)',
+@pytest.mark.mutation('encoders.py', 'x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)',
                       'x.flip(0).unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)')
 def test_attention_over_one_plane_is_self_attention_and_over_three_joint():
     block = ldm.Block(8, 8, ldm.LDMConfig(ch=8, head_channels=4), attend=True)

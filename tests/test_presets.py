@@ -36,6 +36,7 @@ PARAMETERS = {
     ('toy_video',): ('0.9', '4.7'),
     ('video_small', 'video'): ('2.9', '4.7'),
     ('skytimelapse',): ('71.0', '360'),
+    ('skytimelapse_code',): ('71.0', '678'),
     ('toy_nerf',): ('0.8', '4.7'),
     ('nerf_small', 'nerf'): ('0.8', '4.7'),
     ('srn_cars',): ('17.5', '358'),
@@ -160,9 +161,9 @@ def meta(monkeypatch):
 @pytest.mark.mutation('train_vae.py', 'batch=40,\n              micro_batch=1)', 'batch=40)')
 @pytest.mark.mutation('train_vae.py', 'dict(PAPER, decoder_ch=128', 'dict(PAPER, decoder_ch=64')
 @pytest.mark.mutation('train_ldm.py', 'ch_mult=(1, 2, 4, 8)', 'ch_mult=(1, 2, 4, 6)')
-@pytest.mark.mutation('vae.py', 'xi.append(self.heads[str(2 ** i)](h))',
-                      'xi.append(self.heads[str(2 ** i)](h).detach() if i == 0 else '
-                      'self.heads[str(2 ** i)](h))')
+@pytest.mark.mutation('vae.py', 'xi.append([self.heads[name](x) for x in xs])',
+                      'xi.append([self.heads[name](x).detach() if i == 0 else '
+                      'self.heads[name](x) for x in xs])')
 def test_every_preset_runs_at_full_size(meta):
     """Both stages' steps, with the parameters of the README, on eight GPUs of 24 GB."""
     assert sorted(sum(PARAMETERS, ())) == sorted(train_vae.PRESETS)

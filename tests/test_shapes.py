@@ -263,13 +263,17 @@ def test_objective_of_shapes():
                                + 5 * losses['sn'] / 64)
 
 
-@pytest.mark.mutation('vae.py', 'return [dict(zip(planes, level))',
-                      'return [dict(zip(reversed(planes), level))')
-@pytest.mark.mutation('vae.py', 'y.chunk(len(names))', 'y.chunk(len(names))[::-1]')
+@pytest.mark.mutation('vae.py', 'found.append({name: level[name] for name in planes})',
+                      'found.append(level)')
+@pytest.mark.mutation('vae.py', 'y.unflatten(0, (batch, -1)).unbind(1)',
+                      'y.unflatten(0, (-1, batch)).unbind(0)')
+@pytest.mark.mutation('vae.py', 'torch.stack([planes[n] for n in names], dim=1)',
+                      'torch.stack([planes[n] for n in names])')
 def test_planes_side_by_side_equal_planes_one_by_one():
     planes = dict(a=torch.rand(2, 3, 4, 4), b=torch.rand(2, 3, 4, 6), c=torch.rand(2, 3, 4, 4))
     network = torch.nn.Conv2d(3, 5, 3)
-    first, second = tiny().on_planes(lambda x, stretch: [network(x), x + 1], planes)
+    first, second = tiny().on_planes(
+        lambda xs, *_: [[network(x) for x in xs], [x + 1 for x in xs]], planes)
     assert list(first) == ['a', 'b', 'c']
     for name, x in planes.items():
         torch.testing.assert_close(first[name], network(x))

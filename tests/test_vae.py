@@ -70,7 +70,7 @@ def test_norms_pool_at_least_four_channels():
         assert felt[-group:].all() and not felt[:-group].any()
 
 
-@pytest.mark.mutation('vae.py', '(stretch[0] * h.shape[2], ', '(h.shape[2], ')
+@pytest.mark.mutation('vae.py', '(h * x.shape[2], w', '(x.shape[2], w')
 def test_any_number_of_fields():
     for mult, fields in (((1,), (1,)), ((2, 1), (2,)), ((2, 1), (1, 2)), ((4, 2, 1), (1, 4)),
                          ((4, 2, 2, 1), (1, 2, 4, 8))):
@@ -94,7 +94,7 @@ def test_parameters_of_the_paper():
     with torch.device('meta'):
         model = vae.D2CVAE(config)
     assert model.latent_sizes() == dict(xy=(64, 64)) and config.n_ref == 196608
-    fields = model.decoder(torch.empty(1, 64, 64, 64, device='meta'))
+    fields = [f['xy'] for f in model.decode(torch.empty(1, 64, 4096, device='meta'))]
     assert [tuple(f.shape[1:]) for f in fields] == [(64, 64, 64), (64, 128, 128), (64, 256, 256)]
 
 
@@ -104,7 +104,7 @@ SHAPE = dict(domain='shape', channels=1, loss='bce', scale_injection=False, poin
 
 
 @pytest.mark.mutation('vae.py', 'self.stretch.get(name, (2, 2))), [])', '(2, 2)), [])')
-@pytest.mark.mutation('vae.py', 'stretch[1] * h.shape[3]))', '2 * h.shape[3]))')
+@pytest.mark.mutation('vae.py', 'w * x.shape[3]))', '2 * x.shape[3]))')
 def test_a_plane_may_grow_along_one_axis_only():
     """The planes, alike in shape, do not share a batch if they grow differently."""
     model, z = tiny(**SHAPE), torch.randn(2, 4, 3 * 64)
@@ -340,7 +340,7 @@ def test_impossible_renders_are_refused(function):
             model.render(xi, size, box)
 
 
-@pytest.mark.mutation('inr.py', 'field, points[..., PLANES', 'field, -points[..., PLANES')
+@pytest.mark.mutation('inr.py', '[name], points[..., along]', '[name], -points[..., along]')
 def test_query_takes_points_of_any_shape(function):
     model, xi = function
     points = torch.rand(5, 2) * 2 - 1

@@ -94,8 +94,8 @@ def test_frames_are_slices_of_the_function():
 
 # ---- decoder, objective, U-Net -----------------------------------------------------------------
 
-@pytest.mark.mutation('vae.py', 'unpack(self.across(pack(middle)), sizes)', 'middle')
-@pytest.mark.mutation('vae.py', 'Attention(self.decoder.width, 8, zero_init=True) if c.across',
+@pytest.mark.mutation('vae.py', 'if middle is not None:', 'if False:')
+@pytest.mark.mutation('vae.py', 'attention_across(self.decoder.width, c) if c.across',
                       'None if c.across')
 def test_planes_hear_of_each_other_across_the_decoder():
     for across in (False, True):
