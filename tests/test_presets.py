@@ -17,6 +17,8 @@ import ldm
 import train_ldm
 import train_vae
 import vae
+from test_published import (autoencoder_shapes, picture_mlp_shapes, pointnet_shapes,
+                            shape_mlp_shapes, unet_shapes)
 
 README = Path(__file__).parent.parent / 'README.md'
 GPUS, GPU_MEMORY = 8, 24e9  # what the paper's presets are for
@@ -49,11 +51,11 @@ def flags_of(name):
             for script in (train_vae, train_ldm)]
 
 
-def first_stage(args):
+def first_stage(args, **structure):
     """The VAE that train_vae.py makes with these flags."""
     kind, _ = data.DATASETS[args.dataset]
     return vae.D2CVAE(common.from_flags(args, vae.VAEConfig, domain=kind.domain,
-                                       channels=kind.channels, extent=kind.extent))
+                                       channels=kind.channels, extent=kind.extent, **structure))
 
 
 def batch_of(args, items):
@@ -74,13 +76,13 @@ def batch_of(args, items):
                 coords=torch.empty(items, args.queries, 3), target=torch.empty(items, args.queries))
 
 
-def second_stage(args, first, text=''):
+def second_stage(args, first, text='', **structure):
     """The LDM that train_ldm.py makes with these flags on this first stage."""
     args.text = text
     width = encoders.ByteText().norm.normalized_shape[0] if text else 0
     return ldm.LDM(common.from_flags(
         args, ldm.LDMConfig, domain=first.domain, planes=first.latent_sizes(),
-        z_channels=first.config.z_channels, context_channels=width))
+        z_channels=first.config.z_channels, context_channels=width, **structure))
 
 
 def items_of(args):
@@ -156,6 +158,45 @@ def meta(monkeypatch):
     monkeypatch.setattr(torch, 'autocast', lambda *args, **more: contextlib.nullcontext())
     with torch.device('meta'):
         yield
+
+
+def published(preset):
+    """A file of the authors' code, of the configuration that they published, without numbers."""
+    unet = dict(M=256, mult=(1, 2, 4, 6), blocks=2, factors=(2, 4, 8))
+    planes, points = dict(mult=(1, 2, 4), blocks=2, z=128, E=64, field=64), None
+    if preset == 'shapenet_chair_code':
+        model = autoencoder_shapes(32, ch=64, planes=3, joined=(0, 1, 2), **planes)
+        mlp, channels, points = shape_mlp_shapes(256, [64] * 3), 192, pointnet_shapes(256, 7, 32)
+    else:
+        unet |= dict(mult=(1, 2, 4, 8)) if preset == 'celebahq_code' else dict(M=224)
+        planes |= dict(blocks=3) if preset == 'celebahq_code' else {}
+        model = autoencoder_shapes(3, ch=128, **planes)
+        mlp, channels = picture_mlp_shapes(256, [64] * 3), 64
+    unet = {f'model.{k}': shape for k, shape in unet_shapes(channels, **unet).items()}
+    parts = dict(vaemodel=model, mlp=mlp, diffusion=unet | dict(mixing_logit=(1, channels, 1, 1)))
+    parts |= dict(pointnet=points) if points else {}
+    return {part: {k: torch.empty(shape, device='meta') for k, shape in shapes.items()}
+            for part, shapes in parts.items()}
+
+
+@pytest.mark.mutation('train_vae.py', "dataset='celebahq', num_res_blocks=3", "dataset='celebahq'")
+@pytest.mark.mutation('train_vae.py', "dataset='shapenet_chair', decoder_ch=64",
+                      "dataset='shapenet_chair', decoder_ch=32")
+@pytest.mark.mutation('train_ldm.py', "'afhq_dog_code': dict(PAPER, ch=224",
+                      "'afhq_dog_code': dict(PAPER, ch=256")
+@pytest.mark.mutation('train_ldm.py', "triplane='concat', lr=1e-4", 'lr=1e-4')
+@pytest.mark.mutation('ldm.py', 'inner_channels=inner', 'inner_channels=0')
+def test_presets_fit_the_published_configurations():
+    """What `--preset X_code --init FILE` makes has the tensors of the file."""
+    for preset in (name for name in train_vae.PRESETS if name.endswith('_code')):
+        state = ldm.translated(published(preset), Path('published.pt'))
+        first, second = flags_of(preset)
+        with torch.device('meta'):
+            one = first_stage(first, **{k: state['vae_config'][k] for k in vae.STRUCTURE})
+            two = second_stage(second, one, **{k: state['ldm_config'][k] for k in ldm.STRUCTURE})
+        for model, weights in ((one, state['vae']), (two, state['ema'])):
+            assert ({k: v.shape for k, v in model.state_dict().items()}
+                    == {k: v.shape for k, v in weights.items()}), preset
 
 
 @pytest.mark.mutation('train_vae.py', 'batch=40,\n              micro_batch=1)', 'batch=40)')

@@ -670,7 +670,7 @@ def cloud(seed=0, n=150):
                       'return x')
 @pytest.mark.mutation('ldm.py', "'decoder', stem, 'decoder.stem')",
                       "'encoder', stem, 'decoder.stem')")
-@pytest.mark.mutation('ldm.py', 'joined=(*[0] * len(middle), *', 'joined=(*')
+@pytest.mark.mutation('ldm.py', 'joined=(*[0] * len(middle), *', 'joined=(*[0] * 0, *')
 @pytest.mark.mutation('ldm.py', "'_yz': 'yz', '_xz': 'xz'", "'_yz': 'xz', '_xz': 'yz'")
 @torch.no_grad()
 def test_clouds_become_their_moments(solids):
