@@ -947,7 +947,7 @@ def translated(state, path):
     """A checkpoint of the authors' code, of pictures, shapes or videos, as one of ours.
 
     A dict of the kind 'ldm' or, without a second stage, 'vae'. ValueError for other domains and
-    files. What is lost is said: the noise that their read-out adds to its layers, by which it is no
+    files. The noise is left out that the read-out of pictures adds to its layers, by which it is no
     function of the coordinate.
     """
     from data import CONFIGS
@@ -979,8 +979,6 @@ def translated(state, path):
         found = dict(kind='vae', step=step, args=flags, vae_config=vars(config), vae=vae,
                      splits=dict(train=[], test=[]))
         process = part_of(state.get('ema', {}), 'ema_model.') or state.get('diffusion')
-        if config.scale_injection:
-            tqdm.write(f'note: {path}: the noise of its read-out is left out')
         return found | translated_diffusion(process, args, config, found) if process else found
 
 
@@ -1010,6 +1008,8 @@ def open_checkpoint(path, kind=None, device='cpu'):
     state = load_checkpoint(path, None, device)
     if state['kind'] == 'published':
         state = translated(state, path)
+        if kind != 'ldm' and state['vae_config']['scale_injection']:  # else it was said of stage 1
+            tqdm.write(f'note: {path}: the noise of its read-out is left out')
         if kind == 'vae':
             state |= dict(kind='vae', args=state.get('vae_args') or state['args'])
     if kind and state['kind'] != kind:

@@ -838,10 +838,15 @@ def test_configurations_load_without_their_package(pictures, tmp_path, flag):
     assert loaded(ldm.load, path)[1].config.head_channels == 32
 
 
-@pytest.mark.mutation('ldm.py', 'if config.scale_injection:\n', 'if not config.scale_injection:\n')
+@pytest.mark.mutation('ldm.py', "['vae_config']['scale_injection']:",
+                      "['vae_config']['coord_input']:")
+@pytest.mark.mutation('ldm.py', "kind != 'ldm' and state['vae_config']", "state['vae_config']")
 def test_what_is_left_out_is_said_once(pictures, solids, capsys):
     for run, times in ((pictures, 1), (solids, 0)):
         ldm.load(run.path)
+        assert capsys.readouterr().out.count('noise of its read-out is left out') == times
+        for kind in ('vae', 'ldm'):  # as train_ldm.py reads its --vae and its --init
+            ldm.open_checkpoint(run.path, kind)
         assert capsys.readouterr().out.count('noise of its read-out is left out') == times
 
 
