@@ -57,7 +57,7 @@ class VAEConfig:
     read_axes: dict = field(default_factory=dict)  # see inr.look_up; empty = inr.PLANES
     align_corners: bool = False  # see inr.sample_field
     mlp_block: str = 'post'  # see inr.CFCMLP
-    out_slope: float = 1.0
+    out_slope: float = 1.0  # see inr.CFCMLP
     resolution: int = flag(256, 'r: pixels a side the encoder sees and the anchor s = 1; of point '
                            'clouds, cells a side of the planes they are pooled into')
     point_hidden: int = flag(32, 'width of the PointNet')
