@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import Field, dataclass, field, make_dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Callable, Sequence
@@ -1241,7 +1241,12 @@ class Run:
         stages = self.info.get('ldm_args', {}), self.info['args']
         captions = self.args.captions or stages[0].get('captions') or stages[1].get('captions', '')
         return data.open_run_data(self.info, split, self.args.data or None,
-                                  captions=captions if self.args.command == 'text' else '')
+                                  captions=captions if self.captioned() else '')
+
+    def captioned(self):
+        """Whether this measurement reads captions."""
+        return self.args.command == 'text' or (
+            self.args.conditions != 'none' and bool(self.ldm.config.text))
 
     def encoded(self, dataset, part):
         """Latents (B,C,L) of items: posterior means, or with --posterior sample a draw of each."""
@@ -1300,10 +1305,33 @@ class Run:
                                   **condition, **self.args.sampler)
         return z, float(np.mean(nfe))
 
+    @cached_property
+    def conditions(self):
+        """Function: numbers of samples -> arguments of `draw`, by --conditions and --guidance.
+
+        --num items of that split, evenly spaced, in turn give their labels or captions.
+        """
+        if self.args.conditions == 'none':
+            require(self.args.guidance == 1, f'--guidance {self.args.guidance:g}: give '
+                    '--conditions')
+            return lambda numbers: {}
+        config = self.ldm.config
+        require(config.num_classes or config.text, f'{self.path}: was trained without labels and '
+                'captions; leave out --conditions')
+        dataset = self.data(self.args.conditions)
+        reader = config.text and text_reader(self.args.reader or config.text, self.args.device)
+        index = evenly_spaced(len(dataset), self.args.num)
+
+        def of(numbers):
+            known = default_collate([dataset.known(index[k % len(index)]) for k in numbers])
+            cond = reader(known['text']) if reader else known['label']
+            return dict(cond=cond, guidance=self.args.guidance)
+        return of
+
     def samples(self, made=None):
         """--num samples: sample k has seed --seed + k. `made` in place of the domain's."""
         def read(numbers):
-            z, nfe = self.draw([self.args.seed + k for k in numbers])
+            z, nfe = self.draw([self.args.seed + k for k in numbers], **self.conditions(numbers))
             source.calls.append(nfe)
             return [(made or self.made)(z, numbers)]
         source = self.source(range(self.args.num), read, 'samples', self.args.batch,
@@ -1566,6 +1594,9 @@ def real_and_fake(args):
             f'--fakes are for what a run makes, and {args.b} is none; leave them out')
     require(len(args.samplers) == 1 or b and stage == 2, '--samplers: several are for the samples '
             'of a run')
+    if b and stage == 2:
+        resolved('--captions', args.captions)
+        b.conditions  # what is wrong with them is found out before anything is measured
     R = args.res or next((run.R for run in (a, b) if run), 0)
     if command.thing == 'clip':
         args.frames = args.frames or next((run.frames for run in (a, b) if run), 16)
@@ -2090,7 +2121,9 @@ FLAGS = dict(
     clip=flag(False, 'CLIP-S as well'),
     views=flag('diffusion_sdf', 'from where CLIP looks', choices=tuple(VIEWS)),
     each=flag(10, 'samples of each caption', low=2, high=10_000),
-    guidance=flag(3.0, 'weight w of classifier-free guidance'),
+    conditions=flag('none', 'whose labels or captions samples are given', choices=(
+        'none', 'train', 'test')),
+    guidance=flag(1.0, 'weight w of classifier-free guidance'),
     posterior=flag('mean', 'latent to reconstruct from', choices=('mean', 'sample')),
     float=flag(False, 'leave fakes of a run unrounded'),
     interpolated=flag(False, 'render a run as in training and interpolate that, pictures bicubic, '
@@ -2103,7 +2136,8 @@ FLAGS = dict(
 # A subcommand: what it does, the things it measures ('' = any), what it takes, an argument and its
 # help each, its flags, those of their defaults (or whole flags) that are its own.
 Command = namedtuple('Command', 'function thing sets flags defaults help')
-SAMPLES = 'data split res num num_real fakes seed amp float interpolated batch '
+SAMPLES = ('data split res num num_real fakes seed amp float interpolated batch conditions '
+           'guidance reader captions ')
 REBUILT = 'data split res num posterior seed float interpolated batch '
 FID = 'weights reference ddof resize '
 FVD = 'weights reference ddof preset eps frames interval '
@@ -2154,7 +2188,7 @@ COMMANDS = dict(
                        'train a voxel classifier on the classes of a data set'),
     text=Command(text_command, 'cloud', RUN, 'data num split each guidance res classifier reader '
                  'clip weights views seed amp sampler captions', dict(
-                     split='test', num=234, res=flag(64, CELLS)),
+                     split='test', num=234, guidance=3.0, res=flag(64, CELLS)),
                  'TMD, accuracy and CLIP-S of samples of held-out captions'))
 
 

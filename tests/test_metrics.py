@@ -1094,6 +1094,11 @@ def toy_run(tmp_path, monkeypatch):
     return tmp_path
 
 
+class Items(list):
+    """A data set of which nothing but labels and captions is there."""
+    known = list.__getitem__
+
+
 @pytest.fixture
 def colour_network(monkeypatch):
     """Instead of Inception: the mean colour in 0..255, kept as `seen`."""
@@ -1128,6 +1133,34 @@ def test_fid_of_a_run(capsys, toy_run, colour_network):
     close(colour_network.seen[1][:, 0, 0, 0], [.2 * 127.5 + 127.5, .21 * 127.5 + 127.5], 1e-3)
     with pytest.raises(ValueError, match='--float and --fakes are for what a run makes'):
         metrics.main(['fid', str(toy_run), str(toy_run / 'B'), '--float'])
+
+
+@pytest.mark.mutation('metrics.py', 'index[k % len(index)]', 'k % len(index)')
+@pytest.mark.mutation('metrics.py', 'index[k % len(index)]', 'index[0]')
+@pytest.mark.mutation('metrics.py', "known['text'] if reader", "sorted(known['text']) if reader")
+@pytest.mark.mutation('metrics.py', "guidance=self.args.guidance)", 'guidance=1.0)')
+@pytest.mark.mutation('metrics.py', 'require(config.num_classes or config.text', 'require(True')
+@pytest.mark.mutation('metrics.py', 'require(self.args.guidance == 1', 'require(True')
+def test_samples_have_the_conditions_of_items(monkeypatch):
+    """Sample k that of the k-th of --num items, evenly spaced, from the first again at their end."""
+    known = [dict(label=10 * i, text=f'{9 - i}') for i in range(6)]
+    monkeypatch.setattr(metrics, 'text_reader', lambda text, device: lambda texts: (text, texts))
+
+    def conditions(num, split='test', w=2.5, **config):
+        args = SimpleNamespace(command='fid', conditions=split, guidance=w, num=num, reader='',
+                               device='cpu', res=8)
+        network = SimpleNamespace(config=SimpleNamespace(**dict(num_classes=0, text='') | config))
+        run = metrics.Run(Model(), network, {}, 'run', args)
+        run.data = dict.fromkeys([split], Items(known)).__getitem__
+        return run.conditions
+    found = conditions(3, num_classes=60)([0, 1, 2])
+    assert (found['cond'].tolist(), found['guidance']) == ([0, 20, 40], 2.5)
+    assert conditions(9, text='bytes')([4, 5, 6, 7]) == dict(
+        cond=('bytes', ['5', '4', '9', '8']), guidance=2.5)
+    assert conditions(3, split='none', w=1, text='bytes')([0, 1]) == {}
+    for options, word in ((dict(), '--conditions'), (dict(split='none', text='bytes'), '--guidance')):
+        with pytest.raises(ValueError, match=word):
+            conditions(3, **options)
 
 
 @pytest.mark.mutation('metrics.py', 'args.seed, key, k),', 'args.seed, k),')
