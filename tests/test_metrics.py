@@ -1137,7 +1137,7 @@ def test_fid_of_a_run(capsys, toy_run, colour_network):
 
 @pytest.mark.mutation('metrics.py', 'index[k % len(index)]', 'k % len(index)')
 @pytest.mark.mutation('metrics.py', 'index[k % len(index)]', 'index[0]')
-@pytest.mark.mutation('metrics.py', "known['text'] if reader", "sorted(known['text']) if reader")
+@pytest.mark.mutation('metrics.py', "reader(known['text'])", "reader(sorted(known['text']))")
 @pytest.mark.mutation('metrics.py', "guidance=self.args.guidance)", 'guidance=1.0)')
 @pytest.mark.mutation('metrics.py', 'require(config.num_classes or config.text', 'require(True')
 @pytest.mark.mutation('metrics.py', 'require(self.args.guidance == 1', 'require(True')
