@@ -344,11 +344,19 @@ class LDM(nn.Module):
             return torch.zeros(batch, length, dtype=torch.long, device=self.z_mean.device)
         return self.null_context.expand(batch, -1, -1) if self.config.context_channels else None
 
+    def read(self, cond, batch):
+        """What the U-Net gets for a condition: features of tokens; for None, `null` of a batch."""
+        cond = self.null(batch) if cond is None else cond
+        tokens = self.text is not None and not cond.is_floating_point()
+        return self.text(cond) if tokens else cond
+
     def eps(self, z_t, t, cond=None):
-        """eps_theta: the noise predicted in z_t (B,C,L) at times t (B,), (B,C,L) float32."""
+        """eps_theta: the noise predicted in z_t (B,C,L) at times t (B,), (B,C,L) float32.
+
+        cond is a condition, or what `read` made of it.
+        """
         z_t = z_t.float()
-        cond = self.null(len(z_t)) if cond is None else cond
-        out = self.unet(z_t, t, cond if self.text is None else self.text(cond)).float()
+        out = self.unet(z_t, t, self.read(cond, len(z_t))).float()
         if self.mixing_logit is None:
             return out
         sigma = (1 - alpha_bar(t, self.log_alpha_bar)).sqrt().float()[:, None, None]
@@ -406,9 +414,14 @@ class LDM(nn.Module):
         Both run as one batch of twice the size; without condition or for w = 1, only one runs.
         """
         self.check_condition(cond)
-        if cond is None or w == 1:
+        null = self.read(None, 1)  # texts are read here, once, not in every call
+        if cond is None:
+            return lambda z, t: self.eps(
+                z, t, None if null is None else null.expand(len(z), *null.shape[1:]))
+        cond = self.read(cond, len(cond))
+        if w == 1:
             return lambda z, t: self.eps(z, t, cond)
-        both = torch.cat([self.null(len(cond)).expand_as(cond), cond])
+        both = torch.cat([null.expand_as(cond), cond])
 
         def eps_fn(z, t):
             e_null, e_cond = self.eps(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)

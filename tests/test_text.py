@@ -491,8 +491,8 @@ def model_of(**changes):
     return model
 
 
-@pytest.mark.mutation('ldm.py', "cond if self.text is None else self.text(cond)",
-                      "cond if self.text is None else self.text(0 * cond)")
+@pytest.mark.mutation('ldm.py', 'self.text(cond) if tokens', 'self.text(0 * cond) if tokens')
+@pytest.mark.mutation('ldm.py', 'z, t, None if null is None else', 'z, t, None if True else')
 @pytest.mark.mutation('ldm.py', "*(self.text.parameters() if self.text else ())", "")
 def test_own_text_encoder_is_part_of_the_model():
     model = model_of(text='bytes', context_channels=128)
@@ -508,6 +508,14 @@ def test_own_text_encoder_is_part_of_the_model():
     torch.testing.assert_close(one[1], model.eps(z, t)[1])  # the empty text is no condition
     owned = {id(p) for g in model.param_groups(1e-3, 0.1) for p in g['params']}
     assert owned == {id(p) for p in model.parameters()}
+    read = []
+    model.text.register_forward_hook(lambda layer, args, out: read.append(len(out)))
+    for cond, w, texts in ((tokens, 3.0, [1, 2]), (tokens, 1.0, [1, 2]), (None, 1.0, [1])):
+        eps = model.guided(cond, w)
+        torch.testing.assert_close(eps(z, t), eps(z, t))
+        assert read == texts  # once, however many calls
+        read.clear()
+    torch.testing.assert_close(model.guided(None)(z, t), model.eps(z, t))
     guided = model.guided(tokens, 3.0)(z, t)
     torch.testing.assert_close(guided, model.eps(z, t) + 3 * (one - model.eps(z, t)), rtol=1e-4,
                                atol=1e-5)
