@@ -1097,9 +1097,10 @@ def test_metrics_of_shapes(shapes, tmp_path):
     assert json.loads(again[-1]) == result
 
 
-@pytest.mark.mutation('metrics.py', "captions if self.args.command == 'text' else ''", 'captions')
+@pytest.mark.mutation('metrics.py', 'captions if self.captioned() else', 'captions if True else')
 @pytest.mark.mutation('metrics.py', 'self.args.captions or stages[0]', 'stages[0]')
-@pytest.mark.mutation('metrics.py', "    resolved('--captions', args.captions)\n", '')
+@pytest.mark.mutation('metrics.py', "are read\n    resolved('--captions', args.captions)\n",
+                      'are read\n')
 def test_captions_that_have_moved(shapes, tmp_path, repo):
     """What reads none does without them; the rest is told where they are."""
     folder, flags = Path(shutil.copytree(shapes.folder, tmp_path / 'copy')), '--device cpu'
