@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -188,8 +189,9 @@ def unet_shapes(c, M, mult, blocks, factors, across=False):
     return shapes | layer('out.0', M) | layer('out.2', c, M, 3, 3)
 
 
-SMALL = ('encoder.conv_in', 'encoder.to_patch', 'decoder.conv_in', 'input_blocks.0.0',
-         'input_blocks.1.0.out_layers.3')
+# What the first norms see, those of the decoder's middle among them, is so small that eps shows.
+SMALL = ('encoder.conv_in', 'encoder.to_patch', 'decoder.conv_in', 'decoder.mid.*(conv2|proj_out)',
+         'decoder.up.3.block.*conv2', 'input_blocks.0.0', 'input_blocks.1.0.out_layers.3')
 
 
 def random_tensors(shapes, seed):
@@ -202,8 +204,7 @@ def random_tensors(shapes, seed):
             x = x / math.prod(shape[1:]) ** 0.5
         if len(shape) == 1:
             x = 0.3 * x + name.endswith(('modulation.bias', '.weight'))
-        # What the first norms see is so small that their eps shows.
-        tensors[name] = 0.03 * x if name.startswith(SMALL) else x
+        tensors[name] = 0.03 * x if re.match('|'.join(SMALL), name) else x
     return tensors
 
 

@@ -15,13 +15,12 @@ import common
 import data
 import ldm
 from test_published import (AUTHORS, FAST, across, assert_io_of_diffusion, assert_pictures,
-                            assert_predictions,
-                            attention, attention_shapes, averaged, close, conv, count, ddim, diffusion_state,
-                            each, equal_networks, first_stage, joint, largest_change, layer,
-                            level_shapes, levels, linear, loaded, look_up, needs_authors,
-                            point_block, prediction, published_io, random_input,
-                            random_tensors, residual, save, second_stage, shape_mlp_shapes,
-                            split, stack_shapes, without)
+                            assert_predictions, attention, attention_shapes, averaged, close, conv,
+                            count, ddim, diffusion_state, each, equal_networks, first_stage, joint,
+                            largest_change, layer, level_shapes, levels, linear, loaded, look_up,
+                            needs_authors, point_block, prediction, published_io, random_input,
+                            random_tensors, residual, save, second_stage, shape_mlp_shapes, split,
+                            stack_shapes, without)
 from test_scripts import done
 
 OURS = dict(xy='xy', xt='yt', yt='xt')  # in the order in which they join latents
@@ -312,11 +311,12 @@ def test_files_of_clips_are_sampled_and_made_slim(at_work, clips, repo):
     noise = ldm.initial_noise([0], (8, 16 + 8 * T))
     z = ddim(averaged(clips.state), noise, 2, 64, SIZES)
     fields = decoded(clips.state['vaemodel'], split(z, SIZES))
-    expected = 127.5 * (clip(clips.state['mlp'], fields, 7, 48, 48)[0].clamp(-1, 1) + 1)
+    expected = clip(clips.state['mlp'], fields, 7, 48, 48)[0].clamp(-1, 1).permute(1, 2, 3, 0)
+    expected = 127.5 * (expected + 1).numpy()
     for name, bound in (('ldm-last', 1), ('small', 6)):  # halves
         done(at_work, 'sample.py', f'--run {name}.pt --out {name} --frames 7 --res 48 --num 1 '
              '--steps 2 --device cpu --sampler ddim', repo=repo)
-        assert_pictures(at_work / name / '48x48/000000', expected.permute(1, 2, 3, 0).numpy(), bound)
+        assert_pictures(at_work / name / '48x48/000000', expected, bound)
 
 
 def test_files_of_clips_train_on(at_work, repo):
