@@ -19,6 +19,7 @@ import train_vae
 import vae
 from test_published import (autoencoder_shapes, picture_mlp_shapes, pointnet_shapes,
                             shape_mlp_shapes, unet_shapes)
+from test_published_video import decoder_shapes, encoder_shapes, read_out_shapes
 
 README = Path(__file__).parent.parent / 'README.md'
 GPUS, GPU_MEMORY = 8, 24e9  # what the paper's presets are for
@@ -167,13 +168,18 @@ def published(preset):
     if preset == 'shapenet_chair_code':
         model = autoencoder_shapes(32, ch=64, planes=3, joined=(0, 1, 2), **planes)
         mlp, channels, points = shape_mlp_shapes(256, [64] * 3), 192, pointnet_shapes(256, 7, 32)
+    elif preset == 'skytimelapse_code':
+        unet |= dict(across=True)
+        model = encoder_shapes(D=384, depth=8, z=64, E=64, cells=(32, 32, 16))
+        model |= decoder_shapes(ch=64, mult=(1, 2, 4, 8), blocks=2, z=64, field=64)
+        mlp, channels = read_out_shapes(256, 64), 64
     else:
         unet |= dict(mult=(1, 2, 4, 8)) if preset == 'celebahq_code' else dict(M=224)
         planes |= dict(blocks=3) if preset == 'celebahq_code' else {}
         model = autoencoder_shapes(3, ch=128, **planes)
         mlp, channels = picture_mlp_shapes(256, [64] * 3), 64
     unet = {f'model.{k}': shape for k, shape in unet_shapes(channels, **unet).items()}
-    parts = dict(vaemodel=model, mlp=mlp, diffusion=unet | dict(mixing_logit=(1, channels, 1, 1)))
+    parts = dict(vaemodel=model, mlp=mlp, diffusion=unet | dict(mixing_logit=(1, channels, 1)))
     parts |= dict(pointnet=points) if points else {}
     return {part: {k: torch.empty(shape, device='meta') for k, shape in shapes.items()}
             for part, shapes in parts.items()}
@@ -185,6 +191,7 @@ def published(preset):
 @pytest.mark.mutation('train_ldm.py', "'afhq_dog_code': dict(PAPER, ch=224",
                       "'afhq_dog_code': dict(PAPER, ch=256")
 @pytest.mark.mutation('train_ldm.py', "triplane='concat', lr=1e-4", 'lr=1e-4')
+@pytest.mark.mutation('train_ldm.py', 'plane_embed=False, batch=16', 'batch=16')
 @pytest.mark.mutation('ldm.py', 'inner_channels=inner', 'inner_channels=0')
 def test_presets_fit_the_published_configurations():
     """What `--preset X_code --init FILE` makes has the tensors of the file."""

@@ -43,13 +43,13 @@ def feed_forward(name, D, hidden, parts=1):
             | layer(f'{name}.fn.net.3', D, hidden))
 
 
-def encoder_shapes(D, depth, z, E):
-    """With what is around the decoder."""
+def encoder_shapes(D, depth, z, E, cells=(4, 4, T)):
+    """With what is around the decoder; cells along x, y, t."""
     shapes = layer('encoder.to_patch_embedding', D, 3 * PATCH ** 2)
     for n in (f'encoder.layers.{i}' for i in range(depth)):
         shapes |= attention_layer(f'{n}.0', D, 512) | attention_layer(f'{n}.1', D, 512)
         shapes |= feed_forward(f'{n}.2', D, 4 * D, 2)
-    for p, places in dict(xy=T, xt=SIZES['xy'][1], yt=SIZES['xy'][0]).items():
+    for p, places in zip(('xt', 'yt', 'xy'), cells):
         shapes |= {f'{p}_token': (1, 1, D), f'{p}_pos_embedding': (1, places + 1, D)}
         shapes |= layer(f'pre_{p}', 2 * E, D, 1, 1) | layer(f'post_{p}', z, E, 1, 1)
         for n in (f'{p}_quant_attn.layers.{i}' for i in range(4)):
@@ -67,15 +67,19 @@ def decoder_shapes(ch, mult, blocks, z, field):
         f'decoder.up.{i}.inter_attn.0', c))
 
 
+def read_out_shapes(W, field):
+    shapes = shape_mlp_shapes(W, 3 * [3 * field]) | layer('net_out', 3, W)
+    return {k: shape for k, shape in shapes.items() if not k.startswith('net_p.')}
+
+
 def video_checkpoint():
     shapes = encoder_shapes(D=24, depth=2, z=12, E=8)
     shapes |= decoder_shapes(ch=32, mult=(1, 1, 1, 2), blocks=1, z=12, field=8)
     buffers = {'encoder.frame_rot_emb.inv_freqs': 10000 ** (-torch.arange(32) / 32),
                'encoder.image_rot_emb.scales': torch.logspace(0, math.log10(5), 16)}
-    read_out = without(without(shape_mlp_shapes(40, [24, 24, 24]), 'net_p.weight'), 'net_p.bias')
     return second_stage(diffusion_state(8, 12, **UNET), diffusion_state(8, 13, **UNET),
                         vaemodel=buffers | random_tensors(shapes, 10),
-                        mlp=random_tensors(read_out | layer('net_out', 3, 40), 11))
+                        mlp=random_tensors(read_out_shapes(40, 8), 11))
 
 
 # ---- their networks ----------------------------------------------------------------------------
@@ -202,6 +206,17 @@ def clips(tmp_path_factory):
     return types.SimpleNamespace(state=state, path=path)
 
 
+@pytest.mark.mutation('encoders.py', 'angles.repeat(1, 2) if code else',
+                      'angles.repeat_interleave(2, dim=1) if code else')
+@pytest.mark.mutation('encoders.py', '(1 if code else 1 - 1 / n)', '(1 - 1 / n)')
+@pytest.mark.mutation('encoders.py', 'self.returned = 0 if code else -1', 'self.returned = -1')
+@pytest.mark.mutation('encoders.py', 'torch.cat([x, self.summary.expand(len(x), 1, -1)], dim=1)',
+                      'torch.cat([self.summary.expand(len(x), 1, -1), x], dim=1)')
+@pytest.mark.mutation('ldm.py', "state[f'{there}_token'][0, 0] + last",
+                      "state[f'{there}_token'][0, 0]")
+@pytest.mark.mutation('ldm.py', "'_yt': 'xt', '_xt': 'yt'", "'_yt': 'yt', '_xt': 'xt'")
+@pytest.mark.mutation('ldm.py', "('time', 'space', 'mlp')", "('space', 'time', 'mlp')")
+@pytest.mark.mutation('ldm.py', 'video_code=True', 'video_code=False')
 @torch.no_grad()
 def test_clips_become_their_moments(clips):
     model, _ = loaded(ldm.load_vae, clips.path)
@@ -214,6 +229,13 @@ def test_clips_become_their_moments(clips):
         close(values, joint({p: both[i] for p, both in theirs.items()}, OURS))
 
 
+@pytest.mark.mutation('vae.py', 'PlaneAttention(width, c.mid_heads)', 'PlaneAttention(width)')
+@pytest.mark.mutation('ldm.py', 'mid_heads=16 if video', 'mid_heads=8 if video')
+@pytest.mark.mutation('vae.py', 'if name in self.across:', 'if False:')
+@pytest.mark.mutation('vae.py', 'if middle is not None:', 'if False:')
+@pytest.mark.mutation('vae.py', 'regroup(self, c.norm_groups, 1e-6)',
+                      'regroup(self, c.norm_groups, 1e-5)')
+@pytest.mark.mutation('vae.py', 'yt=(1, 2), xt=(1, 2))', 'yt=(2, 2), xt=(2, 2))')
 @torch.no_grad()
 def test_latents_become_their_fields(clips):
     model, _ = loaded(ldm.load_vae, clips.path)
@@ -221,6 +243,15 @@ def test_latents_become_their_fields(clips):
     assert_fields(model.decode(joint(z)), decoded(clips.state['vaemodel'], z))
 
 
+@pytest.mark.mutation('ldm.py', 'read_axes=dict(xy=[0, 1], xt=[2, 1], yt=[2, 0])',
+                      'read_axes=dict(xy=[0, 1], yt=[2, 0], xt=[2, 1])')
+@pytest.mark.mutation('ldm.py', 'read_axes=dict(xy=[0, 1], xt=[2, 1], yt=[2, 0])',
+                      'read_axes=dict(xy=[0, 1], xt=[0, 2], yt=[1, 2])')
+@pytest.mark.mutation('ldm.py', 'out_slope=0.2 if video', 'out_slope=1.0 if video')
+@pytest.mark.mutation('ldm.py', "align_corners=True, mlp_block='pre'",
+                      "align_corners=False, mlp_block='pre'")
+@pytest.mark.mutation('inr.py', "axes = self.about.get('axes') or PLANES", 'axes = PLANES')
+@pytest.mark.mutation('vae.py', 'axes = self.config.read_axes or PLANES', 'axes = PLANES')
 @torch.no_grad()
 def test_colours_of_clips_are_theirs_at_every_place(clips):
     """Also between the places that their own code reads, the first of these grids."""
@@ -240,6 +271,17 @@ def test_colours_of_clips_are_theirs_at_every_place(clips):
     close(first(points[0]), theirs[0])
 
 
+@pytest.mark.mutation('ldm.py', "64 if config.domain == 'video'", "32 if config.domain == 'video'")
+@pytest.mark.mutation('ldm.py', 'plane_embed=False, symmetric', 'symmetric')
+@pytest.mark.mutation('ldm.py', "xs = self.attended(f'down{i}', xs, batch)", 'pass')
+@pytest.mark.mutation('ldm.py', "xs = self.attended(f'up{i}', xs, batch)", 'pass')
+@pytest.mark.mutation('ldm.py', "xs = self.attended(f'middle{i}', layer(xs, embs, batch, cond), batch)",
+                      'xs = layer(xs, embs, batch, cond)')
+@pytest.mark.mutation('ldm.py', 'regroup(self.across, config.norm_groups, 1e-6)',
+                      'regroup(self.across, config.norm_groups, config.norm_eps)')
+@pytest.mark.mutation('ldm.py', 'kind = PlaneAttention if config.across_heads else Attention',
+                      'kind = Attention')
+@pytest.mark.mutation('ldm.py', "across_heads=16 if 'mid", "across_heads=8 if 'mid")
 # ---- the second stage --------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -248,6 +290,11 @@ def test_noise_in_latents_of_clips_is_theirs(clips):
     assert_predictions(model, averaged(clips.state), (8, 16 + 8 * T), 64, SIZES)
 
 
+@pytest.mark.mutation('ldm.py', "frames=len(found['encoder.planes.xy.position'])", 'frames=16')
+@pytest.mark.mutation('ldm.py', "resolution=patch * len(found['encoder.planes.yt.position'])",
+                      'resolution=256')
+@pytest.mark.mutation('ldm.py', 'resolution=config.resolution, frames=config.frames)',
+                      'resolution=config.resolution)')
 # ---- files -------------------------------------------------------------------------------------
 
 def test_what_tensors_tell_of_clips(clips, tmp_path):
@@ -319,6 +366,8 @@ def test_files_of_clips_are_sampled_and_made_slim(at_work, clips, repo):
         assert_pictures(at_work / name / '48x48/000000', expected, bound)
 
 
+@pytest.mark.mutation('ldm.py', "STRUCTURE = 'symmetric_pad', 'norm_groups', 'norm_eps', 'mixing_planes', 'across_heads'",
+                      "STRUCTURE = 'symmetric_pad', 'norm_groups', 'norm_eps', 'mixing_planes'")
 def test_files_of_clips_train_on(at_work, repo):
     """A step of a tiny rate leaves the weights; the result is a run like any other."""
     before, prior, _ = ldm.load(at_work / 'ldm-last.pt')
