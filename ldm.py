@@ -89,6 +89,8 @@ class LDMConfig:
     triplane: str = flag('shared', 'planes through one U-Net with attention across them, or '
                          'concatenated as channels', choices=('shared', 'concat'))
     cond_dropout: float = flag(0.1, 'share of training items whose condition is left out')
+    t_mean: float = flag(0.0, 'mean of the logit of t / 1000 in training', low=-10)
+    t_std: float = flag(0.0, 'its deviation; 0 = all times alike')
     mixed: bool = flag(True, 'mixed prediction eps = (1-s) sigma z + s F')
     mixing_init: float = flag(-6.0, 'initial logit of s; 0 or -3 for short runs')
     latent_norm: str = flag('none', 'bring each latent channel to mean 0, deviation 1',
@@ -101,6 +103,8 @@ class LDMConfig:
                 f'{", ".join(PLANES[self.domain])}')
         require(not (self.num_classes and self.context_channels),
                 'condition on class labels (--num_classes) or text (--text), not both')
+        require(self.t_std or not self.t_mean, f'--t_mean {self.t_mean:g}: has no effect without '
+                '--t_std')
         require(self.triplane != 'concat' or len({*map(tuple, self.planes.values())}) == 1,
                 '--triplane concat: planes of different shapes cannot be concatenated')
 
@@ -373,8 +377,18 @@ class LDM(nn.Module):
         and whether the condition is left out, `drop` (B,).
         """
         noise, u = row_noise(positions, key, self.z_mean.device, (2, *self.shape), 2)
-        return noise[:, 0], dict(noise=noise[:, 1], t=(T * u[:, 0]).long(),
+        return noise[:, 0], dict(noise=noise[:, 1], t=self.times(u[:, 0]),
                                  drop=u[:, 1] < self.config.cond_dropout)
+
+    def times(self, u):
+        """Times of training, integers in [0, 999], of which a share u (B,) is earlier.
+
+        With t_std, t / 1000 is the sigmoid of a normal number (Esser et al., 2024).
+        """
+        c = self.config
+        if c.t_std:
+            u = (c.t_mean + c.t_std * torch.special.ndtri(u.double())).sigmoid()
+        return (T * u).long()
 
     def forward(self, z0, cond=None, noise=None, t=None, drop=None):
         """The loss: mean of |eps - eps_theta|^2 for latents z0 (B,C,L) of the VAE, a scalar.

@@ -494,7 +494,7 @@ def test_loss_is_the_mean_squared_error_of_the_noise():
     assert model(z0, **given).item() == pytest.approx(total, rel=1e-4)
 
 
-@pytest.mark.mutation('ldm.py', '(T * u[:, 0])', '((T - 9) * u[:, 0])')
+@pytest.mark.mutation('ldm.py', 'return (T * u).long()', 'return ((T - 9) * u).long()')
 @pytest.mark.mutation('ldm.py', 'drop=u[:, 1] < self', 'drop=u[:, 1] > self')
 @pytest.mark.mutation('ldm.py', 'drop=u[:, 1]', 'drop=u[:, 0]')
 @pytest.mark.mutation('ldm.py', 'return noise[:, 0], dict', 'return noise[:, 1], dict')
@@ -511,6 +511,25 @@ def test_draws_of_a_row_depend_on_its_position_alone():
     related = torch.corrcoef(torch.stack([t.float(), drop, posterior[:, 0, 0],
                                           drawn['noise'][:, 0, 0]]))
     assert related.fill_diagonal_(0).abs().max() < 0.05
+
+
+@pytest.mark.mutation('ldm.py', 'c.t_mean + c.t_std *', 'c.t_mean + 2 * c.t_std *')
+@pytest.mark.mutation('ldm.py', 'c.t_mean + c.t_std *', 'c.t_std *')
+@pytest.mark.mutation('ldm.py', 'ndtri(u.double())).sigmoid()', 'ndtri(u.double())).sigmoid() ** 2')
+@pytest.mark.mutation('ldm.py', 'require(self.t_std or not self.t_mean', 'require(True')
+def test_times_of_a_normal_logit():
+    """ln (t / (1000 - t)) has this mean and deviation: quantiles at 0, 1 and -2 deviations."""
+    model, below = tiny(t_mean=-0.5, t_std=1.5), torch.special.ndtr(torch.tensor([0.0, 1.0, -2.0]))
+    expected = torch.tensor([1000 / (1 + math.exp(0.5 - 1.5 * d)) for d in (0, 1, -2)])
+    assert (expected - model.times(below) - 0.5).abs().max() < 0.52
+    t = model.draw(range(4000), 'diffusion', 5)[1]['t']
+    assert t.dtype == torch.int64 and 0 <= t.min() and t.max() < 1000
+    logits = torch.logit((t + 0.5) / 1000)
+    assert logits.mean().item() == pytest.approx(-0.5, abs=0.1)
+    assert logits.std().item() == pytest.approx(1.5, abs=0.1)
+    assert tiny().times(torch.tensor([0.0, 0.4567, 0.9999])).tolist() == [0, 456, 999]
+    with pytest.raises(ValueError, match='--t_mean -1'):
+        tiny(t_mean=-1.0)
 
 
 @pytest.mark.mutation('ldm.py', "* self.z_std + self.z_mean", "* self.z_std")
