@@ -1,0 +1,270 @@
+"""Variants of stage 2, each trained alone on one stage 1: FID, held-out loss, seconds a step.
+
+    python tests/ablate.py baseline v min-snr-5 --vae RUN --data DIR [flags of train_ldm.py]
+    python tests/ablate.py logit-normal+min-snr-5 --vae RUN --seed 1 --steps 3000
+    python tests/ablate.py baseline --vae RUN --sigma_rel 0.05,0.15     # averages beside its own
+
+Names come before flags; those joined by + act together. A run is ablate/NAME-SEED below runs/ and
+continues where it was stopped. Every row is of 512 samples, against as many training pictures and,
+the first of them, against all held-out ones. The held-out loss is that of noise prediction without
+weights, which compares variants whose own losses differ. One JSON line follows each row.
+"""
+import argparse
+import itertools
+import json
+import sys
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import common
+import ldm
+import metrics
+import train_ldm
+from encoders import ResBlock
+
+T, FOLDER, AVERAGES = ldm.T, common.RUNS / 'ablate', 'averages.pt'
+LOG_SNR = ldm.LOG_ALPHA_BAR - torch.log(-torch.expm1(ldm.LOG_ALPHA_BAR))  # of t = 0..999
+
+
+# ---- losses and parametrisations ---------------------------------------------------------------
+
+class Weighted(ldm.LDM):
+    """An LDM whose training loss is the mean of weight(t) |eps - eps_theta|^2; t (B,) integers.
+
+    In evaluation mode it is that of any other LDM, without weights.
+    """
+
+    def weight(self, t):
+        """(B,) float32."""
+        return torch.ones(len(t), device=t.device)
+
+    def moments(self, t):
+        """alpha and sigma of z_t, (B,1,1) float32."""
+        ab = ldm.alpha_bar(t, self.log_alpha_bar)[:, None, None]
+        return ab.sqrt().float(), (1 - ab).sqrt().float()
+
+    def forward(self, z0, cond=None, noise=None, t=None, drop=None):
+        if not self.training:
+            return super().forward(z0, cond, noise, t, drop)
+        # The loss that follows compares eps with the noise: errors are scaled before it.
+        eps, scale = self.eps, self.weight(t).sqrt()[:, None, None]
+        with mock.patch.object(self, 'eps', lambda *args: torch.lerp(noise, eps(*args), scale)):
+            return super().forward(z0, cond, noise, t, drop)
+
+
+def by_time(values):
+    """A subclass's `weight`, of a value for each of t = 0..999."""
+    return lambda self, t: values.to(t.device, torch.float32)[t]
+
+
+def min_snr(gamma):
+    """Hang et al. (2023): min(SNR, gamma) / SNR."""
+    return type('MinSNR', (Weighted,), dict(
+        weight=by_time((gamma * (-LOG_SNR).exp()).clamp(max=1))))
+
+
+def sigmoid(bias):
+    """Kingma & Gao (2023), Hoogeboom et al. (2024): -dlambda/dt sigmoid(bias - lambda), mean 1."""
+    weight = -torch.gradient(LOG_SNR)[0] * (bias - LOG_SNR).sigmoid()
+    return type('Sigmoid', (Weighted,), dict(weight=by_time(weight / weight.mean())))
+
+
+def logit_normal(mean, deviation):
+    """Esser et al. (2024): t / 1000 is the sigmoid of a normal number."""
+    u = (torch.arange(T, dtype=torch.float64) + 0.5) / T
+    times = (T * (mean + deviation * torch.special.ndtri(u)).sigmoid()).long()
+
+    def draw(self, positions, *key):
+        noise, drawn = super(cls, self).draw(positions, *key)
+        return noise, dict(drawn, t=times.to(drawn['t'].device)[drawn['t']])
+    cls = type('LogitNormal', (ldm.LDM,), dict(draw=draw))
+    return cls
+
+
+class V(Weighted):
+    """The network gives v = alpha eps - sigma z_0 (Salimans & Ho, 2022); the loss is |v error|^2.
+
+    eps = sigma z_t + alpha v, so |v error|^2 = |eps error|^2 / alpha^2.
+    """
+    weight = by_time(1 / ldm.LOG_ALPHA_BAR.exp())
+
+    def eps(self, z_t, t, cond=None):
+        alpha, sigma = self.moments(t)
+        return sigma * z_t.float() + alpha * super().eps(z_t, t, cond)
+
+
+class VOfEps(V):
+    """The same network with the loss of noise prediction."""
+    weight = Weighted.weight
+
+
+class Z0(Weighted):
+    """The network gives z_0; eps = (z_t - alpha z_0) / sigma, and the loss is min(SNR, 5) of it."""
+    weight = min_snr(5).weight
+
+    def eps(self, z_t, t, cond=None):
+        alpha, sigma = self.moments(t)
+        return (z_t.float() - alpha * super().eps(z_t, t, cond)) / sigma
+
+
+def dropout(p):
+    """Dropout before the second convolution of each ResBlock, in training."""
+    def __init__(self, config):
+        super(cls, self).__init__(config)
+        for block in self.unet.modules():
+            if isinstance(block, ResBlock):
+                block.conv2.register_forward_pre_hook(
+                    lambda conv, x: F.dropout(x[0], p, conv.training))
+    cls = type('Dropout', (ldm.LDM,), dict(__init__=__init__))
+    return cls
+
+
+UNMIXED = '--mixed', 'off'
+VARIANTS = {  # name -> class, or none for LDM itself, and flags of train_ldm.py
+    'baseline': (None, ()), 'min-snr-1': (min_snr(1), ()), 'min-snr-5': (min_snr(5), ()),
+    'sigmoid-1': (sigmoid(-1), ()), 'sigmoid-3': (sigmoid(-3), ()),
+    'logit-normal': (logit_normal(0.5, 1), ()), 'logit-normal-low': (logit_normal(-0.5, 1), ()),
+    'dropout': (dropout(0.1), ()), 'v': (V, UNMIXED), 'v-eps': (VOfEps, UNMIXED),
+    'z0': (Z0, UNMIXED), 'deep': (None, ('--ch', '48', '--num_res_blocks', '2')),
+    'wide': (None, ('--ch', '96')),
+}
+
+
+def combined(name):
+    """The class and flags of a name or of several, joined by +."""
+    parts = name.split('+')
+    unknown = [part for part in parts if part not in VARIANTS]
+    common.require(not unknown, f'no variant {", ".join(unknown)}; of {", ".join(VARIANTS)}')
+    classes = [VARIANTS[part][0] for part in parts if VARIANTS[part][0]]
+    flags = [flag for part in parts for flag in VARIANTS[part][1]]
+    return type('Variant', (*classes, ldm.LDM)[:max(len(classes), 1)], {}), flags
+
+
+# ---- averages of the weights -------------------------------------------------------------------
+
+def power(sigma_rel):
+    """The gamma at which weights proportional to t^gamma have this deviation over the run's length.
+
+    Karras et al. (2024): sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    """
+    roots = np.roots([1, 7, 16 - sigma_rel ** -2, 12 - sigma_rel ** -2])
+    return roots.real.max().item()
+
+
+class PowerEMA(common.EMA):
+    """Average of a module's parameters with weights that grow as a power of the step."""
+
+    def __init__(self, module, sigma_rel):
+        super().__init__(module)
+        self.gamma = power(sigma_rel)
+
+    @torch.no_grad()
+    def update(self, n):
+        decay = (1 - 1 / n) ** (self.gamma + 1)
+        torch._foreach_lerp_(self.shadow, list(self.module.parameters()), 1 - decay)
+
+
+class Averages(common.EMA):
+    """The average of training and PowerEMAs beside it, which `path` keeps at each checkpoint."""
+
+    def __init__(self, path, sigma_rels, module, decay):
+        super().__init__(module, decay)
+        self.path, self.others = path, {s: PowerEMA(module, s) for s in sigma_rels}
+
+    def update(self, n):
+        for average in (super(), *self.others.values()):
+            average.update(n)
+
+    def state_dict(self):
+        common.save_checkpoint(self.path, dict(
+            kind='averages', **{str(s): e.state_dict() for s, e in self.others.items()}))
+        return super().state_dict()
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        kept = common.load_checkpoint(self.path, 'averages')
+        for s, average in self.others.items():
+            average.load_state_dict(kept[str(s)])
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+def real_features(net, run, split):
+    """Features (N,D) of up to 512 of a run's pictures, kept in a file for the other variants."""
+    path = FOLDER / f'{split}.pt'
+    if not path.exists():
+        torch.save(metrics.features(net, run.reals(split, 512)), path)
+    return torch.load(path)
+
+
+def measure(folder, args):
+    """Yield FID of a run to training and held-out pictures, by the average of its weights.
+
+    First of training's own, '', then of those in its averages.pt.
+    """
+    options = metrics.build_parser().parse_args(
+        ['fid', str(folder), '--num', '512', '--amp', '--data', args.data,
+         '--weights', args.weights])
+    options.sampler = metrics.parse_sampler(options.sampler)
+    options.device = common.start_process(options.device).device
+    net, run = metrics.open_network(options), metrics.open_run(folder, options, stage=2)
+    kept = common.load_checkpoint(folder / AVERAGES, 'averages') if args.sigma_rel else {}
+    for average in ('', *map(str, args.sigma_rel)):
+        if average:
+            common.load_weights(run.ldm, kept[average], folder / AVERAGES)
+        fake = metrics.features(net, run.samples())
+        reals = [real_features(net, run, split) for split in ('train', 'test')]
+        yield average, *(metrics.frechet_distance_features(real, fake[:len(real)])
+                         for real in reals)
+
+
+def ablate(name, args, flags):
+    """Train a variant, or finish it, and print its rows."""
+    cls, own = combined(name)
+    folder = FOLDER / f'{name}-{args.seed}'
+    command = ['train_ldm.py', '--vae', args.vae, '--data', args.data, '--seed', str(args.seed),
+               '--name', str(folder.relative_to(common.RUNS)), *own, *flags]
+    averages = partial(Averages, folder / AVERAGES, args.sigma_rel)
+    with ExitStack() as patches:
+        for target, attribute, value in (
+                (sys, 'argv', command), (ldm, 'LDM', cls), (train_ldm, 'LDM', cls),
+                (common, 'EMA', averages if args.sigma_rel else common.EMA),
+                (train_ldm, 'evaluate', partial(train_ldm.evaluate, count=10 ** 6))):
+            patches.enter_context(mock.patch.object(target, attribute, value))
+        train_ldm.main()
+        log = common.read_log(folder / 'log.jsonl')
+        speed = [line['items_per_s'] for line in log if 'items_per_s' in line][-1]
+        row = dict(variant=name, seed=args.seed, step=log[-1]['step'],
+                   held_out_loss=log[-1]['held_out_loss'], command=' '.join(command),
+                   s_per_step=common.read_stages(folder)['ldm']['batch'] / speed)
+        for average, train, test in measure(folder, args):
+            print('{variant:24s} {average:5s} seed {seed}, {step} steps: FID {fid:.1f}, held out '
+                  '{held_out:.1f}, held-out loss {held_out_loss:.4f}, {s_per_step:.3f} s a step'
+                  .format(**row, average=average, fid=train, held_out=test))
+            print(json.dumps(dict(row, sigma_rel=average, fid=train, held_out=test)), flush=True)
+
+
+def main(argv):
+    names = [*itertools.takewhile(lambda text: not text.startswith('-'), argv)]
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], allow_abbrev=False)
+    parser.add_argument('--vae', required=True, help='run of stage 1')
+    parser.add_argument('--data', default='', help='where its data are')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--sigma_rel', type=common.parse_tuple(float), default=(),
+                        help='deviations of power-function averages, as shares of the run')
+    parser.add_argument('--weights', default='weights', help='of the network of FID')
+    args, flags = parser.parse_known_args(argv[len(names):])
+    for name in names:
+        ablate(name, args, ['--steps', '1500', *flags])
+
+
+if __name__ == '__main__':
+    common.run(lambda: main(sys.argv[1:]))

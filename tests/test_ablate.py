@@ -1,0 +1,198 @@
+"""tests/ablate.py: variants of stage 2 against closed forms, with networks that tell the truth."""
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import ldm
+from conftest import ROOT, mutated_source
+
+FILE = 'tests/ablate.py'
+
+
+@pytest.fixture
+def ablate(mutation):
+    """The program as a module, with the edit of this run."""
+    module = ModuleType('ablate')
+    module.__file__ = str(ROOT / FILE)
+    source = mutated_source(mutation) if mutation else Path(module.__file__).read_text()
+    exec(compile(source, module.__file__, 'exec'), module.__dict__)
+    return module
+
+
+class Told(nn.Module):
+    """A network that answers what it was told."""
+    answer = None
+
+    def forward(self, z, t, cond):
+        return self.answer
+
+
+def small(ablate, name, answer=None, **changes):
+    """A variant, in training, whose network gives `answer`."""
+    model = ablate.combined(name)[0](ldm.LDMConfig(**dict(
+        z_channels=3, planes={'xy': [4, 4]}, ch=8, ch_mult=(1,), num_res_blocks=1, attn_factors=(),
+        mixed=False) | changes))
+    if answer is not None:
+        model.unet = Told()
+        model.unet.answer = answer
+    return model
+
+
+@pytest.fixture
+def diffused():
+    """z_0, noise, integer times and, as (B,1,1) in float32, alpha and sigma."""
+    t = torch.tensor([0, 60, 500, 999])
+    ab = ldm.alpha_bar(t)[:, None, None]
+    z0, noise = torch.randn(2, 4, 3, 16)
+    return z0, noise, t, ab.sqrt().float(), (1 - ab).sqrt().float()
+
+
+TRUTHS = {'v': lambda z0, noise, alpha, sigma: alpha * noise - sigma * z0,
+          'v-eps': lambda z0, noise, alpha, sigma: alpha * noise - sigma * z0,
+          'z0': lambda z0, noise, alpha, sigma: z0, 'min-snr-5': lambda z0, noise, *_: noise}
+
+
+@pytest.mark.parametrize('name', TRUTHS)
+def test_of_a_true_network_eps_is_the_noise(ablate, name, diffused):
+    z0, noise, t, alpha, sigma = diffused
+    model = small(ablate, name, TRUTHS[name](z0, noise, alpha, sigma))
+    eps = model.eps(alpha * z0 + sigma * noise, t)
+    torch.testing.assert_close(eps, noise, rtol=0, atol=2e-5)
+    assert model(z0, None, noise, t) < 1e-6
+
+
+LOSSES = {  # of |network - truth|^2, the weight that each variant gives it
+    'v': lambda snr: torch.ones(4, 1, 1), 'v-eps': lambda snr: 1 / (1 + 1 / snr),
+    'z0': lambda snr: snr.clamp(max=5), 'min-snr-5': lambda snr: snr.clamp(max=5) / snr}
+
+
+@pytest.mark.mutation(FILE, '/ ldm.LOG_ALPHA_BAR.exp()', '/ (1 + ldm.LOG_ALPHA_BAR.exp())')
+@pytest.mark.mutation(FILE, 'self.weight(t).sqrt()', 'self.weight(t)')
+def test_the_loss_of_v_is_its_error(ablate, diffused):
+    weighs_its_error(ablate, 'v', diffused)
+
+
+@pytest.mark.mutation(FILE, 'weight = min_snr(5).weight', 'weight = min_snr(1).weight')
+def test_the_loss_of_z0_is_weighted_by_at_most_5(ablate, diffused):
+    weighs_its_error(ablate, 'z0', diffused)
+
+
+@pytest.mark.mutation(FILE, '(-LOG_SNR).exp()', 'LOG_SNR.exp()')
+def test_min_snr(ablate, diffused):
+    weighs_its_error(ablate, 'min-snr-5', diffused)
+
+
+@pytest.mark.mutation(FILE, '    weight = Weighted.weight\n', '')
+def test_v_with_the_loss_of_eps(ablate, diffused):
+    weighs_its_error(ablate, 'v-eps', diffused)
+
+
+def weighs_its_error(ablate, name, diffused):
+    """The training loss of a network that answers 0; in evaluation there is no weight."""
+    z0, noise, t, alpha, sigma = diffused
+    model, truth = small(ablate, name, torch.zeros_like(z0)), TRUTHS[name](z0, noise, alpha, sigma)
+    weight = LOSSES[name]((alpha / sigma) ** 2)
+    torch.testing.assert_close(model(z0, None, noise, t), (weight * truth ** 2).mean(), rtol=1e-4,
+                               atol=0)
+    error = model.eps(alpha * z0 + sigma * noise, t) - noise
+    torch.testing.assert_close(model.eval()(z0, None, noise, t), error.square().mean())
+
+
+@pytest.mark.mutation(FILE, '(bias - LOG_SNR).sigmoid()', '(LOG_SNR - bias).sigmoid()')
+@pytest.mark.mutation(FILE, '-torch.gradient(LOG_SNR)[0] * ', '')
+def test_the_sigmoid_weighs_a_uniform_log_snr(ablate):
+    """Times drawn by weight have log-SNR of density sigmoid(bias - lambda)."""
+    model = small(ablate, 'sigmoid-3')
+    weight = model.weight(torch.arange(1000)).double()
+    log_snr = torch.logit(ldm.alpha_bar(torch.arange(1000)))
+    softplus = torch.nn.functional.softplus
+    for low, high in ((900, 600), (600, 300), (300, 50)):  # the integral of the sigmoid is softplus
+        part = weight[high:low].sum() / weight[50:900].sum()
+        ends = softplus(-3 - log_snr[[low, high, 900, 50]])
+        assert part == pytest.approx(((ends[0] - ends[1]) / (ends[2] - ends[3])).item(), abs=5e-3)
+    assert weight.mean() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.mutation(FILE, 'mean + deviation *', 'mean + 2 * deviation *')
+@pytest.mark.mutation(FILE, 'dict(drawn, t=', 'dict(drawn, s=')
+def test_logit_normal_times(ablate):
+    """Their logit has the mean and deviation, and all that is drawn but the times stays."""
+    model = small(ablate, 'logit-normal', z_channels=1, planes={'xy': [1, 1]})
+    noise, drawn = model.draw(range(4000), 'test')
+    logit = torch.logit((drawn['t'] + 0.5) / 1000)
+    assert logit.mean() == pytest.approx(0.5, abs=0.05)
+    assert logit.std() == pytest.approx(1, abs=0.05)
+    same, others = ldm.LDM.draw(model, range(4000), 'test')
+    assert noise.equal(same) and drawn['noise'].equal(others['noise'])
+    assert drawn['t'].dtype == torch.long
+
+
+def test_dropout_is_of_training_alone(ablate):
+    model, z = small(ablate, 'dropout'), torch.randn(2, 3, 16)
+    torch.nn.init.normal_(model.unet.out.weight)
+    for block in model.unet.modules():
+        if hasattr(block, 'conv2'):
+            torch.nn.init.normal_(block.conv2.weight)
+    t = torch.tensor([3, 900])
+    assert not model.eps(z, t).equal(model.eps(z, t))
+    assert model.eval().eps(z, t).equal(model.eps(z, t))
+
+
+@pytest.mark.mutation(FILE, '(1 - 1 / n) ** (self.gamma + 1)', '(1 - 1 / n) ** self.gamma')
+@pytest.mark.mutation(FILE, '16 - sigma_rel', '15 - sigma_rel')
+@pytest.mark.parametrize('sigma_rel', [0.05, 0.15])
+def test_power_average(ablate, sigma_rel, n=400):
+    """The weight of step i is that of t^gamma between (i-1)/n and i/n; its deviation sigma_rel."""
+    module = nn.Module()
+    module.p = nn.Parameter(torch.zeros(n, dtype=torch.float64))
+    average = ablate.PowerEMA(module, sigma_rel)
+    for k in range(n):
+        module.p.data = torch.eye(n, dtype=torch.float64)[k]
+        average.update(k + 1)
+    ends, (weights,) = torch.linspace(0, 1, n + 1, dtype=torch.float64), average.shadow
+    torch.testing.assert_close(weights, (ends ** (ablate.power(sigma_rel) + 1)).diff())
+    place = (ends[1:] + ends[:-1]) / 2
+    mean = (weights * place).sum()
+    deviation = (weights * (place - mean) ** 2).sum().sqrt()
+    assert deviation == pytest.approx(sigma_rel, rel=1e-3)
+
+
+@pytest.mark.mutation(FILE, 'average.load_state_dict(kept[str(s)])', 'pass')
+@pytest.mark.mutation(FILE, '(super(), *self.others.values())', '(super(),)')
+def test_averages_go_on_where_they_stopped(ablate, tmp_path):
+    module = nn.Linear(3, 2)
+
+    def made():
+        return ablate.Averages(tmp_path / 'averages.pt', [0.1], module, 0.999)
+
+    def step(n, *all_averages):
+        for p in module.parameters():
+            p.data = torch.randn_like(p)
+        for average in all_averages:
+            average.update(n)
+    first = made()
+    for n in range(1, 4):
+        step(n, first)
+    second, state = made(), first.state_dict()
+    second.load_state_dict(state)
+    before = [p.clone() for p in first.others[0.1].shadow]
+    step(4, first, second)
+    for a, b in zip((first, first.others[0.1]), (second, second.others[0.1])):
+        assert all(x.equal(y) for x, y in zip(a.shadow, b.shadow))
+    assert not any(x.equal(y) for x, y in zip(before, first.others[0.1].shadow))
+
+
+@pytest.mark.mutation(FILE, '[part for part in parts if part not in VARIANTS]', '[]')
+def test_names_are_joined(ablate):
+    cls, flags = ablate.combined('logit-normal+v')
+    assert issubclass(cls, ablate.V) and cls.draw is not ldm.LDM.draw
+    assert flags == ['--mixed', 'off']
+    assert ablate.combined('deep')[1] == ['--ch', '48', '--num_res_blocks', '2']
+    try:
+        with pytest.raises(ValueError, match='no variant w; of baseline'):
+            ablate.combined('v+w')
+    except KeyError:
+        pytest.fail('not one line')
