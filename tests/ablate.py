@@ -1,7 +1,7 @@
 """Variants of stage 2, each trained alone on one stage 1: FID, held-out loss, seconds a step.
 
-    python tests/ablate.py baseline v min-snr-5 --vae RUN --data DIR [flags of train_ldm.py]
-    python tests/ablate.py logit-normal+min-snr-5 --vae RUN --seed 1 --steps 3000
+    python tests/ablate.py baseline v min-snr:5 --vae RUN --data DIR [flags of train_ldm.py]
+    python tests/ablate.py logit-normal:-1+min-snr:5 --vae RUN --seed 1 --steps 3000
     python tests/ablate.py baseline --vae RUN --sigma_rel 0.05,0.15     # averages beside its own
 
 Names come before flags; those joined by + act together. A run is ablate/NAME-SEED below runs/ and
@@ -129,12 +129,12 @@ def dropout(p):
 
 UNMIXED = '--mixed', 'off'
 VARIANTS = {  # name -> class, or none for LDM itself, and flags of train_ldm.py
-    'baseline': (None, ()), 'min-snr-1': (min_snr(1), ()), 'min-snr-5': (min_snr(5), ()),
-    'sigmoid-1': (sigmoid(-1), ()), 'sigmoid-3': (sigmoid(-3), ()),
-    'logit-normal': (logit_normal(0.5, 1), ()), 'logit-normal-low': (logit_normal(-0.5, 1), ()),
-    'dropout': (dropout(0.1), ()), 'v': (V, UNMIXED), 'v-eps': (VOfEps, UNMIXED),
-    'z0': (Z0, UNMIXED), 'deep': (None, ('--ch', '48', '--num_res_blocks', '2')),
-    'wide': (None, ('--ch', '96')),
+    'baseline': (None, ()), 'dropout': (dropout(0.1), ()),
+    **{f'min-snr:{gamma}': (min_snr(gamma), ()) for gamma in (1, 5)},
+    **{f'sigmoid:{bias}': (sigmoid(bias), ()) for bias in (-3, -1, 2)},
+    **{f'logit-normal:{mean}': (logit_normal(mean, 1), ()) for mean in (0.5, -0.5, -1, -1.5)},
+    'v': (V, UNMIXED), 'v-eps': (VOfEps, UNMIXED), 'z0': (Z0, UNMIXED),
+    'deep': (None, ('--ch', '48', '--num_res_blocks', '2')), 'wide': (None, ('--ch', '96')),
 }
 
 

@@ -52,7 +52,7 @@ def diffused():
 
 TRUTHS = {'v': lambda z0, noise, alpha, sigma: alpha * noise - sigma * z0,
           'v-eps': lambda z0, noise, alpha, sigma: alpha * noise - sigma * z0,
-          'z0': lambda z0, noise, alpha, sigma: z0, 'min-snr-5': lambda z0, noise, *_: noise}
+          'z0': lambda z0, noise, alpha, sigma: z0, 'min-snr:5': lambda z0, noise, *_: noise}
 
 
 @pytest.mark.parametrize('name', TRUTHS)
@@ -66,7 +66,7 @@ def test_of_a_true_network_eps_is_the_noise(ablate, name, diffused):
 
 LOSSES = {  # of |network - truth|^2, the weight that each variant gives it
     'v': lambda snr: torch.ones(4, 1, 1), 'v-eps': lambda snr: 1 / (1 + 1 / snr),
-    'z0': lambda snr: snr.clamp(max=5), 'min-snr-5': lambda snr: snr.clamp(max=5) / snr}
+    'z0': lambda snr: snr.clamp(max=5), 'min-snr:5': lambda snr: snr.clamp(max=5) / snr}
 
 
 @pytest.mark.mutation(FILE, '/ ldm.LOG_ALPHA_BAR.exp()', '/ (1 + ldm.LOG_ALPHA_BAR.exp())')
@@ -82,7 +82,7 @@ def test_the_loss_of_z0_is_weighted_by_at_most_5(ablate, diffused):
 
 @pytest.mark.mutation(FILE, '(-LOG_SNR).exp()', 'LOG_SNR.exp()')
 def test_min_snr(ablate, diffused):
-    weighs_its_error(ablate, 'min-snr-5', diffused)
+    weighs_its_error(ablate, 'min-snr:5', diffused)
 
 
 @pytest.mark.mutation(FILE, '    weight = Weighted.weight\n', '')
@@ -105,7 +105,7 @@ def weighs_its_error(ablate, name, diffused):
 @pytest.mark.mutation(FILE, '-torch.gradient(LOG_SNR)[0] * ', '')
 def test_the_sigmoid_weighs_a_uniform_log_snr(ablate):
     """Times drawn by weight have log-SNR of density sigmoid(bias - lambda)."""
-    model = small(ablate, 'sigmoid-3')
+    model = small(ablate, 'sigmoid:-3')
     weight = model.weight(torch.arange(1000)).double()
     log_snr = torch.logit(ldm.alpha_bar(torch.arange(1000)))
     softplus = torch.nn.functional.softplus
@@ -120,10 +120,10 @@ def test_the_sigmoid_weighs_a_uniform_log_snr(ablate):
 @pytest.mark.mutation(FILE, 'dict(drawn, t=', 'dict(drawn, s=')
 def test_logit_normal_times(ablate):
     """Their logit has the mean and deviation, and all that is drawn but the times stays."""
-    model = small(ablate, 'logit-normal', z_channels=1, planes={'xy': [1, 1]})
+    model = small(ablate, 'logit-normal:-1', z_channels=1, planes={'xy': [1, 1]})
     noise, drawn = model.draw(range(4000), 'test')
     logit = torch.logit((drawn['t'] + 0.5) / 1000)
-    assert logit.mean() == pytest.approx(0.5, abs=0.05)
+    assert logit.mean() == pytest.approx(-1, abs=0.05)
     assert logit.std() == pytest.approx(1, abs=0.05)
     same, others = ldm.LDM.draw(model, range(4000), 'test')
     assert noise.equal(same) and drawn['noise'].equal(others['noise'])
@@ -187,7 +187,7 @@ def test_averages_go_on_where_they_stopped(ablate, tmp_path):
 
 @pytest.mark.mutation(FILE, '[part for part in parts if part not in VARIANTS]', '[]')
 def test_names_are_joined(ablate):
-    cls, flags = ablate.combined('logit-normal+v')
+    cls, flags = ablate.combined('logit-normal:-1+v')
     assert issubclass(cls, ablate.V) and cls.draw is not ldm.LDM.draw
     assert flags == ['--mixed', 'off']
     assert ablate.combined('deep')[1] == ['--ch', '48', '--num_res_blocks', '2']
