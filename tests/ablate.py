@@ -39,7 +39,7 @@ LOG_SNR = ldm.LOG_ALPHA_BAR - torch.log(-torch.expm1(ldm.LOG_ALPHA_BAR))  # of t
 class Weighted(ldm.LDM):
     """An LDM whose training loss is the mean of weight(t) |eps - eps_theta|^2; t (B,) integers.
 
-    In evaluation mode it is that of any other LDM, without weights.
+    In evaluation mode, and without noise and times, it is that of any other LDM, not weighted.
     """
 
     def weight(self, t):
@@ -52,7 +52,7 @@ class Weighted(ldm.LDM):
         return ab.sqrt().float(), (1 - ab).sqrt().float()
 
     def forward(self, z0, cond=None, noise=None, t=None, drop=None):
-        if not self.training:
+        if noise is None or not self.training:
             return super().forward(z0, cond, noise, t, drop)
         # The loss that follows compares eps with the noise: errors are scaled before it.
         eps, scale = self.eps, self.weight(t).sqrt()[:, None, None]
