@@ -14,7 +14,6 @@ otherwise be all the same to it; latents normalised by channel, if wanted; DPM-S
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch

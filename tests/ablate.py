@@ -30,7 +30,7 @@ import metrics
 import train_ldm
 from encoders import ResBlock
 
-T, FOLDER, AVERAGES = ldm.T, common.RUNS / 'ablate', 'averages.pt'
+FOLDER, AVERAGES = common.RUNS / 'ablate', 'averages.pt'
 LOG_SNR = ldm.LOG_ALPHA_BAR - torch.log(-torch.expm1(ldm.LOG_ALPHA_BAR))  # of t = 0..999
 
 
@@ -77,18 +77,6 @@ def sigmoid(bias):
     return type('Sigmoid', (Weighted,), dict(weight=by_time(weight / weight.mean())))
 
 
-def logit_normal(mean, deviation):
-    """Esser et al. (2024): t / 1000 is the sigmoid of a normal number."""
-    u = (torch.arange(T, dtype=torch.float64) + 0.5) / T
-    times = (T * (mean + deviation * torch.special.ndtri(u)).sigmoid()).long()
-
-    def draw(self, positions, *key):
-        noise, drawn = super(cls, self).draw(positions, *key)
-        return noise, dict(drawn, t=times.to(drawn['t'].device)[drawn['t']])
-    cls = type('LogitNormal', (ldm.LDM,), dict(draw=draw))
-    return cls
-
-
 class V(Weighted):
     """The network gives v = alpha eps - sigma z_0 (Salimans & Ho, 2022); the loss is |v error|^2.
 
@@ -132,7 +120,8 @@ VARIANTS = {  # name -> class, or none for LDM itself, and flags of train_ldm.py
     'baseline': (None, ()), 'dropout': (dropout(0.1), ()),
     **{f'min-snr:{gamma}': (min_snr(gamma), ()) for gamma in (1, 5)},
     **{f'sigmoid:{bias}': (sigmoid(bias), ()) for bias in (-3, -1, 2)},
-    **{f'logit-normal:{mean}': (logit_normal(mean, 1), ()) for mean in (0.5, -0.5, -1, -1.5)},
+    **{f'logit-normal:{mean}': (None, (f'--t_mean={mean}', '--t_std=1'))
+       for mean in (0.5, -0.5, -1, -1.5)},
     'v': (V, UNMIXED), 'v-eps': (VOfEps, UNMIXED), 'z0': (Z0, UNMIXED),
     'deep': (None, ('--ch', '48', '--num_res_blocks', '2')), 'wide': (None, ('--ch', '96')),
 }

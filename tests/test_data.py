@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import types
 import warnings
 import zipfile
 import zlib

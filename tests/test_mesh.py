@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import common
 import data
 
 CORNERS = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)

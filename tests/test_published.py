@@ -27,7 +27,7 @@ import data
 import inr
 import ldm
 import vae
-from test_scripts import call, done
+from test_scripts import done
 
 AUTHORS = Path(__file__).parent.parent.parent / 'shared/data/authors'
 PAIRS = 'xy', 'yz', 'xz'  # as their first stage joins planes as channels

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-import common
 import data
 import encoders
 import inr
