@@ -1,0 +1,204 @@
+"""Variants of stage 1 for pictures, each trained alone for equal time: PSNR, rFID, KL.
+
+    python tests/ablate_vae.py baseline gradient-1 features+lr-2e-3 --data DIR [flags of train_vae]
+    python tests/ablate_vae.py baseline --data DIR --seed 1 --steps 1800
+
+Names come before flags; those joined by + act together. A run is ablate_vae/NAME-SEED-STEPS below
+runs/ and continues where it was stopped. A step of a variant is first timed against one of the
+baseline, and --steps divided by the quotient. PSNR is of all held-out pictures; rFID of 512
+training pictures and their own reconstructions, from draws of the posterior.
+One JSON line follows each row.
+"""
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from contextlib import ExitStack, redirect_stdout
+from functools import cache, partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import default_collate
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import common
+import metrics
+import train_vae
+import vae
+
+FOLDER, ROUNDS = common.RUNS / 'ablate_vae', 10
+
+
+# ---- terms of the loss: of values and truth, (B,3,h,w) each --------------------------------------
+
+def gradient(values, truth):
+    """L1 of the differences between neighbours along y plus that along x."""
+    error = values - truth
+    return sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
+
+
+def pooled(values, truth):
+    """L1 of means over 2 x 2 pixels plus that over 4 x 4."""
+    return sum(F.avg_pool2d(values - truth, side).abs().mean() for side in (2, 4))
+
+
+@cache
+def filters(widths=(3, 32, 64, 64)):
+    """Random 3 x 3 filters that keep the variance through ReLUs, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, m, 3, 3, generator=generator) * (2 / (9 * m)) ** 0.5
+            for m, n in itertools.pairwise(widths)]
+
+
+def random_features(x):
+    """What ReLUs give after each of `filters`; all but the first halve height and width."""
+    found = []
+    for i, weight in enumerate(filters()):
+        x = F.conv2d(x, weight.to(x.device), stride=1 if i == 0 else 2).relu()
+        found.append(x)
+    return found
+
+
+def features(values, truth):
+    """L1 of random features, summed over layers."""
+    return sum(map(F.l1_loss, random_features(values), random_features(truth)))
+
+
+def with_terms(loss, terms):
+    """A loss plus (weight, term) pairs."""
+    return lambda *pair: loss(*pair) + sum(weight * term(*pair) for weight, term in terms)
+
+
+VARIANTS = {  # name -> (weight, term) pairs, and flags of train_vae.py
+    'baseline': ((), ''),
+    # More terms make the KL count for less: its weight grows as the loss does.
+    'features': (((0.5, features),), '--kl_weight 0.1'),
+    'gradient-0.5': (((0.5, gradient),), '--kl_weight 0.085'),
+    'gradient-1': (((1.0, gradient),), '--kl_weight 0.125'),
+    'multi-scale': (((0.5, pooled),), '--kl_weight 0.085'), 'l2': ((), '--loss l2'),
+    'lr-2e-3': ((), '--lr 2e-3'), 'lr-3e-3': ((), '--lr 3e-3'), 'lr_min': ((), '--lr_min 1e-5'),
+    'mlp-96': ((), '--mlp_width 96'), 'mlp-128': ((), '--mlp_width 128'),
+    'mlp-3-layers': ((), '--mlp_layers 3'), 'fields-48': ((), '--field_channels 48'),
+    'decoder-48': ((), '--decoder_ch 48'), 'scale-1': ((), '--scale_probs 0.6,0.2,0.2'),
+    'kl-0.15': ((), '--kl_weight 0.15'), 'kl-0.3': ((), '--kl_weight 0.3'),
+}
+
+
+def combined(name):
+    """The terms and flags of a name or of several, joined by +."""
+    parts = name.split('+')
+    unknown = [part for part in parts if part not in VARIANTS]
+    common.require(not unknown, f'no variant {", ".join(unknown)}; of {", ".join(VARIANTS)}')
+    terms, flags = zip(*(VARIANTS[part] for part in parts))
+    return sum(terms, ()), ' '.join(flags).split()
+
+
+def variant(name):
+    """Context in which the losses have the terms of a variant."""
+    terms, _ = combined(name)
+    return mock.patch.dict(vae.LOSSES, {k: with_terms(vae.LOSSES[k], terms) for k in ('l1', 'l2')})
+
+
+# ---- cost of a step ------------------------------------------------------------------------------
+
+def a_step(name, flags):
+    """A function that makes a step of a variant, always on the same items: its seconds of CPU."""
+    args = train_vae.build_parser().parse_preset(train_vae.PRESETS, 'image',
+                                                 [*combined(name)[1], *flags])
+    process, train = common.start_process(args.device, args.amp), train_vae.open_data(args, 'train')
+    model = vae.D2CVAE(common.from_flags(args, vae.VAEConfig, **train.settles()))
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    batch = default_collate([train.item(i, common.seeded('cost', i)) for i in range(args.batch)])
+
+    def step():
+        since = time.process_time()
+        with variant(name):
+            with process.autocast():
+                total = model(batch)['total']
+            opt.zero_grad()
+            total.backward()
+            opt.step()
+        return time.process_time() - since
+    return step
+
+
+def cost(name, flags, path):
+    """Seconds of CPU of a step of the baseline and of a variant, in turn; kept in a file."""
+    if not path.exists():
+        steps = [a_step(n, flags) for n in ('baseline', name)]
+        pairs = [[step() for step in steps] for _ in range(ROUNDS)][2:]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([*map(statistics.median, zip(*pairs))]))
+    return json.loads(path.read_text())
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+def options(command, folder, args, *flags):
+    """Arguments of metrics.py for a run."""
+    found = metrics.build_parser().parse_args([command, str(folder), '--data', args.data, *flags])
+    found.device = common.start_process(found.device).device
+    return found
+
+
+def rfid(folder, args):
+    """rFID of 512 training pictures, whose features are kept in a file for the other variants."""
+    asked = options('rfid', folder, args, '--num', '512', '--weights', args.weights,
+                    '--posterior', 'sample')
+    net, run, path = metrics.open_network(asked), metrics.open_run(folder, asked), FOLDER / 'real.pt'
+    if not path.exists():
+        torch.save(metrics.features(net, run.train()), path)
+    return metrics.frechet_distance_features(
+        torch.load(path), metrics.features(net, run.reconstructions()))
+
+
+def psnr(folder, args):
+    """PSNR and SSIM of all held-out pictures, from means of the posterior, by metrics.py."""
+    out = folder / 'psnr.json'
+    with redirect_stdout(None):
+        metrics.main(['psnr', str(folder), '--data', args.data, '--out', str(out)])
+    found = json.loads(out.read_text().splitlines()[-1])
+    return {name: found[name] for name in ('psnr', 'ssim')}
+
+
+def ablate(name, args, flags):
+    """Train a variant, or finish it, and print its row."""
+    folder = FOLDER / f'{name}-{args.seed}-{args.steps}'
+    flags = ['--dataset', 'image', '--data', args.data, *flags]
+    seconds = cost(name, flags, FOLDER / f'{name}.json')
+    steps = args.steps if name == 'baseline' else round(args.steps * seconds[0] / seconds[1])
+    command = ['train_vae.py', *combined(name)[1], *flags, '--seed', str(args.seed), '--steps',
+               str(steps), '--name', str(folder.relative_to(common.RUNS))]
+    with ExitStack() as patches:
+        patches.enter_context(variant(name))
+        patches.enter_context(mock.patch.object(sys, 'argv', command))
+        train_vae.main()
+    log = common.read_log(folder / 'log.jsonl')
+    row = dict(variant=name, seed=args.seed, steps=steps, **psnr(folder, args),
+               rfid=rfid(folder, args),
+               kl=statistics.mean([line['kl'] for line in log if 'kl' in line][-4:]),
+               s_per_step=seconds[1], ratio=seconds[1] / seconds[0], command=' '.join(command))
+    print(f'{name:24s} seed {args.seed}, {steps} steps: PSNR {row["psnr"]:.2f}, SSIM '
+          f'{row["ssim"]:.4f}, rFID {row["rfid"]:.1f}, KL '
+          f'{row["kl"]:.0f}, {seconds[1]:.3f} s a step\n{json.dumps(row)}', flush=True)
+
+
+def main(argv):
+    names = [*itertools.takewhile(lambda text: not text.startswith('-'), argv)]
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], allow_abbrev=False)
+    parser.add_argument('--data', required=True, help='folder of pictures')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--steps', type=int, default=900, help='of the baseline')
+    parser.add_argument('--weights', default='weights', help='of the network of FID')
+    args, flags = parser.parse_known_args(argv[len(names):])
+    for name in names:
+        ablate(name, args, flags)
+
+
+if __name__ == '__main__':
+    common.run(lambda: main(sys.argv[1:]))

@@ -1,0 +1,81 @@
+"""tests/ablate_vae.py: terms of the loss against closed forms and slow versions."""
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vae
+from conftest import ROOT, mutated_source
+
+FILE = 'tests/ablate_vae.py'
+TERMS = 'gradient', 'pooled', 'features'
+
+
+@pytest.fixture
+def ablate(mutation):
+    """The program as a module, with the edit of this run."""
+    module = ModuleType('ablate_vae')
+    module.__file__ = str(ROOT / FILE)
+    source = mutated_source(mutation) if mutation else Path(module.__file__).read_text()
+    exec(compile(source, module.__file__, 'exec'), module.__dict__)
+    return module
+
+
+@pytest.mark.mutation(FILE, 'F.avg_pool2d(values - truth, side)', 'F.avg_pool2d(values, side)')
+@pytest.mark.mutation(FILE, 'random_features(truth)', 'random_features(-truth)')
+@pytest.mark.mutation(FILE, '    error = values - truth\n', '    error = values - 2 * truth\n')
+def test_terms_vanish_for_equal_pictures_only(ablate):
+    values, other = torch.rand(2, 2, 3, 16, 12)
+    for term in TERMS:
+        assert getattr(ablate, term)(values, values) == 0
+        assert getattr(ablate, term)(values, other) > 0.01
+
+
+@pytest.mark.mutation(FILE, 'for dim in (2, 3)', 'for dim in (2, 2)')
+@pytest.mark.mutation(FILE, 'dim=dim).abs()', 'dim=dim).square()')
+@pytest.mark.mutation(FILE, 'for side in (2, 4)', 'for side in (2,)')
+def test_ramps_constants_and_checkerboards(ablate):
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(12.0), indexing='ij')
+    truth = torch.rand(1, 3, 8, 12)
+    errors = dict(ramp=3 * x - 2 * y, constant=torch.full_like(x, -0.25), board=(-1) ** (x + y))
+    found = {name: [getattr(ablate, term)(truth + error, truth).item() for term in TERMS[:2]]
+             for name, error in errors.items()}
+    assert found['ramp'][0] == pytest.approx(5, rel=1e-5)
+    assert found['constant'] == pytest.approx([0, 0.5], abs=1e-6)
+    assert found['board'] == pytest.approx([4, 0], abs=1e-6)
+
+
+@pytest.mark.mutation(FILE, 'stride=1 if i == 0 else 2', 'stride=2')
+@pytest.mark.mutation(FILE, 'manual_seed(0)', 'manual_seed(torch.seed())')
+@pytest.mark.mutation(FILE, '(2 / (9 * m)) ** 0.5', '(1 / (9 * m)) ** 0.5')
+@pytest.mark.mutation(FILE, ').relu()', ')')
+def test_random_features_are_those_of_fixed_filters(ablate):
+    x = torch.randn(4, 3, 30, 30)
+    first, second, third = ablate.random_features(x)
+    ablate.filters.cache_clear()
+    assert torch.equal(ablate.random_features(x)[0], first)
+    weight = ablate.filters()[0]
+    pixel = torch.einsum('bcij,ocij->bo', x[:, :, 5:8, 9:12], weight).clamp(min=0)
+    torch.testing.assert_close(first[:, :, 5, 9], pixel)
+    assert [f.shape[2] for f in (first, second, third)] == [28, 13, 6]
+    for weight in ablate.filters():
+        assert weight.square().sum((1, 2, 3)).mean() == pytest.approx(2, rel=0.1)
+    torch.testing.assert_close(ablate.features(3 * x, 0 * x), 3 * ablate.features(x, 0 * x))
+
+
+@pytest.mark.mutation(FILE, 'weight * term(*pair)', 'term(*pair)')
+@pytest.mark.mutation(FILE, 'return sum(terms, ())', 'return sum(terms[:1], ())')
+def test_a_variant_adds_weighted_terms_to_the_loss(ablate):
+    values, truth = torch.rand(2, 2, 3, 16, 16)
+    plain = dict(vae.LOSSES)
+    with ablate.variant('gradient-0.5+multi-scale+lr-2e-3'):
+        found = {name: vae.LOSSES[name](values, truth) for name in ('l1', 'l2')}
+    more = 0.5 * ablate.gradient(values, truth) + 0.5 * ablate.pooled(values, truth)
+    torch.testing.assert_close(found['l1'], F.l1_loss(values, truth) + more)
+    torch.testing.assert_close(found['l2'], F.mse_loss(values, truth) + more)
+    assert vae.LOSSES == plain
+    assert ablate.combined('lr-2e-3+mlp-96')[1] == ['--lr', '2e-3', '--mlp_width', '96']
+    with pytest.raises(ValueError, match='no variant nothing; of baseline'):
+        ablate.combined('baseline+nothing')
