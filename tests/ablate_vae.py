@@ -2,12 +2,13 @@
 
     python tests/ablate_vae.py baseline gradient-1 features+lr-2e-3 --data DIR [flags of train_vae]
     python tests/ablate_vae.py baseline --data DIR --seed 1 --steps 1800
+    python tests/ablate_vae.py l2 --data DIR --steps 250 --init RUN --kl_start 0.05 --sn_start 0.1
 
-Names come before flags; those joined by + act together. A run is ablate_vae/NAME-SEED-STEPS below
-runs/ and continues where it was stopped. A step of a variant is first timed against one of the
-baseline, and --steps divided by the quotient. PSNR is of all held-out pictures; rFID of 512
-training pictures and their own reconstructions, from draws of the posterior.
-One JSON line follows each row.
+The last goes on from a trained run, where fewer steps tell what a loss does to detail. Names come
+before flags; those joined by + act together. A run is ablate_vae/NAME-SEED-STEPS below runs/ and
+continues where it was stopped. A step of a variant is first timed against one of the baseline, and
+--steps divided by the quotient. PSNR is of all held-out pictures; rFID of 512 training pictures and
+their own reconstructions, from draws of the posterior. One JSON line follows each row.
 """
 import argparse
 import itertools
@@ -86,6 +87,7 @@ VARIANTS = {  # name -> (weight, term) pairs, and flags of train_vae.py
     'mlp-3-layers': ((), '--mlp_layers 3'), 'fields-48': ((), '--field_channels 48'),
     'decoder-48': ((), '--decoder_ch 48'), 'scale-1': ((), '--scale_probs 0.6,0.2,0.2'),
     'kl-0.15': ((), '--kl_weight 0.15'), 'kl-0.3': ((), '--kl_weight 0.3'),
+    'sn-1': ((), '--sn_start 1'),
 }
 
 
@@ -150,7 +152,8 @@ def rfid(folder, args):
     """rFID of 512 training pictures, whose features are kept in a file for the other variants."""
     asked = options('rfid', folder, args, '--num', '512', '--weights', args.weights,
                     '--posterior', 'sample')
-    net, run, path = metrics.open_network(asked), metrics.open_run(folder, asked), FOLDER / 'real.pt'
+    net, run = metrics.open_network(asked), metrics.open_run(folder, asked)
+    path = FOLDER / 'real.pt'
     if not path.exists():
         torch.save(metrics.features(net, run.train()), path)
     return metrics.frechet_distance_features(
