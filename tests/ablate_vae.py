@@ -7,8 +7,8 @@
 The last goes on from a trained run, where fewer steps tell what a loss does to detail. Names come
 before flags; those joined by + act together. A run is ablate_vae/NAME-SEED-STEPS below runs/ and
 continues where it was stopped. A step of a variant is first timed against one of the baseline, and
---steps divided by the quotient. PSNR is of all held-out pictures; rFID of 512 training pictures and
-their own reconstructions, from draws of the posterior. One JSON line follows each row.
+--steps divided by the quotient. PSNR and KL are of all held-out pictures; rFID of 512 training
+pictures and their own reconstructions, from draws of the posterior. One JSON line follows each row.
 """
 import argparse
 import itertools
@@ -16,8 +16,8 @@ import json
 import statistics
 import sys
 import time
-from contextlib import ExitStack, redirect_stdout
-from functools import cache, partial
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -141,18 +141,8 @@ def cost(name, flags, path):
 
 # ---- measuring -----------------------------------------------------------------------------------
 
-def options(command, folder, args, *flags):
-    """Arguments of metrics.py for a run."""
-    found = metrics.build_parser().parse_args([command, str(folder), '--data', args.data, *flags])
-    found.device = common.start_process(found.device).device
-    return found
-
-
-def rfid(folder, args):
+def rfid(run, net):
     """rFID of 512 training pictures, whose features are kept in a file for the other variants."""
-    asked = options('rfid', folder, args, '--num', '512', '--weights', args.weights,
-                    '--posterior', 'sample')
-    net, run = metrics.open_network(asked), metrics.open_run(folder, asked)
     path = FOLDER / 'real.pt'
     if not path.exists():
         torch.save(metrics.features(net, run.train()), path)
@@ -160,13 +150,27 @@ def rfid(folder, args):
         torch.load(path), metrics.features(net, run.reconstructions()))
 
 
-def psnr(folder, args):
-    """PSNR and SSIM of all held-out pictures, from means of the posterior, by metrics.py."""
-    out = folder / 'psnr.json'
-    with redirect_stdout(None):
-        metrics.main(['psnr', str(folder), '--data', args.data, '--out', str(out)])
-    found = json.loads(out.read_text().splitlines()[-1])
-    return {name: found[name] for name in ('psnr', 'ssim')}
+@torch.no_grad()
+def held_out(run):
+    """Means over all held-out pictures: PSNR, from the posterior's mean, and KL."""
+    dataset, psnr, kl = run.data('test'), [], []
+    for part in metrics.pieces(range(len(dataset)), 32):
+        batch = default_collate([dataset.view(i, 0) for i in part])
+        posterior = run.vae.encode(common.move(batch, run.args.device))
+        psnr.append(metrics.psnr_each(
+            *run.compared(posterior.mean, dataset, part, run.R).unbind(1)))
+        kl.append(posterior.kl())
+    return dict(psnr=torch.cat(psnr).mean().item(), kl=torch.cat(kl).mean().item())
+
+
+def measure(folder, args):
+    """What a row says of a run: psnr, kl, rfid."""
+    options = metrics.build_parser().parse_args(
+        ['rfid', str(folder), '--num', '512', '--posterior', 'sample', '--data', args.data,
+         '--weights', args.weights])
+    options.device = common.start_process(options.device).device
+    net, run = metrics.open_network(options), metrics.open_run(folder, options)
+    return dict(held_out(run), rfid=rfid(run, net))
 
 
 def ablate(name, args, flags):
@@ -181,14 +185,11 @@ def ablate(name, args, flags):
         patches.enter_context(variant(name))
         patches.enter_context(mock.patch.object(sys, 'argv', command))
         train_vae.main()
-    log = common.read_log(folder / 'log.jsonl')
-    row = dict(variant=name, seed=args.seed, steps=steps, **psnr(folder, args),
-               rfid=rfid(folder, args),
-               kl=statistics.mean([line['kl'] for line in log if 'kl' in line][-4:]),
+    row = dict(variant=name, seed=args.seed, steps=steps, **measure(folder, args),
                s_per_step=seconds[1], ratio=seconds[1] / seconds[0], command=' '.join(command))
-    print(f'{name:24s} seed {args.seed}, {steps} steps: PSNR {row["psnr"]:.2f}, SSIM '
-          f'{row["ssim"]:.4f}, rFID {row["rfid"]:.1f}, KL '
-          f'{row["kl"]:.0f}, {seconds[1]:.3f} s a step\n{json.dumps(row)}', flush=True)
+    print(f'{name:24s} seed {args.seed}, {steps} steps: PSNR {row["psnr"]:.2f}, rFID '
+          f'{row["rfid"]:.1f}, KL {row["kl"]:.0f}, {seconds[1]:.3f} s a step\n{json.dumps(row)}',
+          flush=True)
 
 
 def main(argv):
