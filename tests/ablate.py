@@ -127,13 +127,18 @@ VARIANTS = {  # name -> class, or none for LDM itself, and flags of train_ldm.py
 }
 
 
+def rows_of(name, variants):
+    """The entries in a dict of variants of a name or of several, joined by +."""
+    parts = name.split('+')
+    unknown = [part for part in parts if part not in variants]
+    common.require(not unknown, f'no variant {", ".join(unknown)}; of {", ".join(variants)}')
+    return [variants[part] for part in parts]
+
+
 def combined(name):
     """The class and flags of a name or of several, joined by +."""
-    parts = name.split('+')
-    unknown = [part for part in parts if part not in VARIANTS]
-    common.require(not unknown, f'no variant {", ".join(unknown)}; of {", ".join(VARIANTS)}')
-    classes = [VARIANTS[part][0] for part in parts if VARIANTS[part][0]]
-    flags = [flag for part in parts for flag in VARIANTS[part][1]]
+    rows = rows_of(name, VARIANTS)
+    classes, flags = [cls for cls, _ in rows if cls], [flag for _, own in rows for flag in own]
     return type('Variant', (*classes, ldm.LDM)[:max(len(classes), 1)], {}), flags
 
 
@@ -241,16 +246,27 @@ def ablate(name, args, flags):
             print(json.dumps(dict(row, sigma_rel=average, fid=train, held_out=test)), flush=True)
 
 
-def main(argv):
-    names = [*itertools.takewhile(lambda text: not text.startswith('-'), argv)]
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], allow_abbrev=False)
-    parser.add_argument('--vae', required=True, help='run of stage 1')
-    parser.add_argument('--data', default='', help='where its data are')
+def parser_of(doc):
+    """The flags that both programs have."""
+    parser = argparse.ArgumentParser(description=doc.split('\n')[0], allow_abbrev=False)
+    parser.add_argument('--data', default='', help='where the data are')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--weights', default='weights', help='of the network of FID')
+    return parser
+
+
+def parse(parser, argv):
+    """The names in front, if any, the flags of `parser`, and those of the training script."""
+    names = [*itertools.takewhile(lambda text: not text.startswith('-'), argv)]
+    return names or ['baseline'], *parser.parse_known_args(argv[len(names):])
+
+
+def main(argv):
+    parser = parser_of(__doc__)
+    parser.add_argument('--vae', required=True, help='run of stage 1')
     parser.add_argument('--sigma_rel', type=common.parse_tuple(float), default=(),
                         help='deviations of power-function averages, as shares of the run')
-    parser.add_argument('--weights', default='weights', help='of the network of FID')
-    args, flags = parser.parse_known_args(argv[len(names):])
+    names, args, flags = parse(parser, argv)
     for name in names:
         ablate(name, args, ['--steps', '1500', *flags])
 

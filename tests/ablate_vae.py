@@ -10,7 +10,6 @@ continues where it was stopped. A step of a variant is first timed against one o
 --steps divided by the quotient. PSNR and KL are of all held-out pictures; rFID of 512 training
 pictures and their own reconstructions, from draws of the posterior. One JSON line follows each row.
 """
-import argparse
 import itertools
 import json
 import statistics
@@ -31,6 +30,7 @@ import common
 import metrics
 import train_vae
 import vae
+from ablate import parse, parser_of, rows_of
 
 FOLDER, ROUNDS = common.RUNS / 'ablate_vae', 10
 
@@ -93,10 +93,7 @@ VARIANTS = {  # name -> (weight, term) pairs, and flags of train_vae.py
 
 def combined(name):
     """The terms and flags of a name or of several, joined by +."""
-    parts = name.split('+')
-    unknown = [part for part in parts if part not in VARIANTS]
-    common.require(not unknown, f'no variant {", ".join(unknown)}; of {", ".join(VARIANTS)}')
-    terms, flags = zip(*(VARIANTS[part] for part in parts))
+    terms, flags = zip(*rows_of(name, VARIANTS))
     return sum(terms, ()), ' '.join(flags).split()
 
 
@@ -193,13 +190,9 @@ def ablate(name, args, flags):
 
 
 def main(argv):
-    names = [*itertools.takewhile(lambda text: not text.startswith('-'), argv)]
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0], allow_abbrev=False)
-    parser.add_argument('--data', required=True, help='folder of pictures')
-    parser.add_argument('--seed', type=int, default=0)
+    parser = parser_of(__doc__)
     parser.add_argument('--steps', type=int, default=900, help='of the baseline')
-    parser.add_argument('--weights', default='weights', help='of the network of FID')
-    args, flags = parser.parse_known_args(argv[len(names):])
+    names, args, flags = parse(parser, argv)
     for name in names:
         ablate(name, args, flags)
 

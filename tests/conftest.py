@@ -12,6 +12,7 @@ import importlib
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -58,6 +59,15 @@ def mutated_source(edit):
     if count != 1:
         raise ValueError(f'{file} holds {count} times {old!r}; a mutation needs exactly one')
     return source.replace(old, new)
+
+
+def program(name, edit):
+    """tests/NAME.py as a module, with the edit if there is one; its main() is not run."""
+    module = ModuleType(name)
+    module.__file__ = str(ROOT / f'tests/{name}.py')
+    source = mutated_source(edit) if edit else Path(module.__file__).read_text()
+    exec(compile(source, module.__file__, 'exec'), module.__dict__)
+    return module
 
 
 def execute_mutated(edit, modules):

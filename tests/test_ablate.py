@@ -1,13 +1,11 @@
 """tests/ablate.py: variants of stage 2 against closed forms, with networks that tell the truth."""
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
 import ldm
-from conftest import ROOT, mutated_source
+from conftest import program
 
 FILE = 'tests/ablate.py'
 
@@ -15,11 +13,7 @@ FILE = 'tests/ablate.py'
 @pytest.fixture
 def ablate(mutation):
     """The program as a module, with the edit of this run."""
-    module = ModuleType('ablate')
-    module.__file__ = str(ROOT / FILE)
-    source = mutated_source(mutation) if mutation else Path(module.__file__).read_text()
-    exec(compile(source, module.__file__, 'exec'), module.__dict__)
-    return module
+    return program('ablate', mutation)
 
 
 class Told(nn.Module):
@@ -171,7 +165,7 @@ def test_averages_go_on_where_they_stopped(ablate, tmp_path):
     assert not any(x.equal(y) for x, y in zip(before, first.others[0.1].shadow))
 
 
-@pytest.mark.mutation(FILE, '[part for part in parts if part not in VARIANTS]', '[]')
+@pytest.mark.mutation(FILE, '[part for part in parts if part not in variants]', '[]')
 def test_names_are_joined(ablate):
     cls, flags = ablate.combined('logit-normal:-1+v')
     assert issubclass(cls, ablate.V)

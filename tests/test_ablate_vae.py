@@ -1,13 +1,11 @@
 """tests/ablate_vae.py: terms of the loss against closed forms and slow versions."""
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import vae
-from conftest import ROOT, mutated_source
+from conftest import program
 
 FILE = 'tests/ablate_vae.py'
 TERMS = 'gradient', 'pooled', 'features'
@@ -16,11 +14,7 @@ TERMS = 'gradient', 'pooled', 'features'
 @pytest.fixture
 def ablate(mutation):
     """The program as a module, with the edit of this run."""
-    module = ModuleType('ablate_vae')
-    module.__file__ = str(ROOT / FILE)
-    source = mutated_source(mutation) if mutation else Path(module.__file__).read_text()
-    exec(compile(source, module.__file__, 'exec'), module.__dict__)
-    return module
+    return program('ablate_vae', mutation)
 
 
 @pytest.mark.mutation(FILE, 'F.avg_pool2d(values - truth, side)', 'F.avg_pool2d(values, side)')

@@ -1,22 +1,16 @@
 """tests/gpu.py on the CPU with small networks: it runs, and its checks can fail."""
 import re
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-from conftest import ROOT, mutated_source
+from conftest import program
 
 
 @pytest.fixture
 def gpu(mutation):
     """The program as a module, with the edit of this run."""
-    module = ModuleType('gpu')
-    module.__file__ = str(ROOT / 'tests/gpu.py')
-    source = mutated_source(mutation) if mutation else Path(module.__file__).read_text()
-    exec(compile(source, module.__file__, 'exec'), module.__dict__)
-    return module
+    return program('gpu', mutation)
 
 
 def run(gpu, capsys, flags):

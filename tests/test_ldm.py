@@ -552,7 +552,8 @@ def conditional(kind):
 
 
 @pytest.mark.mutation('ldm.py', 'torch.lerp(e_null, e_cond, w)', 'torch.lerp(e_cond, e_null, w)')
-@pytest.mark.mutation('ldm.py', 'if w == 1:\n            return lambda', 'if w == 0:\n            return lambda')
+@pytest.mark.mutation('ldm.py', 'if w == 1:\n            return lambda',
+                      'if w == 0:\n            return lambda')
 @pytest.mark.parametrize('kind', ['label', 'text'])
 def test_guidance(kind):
     model, cond = conditional(kind)

@@ -366,8 +366,7 @@ def test_files_of_clips_are_sampled_and_made_slim(at_work, clips, repo):
         assert_pictures(at_work / name / '48x48/000000', expected, bound)
 
 
-@pytest.mark.mutation('ldm.py', "STRUCTURE = 'symmetric_pad', 'norm_groups', 'norm_eps', 'mixing_planes', 'across_heads'",
-                      "STRUCTURE = 'symmetric_pad', 'norm_groups', 'norm_eps', 'mixing_planes'")
+@pytest.mark.mutation('ldm.py', "'norm_eps', 'mixing_planes', 'across_heads'", "'norm_eps', 'mixing_planes'")
 def test_files_of_clips_train_on(at_work, repo):
     """A step of a tiny rate leaves the weights; the result is a run like any other."""
     before, prior, _ = ldm.load(at_work / 'ldm-last.pt')
