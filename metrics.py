@@ -1594,7 +1594,10 @@ def real_and_fake(args):
             f'--fakes are for what a run makes, and {args.b} is none; leave them out')
     require(len(args.samplers) == 1 or b and stage == 2, '--samplers: several are for the samples '
             'of a run')
-    if b and stage == 2:
+    sampled = b and stage == 2
+    require(sampled or args.conditions == 'none' and args.guidance == 1, '--conditions and '
+            '--guidance are for the samples of a run; leave them out')
+    if sampled:
         resolved('--captions', args.captions)
         b.conditions  # what is wrong with them is found out before anything is measured
     R = args.res or next((run.R for run in (a, b) if run), 0)

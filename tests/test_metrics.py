@@ -1192,6 +1192,7 @@ def test_a_folder_is_read_at_the_resolution_of_the_run(capsys, toy_run, colour_n
     assert result(capsys, 'fid', 'S', toy_run, '--num', 3)[0]['real']['resolution'] == 8
 
 
+@pytest.mark.mutation('metrics.py', "sampled or args.conditions == 'none' and", "True or")
 @pytest.mark.mutation('metrics.py', "alone and args.split == 'test', '--fakes", "True, '--fakes")
 @pytest.mark.mutation('metrics.py', "self.reals('train', self.args.num)",
                       'self.reals(self.args.split, self.args.num)')
@@ -1203,6 +1204,9 @@ def test_floor_of_a_run(capsys, toy_run, colour_network, monkeypatch):
     assert manifest['fake']['split'] == 'train' and manifest['real']['split'] == 'test'
     with pytest.raises(ValueError, match='--split test'):
         metrics.main(['fid', str(toy_run), '--fakes', 'train'])
+    for flags in (['--guidance', '2'], ['--conditions', 'test']):
+        with pytest.raises(ValueError, match='for the samples of a run'):
+            metrics.main(['fid', str(toy_run), '--fakes', 'train', '--split', 'test', *flags])
 
 
 def test_a_diverged_run_has_no_number(toy_run, colour_network, monkeypatch):
