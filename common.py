@@ -673,9 +673,9 @@ def lock_run(folder, process):
     ValueError, which names the other, if there is one. What killed writers left is removed. On a
     file system without locks, and in processes that do not write, this does nothing.
     """
+    folder.mkdir(parents=True, exist_ok=True)  # by all: none waits for the first
     if not process.is_first:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     lock = HELD.enter_context(open(folder / 'lock', 'a+'))
     try:
         fcntl and fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

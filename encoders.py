@@ -795,8 +795,8 @@ class StoredReader:
 class ByteReader:
     """Reader that gives the tokens (B,length) which a model's own `ByteText` reads."""
 
-    def __init__(self, device='cpu'):
-        network = ByteText()
+    def __init__(self, device='cpu', length=96):
+        network = ByteText(length=length)
         self.tokenise, self.device = network.tokenise, device
         self.channels = network.norm.weight.shape[0]
 
@@ -804,13 +804,14 @@ class ByteReader:
         return self.tokenise(texts).to(self.device)
 
 
-def text_reader(text, device='cpu'):
+def text_reader(text, device='cpu', length=96):
     """What turns a list of B texts into a condition (B,...): a reader, by the value of --text.
 
-    `text` is 'bytes', an .npz or CLIP's file or folder; ValueError for others. The attribute
-    `channels` of a reader is the width of the features that the diffusion model gets.
+    `text` is 'bytes', of which `length` are read, an .npz or CLIP's file or folder; ValueError for
+    others. The attribute `channels` of a reader is the width of the features that the diffusion
+    model gets.
     """
     if text == 'bytes':
-        return ByteReader(device)
+        return ByteReader(device, length)
     require(Path(text).exists(), f'{text}: the text encoder is neither bytes nor a file or folder')
     return (StoredReader if text.endswith('.npz') else CLIPReader)(text, device)

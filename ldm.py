@@ -78,6 +78,7 @@ class LDMConfig:
     num_classes: int = flag(0, 'class labels to condition on, 0 = none')
     text: str = flag('', 'what reads captions: bytes (a small transformer, trained along), a file '
                      "or folder of CLIP's weights, or an .npz of features; empty = none")
+    text_length: int = flag(96, 'bytes of a caption that --text bytes reads', low=1)
     context_channels: int = 0  # width of the text features to condition on, 0 = none
     # How the authors' networks differ, see STRUCTURE.
     symmetric_pad: bool = False  # zeros on all sides before a convolution of stride 2
@@ -104,6 +105,8 @@ class LDMConfig:
                 'condition on class labels (--num_classes) or text (--text), not both')
         require(self.t_std or not self.t_mean, f'--t_mean {self.t_mean:g}: has no effect without '
                 '--t_std')
+        require(self.text == 'bytes' or self.text_length == 96, f'--text_length '
+                f'{self.text_length}: has no effect without --text bytes')
         require(self.triplane != 'concat' or len({*map(tuple, self.planes.values())}) == 1,
                 '--triplane concat: planes of different shapes cannot be concatenated')
 
@@ -293,7 +296,9 @@ class LDM(nn.Module):
         super().__init__()
         self.config = config
         self.unet = UNet(config)
-        self.text = ByteText(config.context_channels) if config.text == 'bytes' else None
+        self.text = None
+        if config.text == 'bytes':
+            self.text = ByteText(config.context_channels, length=config.text_length)
         c = config.z_channels
         self.shape = c, sum(h * w for h, w in config.planes.values())  # (C, L) of one latent
         logits = 1, c, len(config.planes) if config.mixing_planes else 1
@@ -1029,15 +1034,15 @@ def translated_diffusion(state, args, config, first):
 def open_checkpoint(path, kind=None, device='cpu'):
     """`common.load_checkpoint` also of files of the authors' code, `translated`.
 
-    Of those with both stages, `kind` 'vae' takes the first.
+    Of files with both stages, `kind` 'vae' takes the first.
     """
     state = load_checkpoint(path, None, device)
     if state['kind'] == 'published':
         state = translated(state, path)
         if kind != 'ldm' and state['vae_config']['scale_injection']:  # else it was said of stage 1
             tqdm.write(f'note: {path}: the noise of its read-out is left out')
-        if kind == 'vae':
-            state |= dict(kind='vae', args=state.get('vae_args') or state['args'])
+    if kind == 'vae' and state['kind'] == 'ldm':
+        state |= dict(kind='vae', args=state['vae_args'], step=state['vae_args']['steps'])
     if kind and state['kind'] != kind:
         raise ValueError(f'{path}: holds a {state["kind"]} checkpoint where {kind} is needed')
     return state

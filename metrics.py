@@ -1319,7 +1319,8 @@ class Run:
         require(config.num_classes or config.text, f'{self.path}: was trained without labels and '
                 'captions; leave out --conditions')
         dataset = self.data(self.args.conditions)
-        reader = config.text and text_reader(self.args.reader or config.text, self.args.device)
+        reader = config.text and text_reader(self.args.reader or config.text, self.args.device,
+                                             config.text_length)
         index = evenly_spaced(len(dataset), self.args.num)
 
         def of(numbers):
@@ -1943,6 +1944,38 @@ def spectrum_command(args):
            dict(fields=values, grey='luminance, BT.601'), fake=source)
 
 
+@torch.no_grad()
+def sizes_command(args):
+    """A picture of samples at R, at 4 R and in the middle of 16 R, and of R enlarged as far.
+
+    Of each sample the upper row is the function, the lower its picture at R, brought to these sizes
+    by bicubic interpolation. All tiles have 4 R pixels a side: those of R are shown as squares.
+    """
+    run = open_run(args.a, args, stage=2)
+
+    def tiles(z, numbers):
+        """(B,2,3,3,4R,4R): function and interpolation, sizes."""
+        xi = run.vae.decode(z)
+        small = run.vae.signal(xi, run.R).cpu()
+        pixels = small.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+        columns = [torch.stack([pixels, pixels], dim=1)]
+        for factor, half in (4, 1.0), (16, 0.25):
+            function = run.vae.signal(xi, 4 * run.R, [(-half, half)] * 2).cpu()
+            edge = (factor - 4) * run.R // 2
+            enlarged = bicubic(small, factor * run.R)[..., edge:edge + 4 * run.R,
+                                                      edge:edge + 4 * run.R].clamp(-1, 1)
+            columns.append(torch.stack([function, enlarged], dim=1))
+        return torch.stack(columns, dim=2)
+    source = run.samples(made=tiles)
+    found = torch.cat(measured(source, lambda part: part))
+    if ranks()[0] == 0:
+        data.save_grid(args.picture, found.flatten(0, 2), columns=3)
+    apart = (found[:, 0] - found[:, 1]).abs().mean((0, 2, 3, 4)) * 127.5
+    values = dict(zip(('x4', 'x16'), apart[1:].tolist()))
+    report(args, f'mean difference of 255 from bicubic interpolation: {values_line(values)}   '
+                 f'{args.num} samples; {args.picture}', values, fake=source)
+
+
 # ---- text to shape -----------------------------------------------------------------------------
 
 def unit_cube_grid(cells, ends=False):
@@ -2044,9 +2077,9 @@ def accuracy(vae, xi, label, net, numbers, published):
 def text_command(args):
     """TMD, accuracy and CLIP-S of what a run makes of held-out captions (Table 7)."""
     run = open_run(args.a, args, stage=2)
-    text = run.ldm.config.text
-    require(text, f'{args.a}: reads no text; train stage 2 with --text')
-    reader = text_reader(args.reader or text, args.device)
+    config = run.ldm.config
+    require(config.text, f'{args.a}: reads no text; train stage 2 with --text')
+    reader = text_reader(args.reader or config.text, args.device, config.text_length)
     clip = load_network('clip', args.weights).to(args.device) if args.clip else None
     require(not clip or clip.tokenise, f'{args.weights}: CLIP-S needs bpe_simple_vocab_16e6.txt.gz '
             'beside the weights')
@@ -2081,7 +2114,7 @@ def text_command(args):
                   forwards=values['nfe'] * (1 + (args.guidance != 1)))
     ends = classifier and ('ends' if classifier[2] else 'centres')
     report(args, f'{values_line(values)}   w {args.guidance:g}, {args.each} samples each', dict(
-        **values, source=run.path, step=run.info['step'], **args.sampler, text=text,
+        **values, source=run.path, step=run.info['step'], **args.sampler, text=config.text,
         threshold=run.vae.config.threshold, clip=clip and clip.source, classifier_grid=ends,
         classifier=classifier and classifier[0].source))
 
@@ -2181,6 +2214,9 @@ COMMANDS = dict(
     spectrum=Command(spectrum_command, 'picture', RUN, 'res num picture seed amp batch sampler',
                      dict(num=4, picture='out/spectrum.png'),
                      'what each basis field adds to samples, and its spectrum (Fig. 7)'),
+    sizes=Command(sizes_command, 'picture', RUN, 'res num picture seed amp batch sampler',
+                  dict(num=4, picture='out/sizes.png'), 'samples at R, 4 R and 16 R pixels a side, '
+                  'beside bicubic interpolation of R'),
     iou=Command(iou_command, 'cloud', RUN, 'data num split', dict(split='test'),
                 'IoU of held-out reconstructions at every stored point, by class'),
     shapes=Command(shapes_command, 'cloud', SETS, 'data split num fakes points res threshold '

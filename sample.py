@@ -129,7 +129,8 @@ def condition(args, ldm, device):
     """What --label or --text ask of every sample, with a first axis of 1; None without."""
     if args.text:
         common.require(ldm.config.text, f'--text {args.text!r}: this run reads no text')
-        return text_reader(args.reader or ldm.config.text, device)([args.text])
+        c = ldm.config
+        return text_reader(args.reader or c.text, device, c.text_length)([args.text])
     if args.label is None:
         return None
     common.require(args.label < ldm.config.num_classes, f'--label {args.label}: this run has '

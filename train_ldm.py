@@ -394,7 +394,7 @@ def main():
     common.check_run_flags(args, process.world)
     common.require(args.ema < 1, f'--ema {args.ema}: must be below 1')
     args.captions = common.resolved('--captions', args.captions)
-    reader = text_reader(args.text, device) if args.text else None
+    reader = text_reader(args.text, device, args.text_length) if args.text else None
     if args.text not in ('', 'bytes'):
         args.text = str(Path(args.text).resolve())
     state = common.resume(folder / 'ldm.pt', args, 'ldm')

@@ -383,12 +383,16 @@ def other_process(work):
 
 @pytest.mark.mutation('common.py', 'fcntl and fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)',
                       'pass')
-@pytest.mark.mutation('common.py', 'if not process.is_first:\n        return\n    folder',
-                      'if False:\n        return\n    folder')
+@pytest.mark.mutation('common.py', 'if not process.is_first:\n        return\n    lock',
+                      'if False:\n        return\n    lock')
 @pytest.mark.mutation('common.py', "folder.glob('*.tmp')", "folder.glob('*.pt.tmp')")
+@pytest.mark.mutation('common.py', '    folder.mkdir(parents=True, exist_ok=True)  # by all',
+                      '    if process.is_first:  folder.mkdir(parents=True, exist_ok=True)  #')
 def test_one_process_trains_a_run(tmp_path):
     run, second = tmp_path / 'runs' / 'a', processes(2)[1]
     left = run / 'ldm.pt.0123abcd.tmp'
+    common.lock_run(run.with_name('b'), second)  # the disk of its folder may be looked at now
+    assert run.with_name('b').is_dir()
     with other_process(lambda: common.lock_run(run, ALONE)) as number:
         try:
             common.lock_run(run, ALONE)

@@ -1542,6 +1542,35 @@ def test_spectrum_of_a_run(capsys, toy_run, monkeypatch):
     assert Image.open('out/spectrum.png').size == (3 * 22 + 2, 10 * 22 + 2)
 
 
+@pytest.mark.mutation('metrics.py', '(4, 1.0), (16, 0.25)', '(4, 1.0), (16, 0.5)')
+@pytest.mark.mutation('metrics.py', 'edge = (factor - 4) * run.R // 2', 'edge = 0')
+@pytest.mark.mutation('metrics.py', 'torch.stack([function, enlarged], dim=1)',
+                      'torch.stack([enlarged, function], dim=1)')
+@pytest.mark.mutation('metrics.py', 'apart[1:]', 'apart[:2]')
+def test_sizes_of_a_run(capsys, toy_run, monkeypatch):
+    """A ramp, of which cubics make the same but at its ends."""
+    monkeypatch.setattr(Model, 'decode', lambda self, z: z)
+
+    def signal(self, z, R, box=((-1.0, 1.0), (-1.0, 1.0))):
+        ramp = torch.linspace(box[0][0], box[0][1], 2 * R + 1)[1::2] / 2
+        return (ramp + z[:, :1, None, None]).expand(-1, 3, R, R)
+    monkeypatch.setattr(Model, 'signal', signal)
+    manifest, line = result(capsys, 'sizes', toy_run, '--num', 2, '--seed', 20, '--res', 16)
+    assert line.startswith('mean difference of 255') and 0 < manifest['x4'] < 0.5
+    assert manifest['x16'] < 1e-4
+    picture = np.asarray(Image.open('out/sizes.png'))
+    assert picture.shape[:2] == (4 * 66 + 2, 3 * 66 + 2)
+    rows = [picture[2 + 66 * k + 32, :, 0].astype(float) for k in range(4)]
+    for k, (function, enlarged) in enumerate((rows[:2], rows[2:])):
+        ramp = 127.5 + 127.5 * ((np.arange(64) + 0.5) / 64 - 0.5 + 0.2 + 0.01 * k)
+        close(function[68:132], ramp, 1)
+        close(function[2:66], ramp, 4)  # squares of four
+        assert set(np.bincount(function[2:66].astype(int))) == {0, 4}
+        close(function[134:198], (ramp - ramp.mean()) / 4 + ramp.mean(), 1)
+        close(enlarged[134:198], function[134:198], 1)
+        close(enlarged[70:130], function[70:130], 1)
+
+
 # ---- two processes -----------------------------------------------------------------------------
 
 @pytest.mark.mutation(

@@ -932,7 +932,8 @@ SHAPE = (f'{TINY} --preset shape_small --resolution 8 --ch 8 --ch_mult 1,2 --dec
          '--points 100 --queries 256 --point_hidden 8 --clouds 2 --steps 60 --eval_every 30 '
          '--save_every 30 --lr 1e-2')
 THINGS = f'{SHAPE} --dataset shape --data set --flip'
-WORDS = f'{TINY} --ch 16 --ch_mult 1,2 --ema 0.9 --captions captions.csv --text bytes'
+WORDS = (f'{TINY} --ch 16 --ch_mult 1,2 --ema 0.9 --captions captions.csv --text bytes '
+         '--text_length 20')
 
 
 def solid_mesh(seed):
@@ -1432,7 +1433,6 @@ MISUSE = [
     ('train_ldm.py', f'{LDM} --vae nowhere', 'nowhere'),
     ('train_ldm.py', f'{LDM} --vae cut1', 'cut1/vae.pt', 'truncated'),
     ('train_ldm.py', f'{LDM} --vae foreign.pt', 'foreign.pt'),
-    ('train_ldm.py', f'{LDM} --vae runs/toy_image/ldm.pt', 'ldm', 'vae is needed'),
     ('train_ldm.py', f'{TOY} --name cut2', 'cut2/ldm.pt', 'truncated'),
     ('train_ldm.py', f'{TOY} --name new --preset nonsense', 'nonsense', 'image_64'),
     ('train_ldm.py', f'{TOY} --name new --num_classes 3', '--num_classes 3', 'no labels'),
@@ -1701,6 +1701,20 @@ def test_flags_are_checked_before_the_data_are_read(copy, repo):
 def test_a_changed_stage_1_is_noticed(copy, repo):
     done(copy, 'train_vae.py', VAE, '--steps 7')
     assert_refused(call(copy, 'train_ldm.py', LDM, repo=repo), 'changed', '--restart')
+
+
+@pytest.mark.mutation('ldm.py', "step=state['vae_args']['steps'])", 'step=0)')
+def test_a_second_stage_on_the_first_of_another(copy, repo):
+    """Of a file of both stages, slim or not; its own second stage is no matter."""
+    done(copy, 'train_ldm.py', TOY, '--slim small.pt')
+    old = common.load_checkpoint(copy / 'runs/toy_image/ldm.pt')
+    for k, file in enumerate(('small.pt', 'runs/toy_image/ldm.pt')):
+        result = done(copy, 'train_ldm.py', LDM, f'--vae {file} --name new{k}', repo=repo)
+        assert 'stage 1 at step 6 of 6' in result.out
+        state = common.load_checkpoint(copy / f'runs/new{k}/ldm.pt')
+        assert {k: state[k] for k in ('vae_args', 'vae_config', 'splits')} == {
+            k: old[k] for k in ('vae_args', 'vae_config', 'splits')}
+    assert_same(copy / 'runs/new1/ldm.pt', copy / 'runs/toy_image/ldm.pt')
 
 
 @pytest.mark.mutation('sample.py', "('vae.pt', 'ldm.pt') if args.reconstruct",

@@ -525,6 +525,20 @@ def test_own_text_encoder_is_part_of_the_model():
             model.check_condition(cond)
 
 
+@pytest.mark.mutation('encoders.py', 'return ByteReader(device, length)',
+                      'return ByteReader(device)')
+@pytest.mark.mutation('ldm.py', 'length=config.text_length', 'length=96')
+@pytest.mark.mutation('ldm.py', "self.text == 'bytes' or self.text_length == 96", 'True')
+def test_so_many_bytes_are_read():
+    model = model_of(text='bytes', context_channels=128, text_length=5)
+    tokens = encoders.text_reader('bytes', length=5)(['a chair', 'a chain'])
+    assert tokens.tolist() == [[98, 33, 100, 105, 98]] * 2
+    assert model.text.position.shape == (5, 128)
+    assert model.guided(tokens, 3.0)(torch.randn(2, 3, 48), torch.tensor([1, 2])).isfinite().all()
+    with pytest.raises(ValueError, match='--text_length 5: has no effect without --text bytes'):
+        model_of(text_length=5)
+
+
 @pytest.mark.mutation(
     'ldm.py',
     'z.reshape(batch, channels * self.joined, -1)',
