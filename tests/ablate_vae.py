@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -70,6 +70,38 @@ def features(values, truth):
     return sum(map(F.l1_loss, random_features(values), random_features(truth)))
 
 
+def low_passed(truth, sides):
+    """Pictures (B,3,h,w), each averaged down to about its own number of pixels a side and back."""
+    size = truth.shape[2:]
+    return torch.cat([F.interpolate(F.interpolate(x[None], (side, side), mode='area'), size,
+                                    mode='bilinear') for x, side in zip(truth, sides)])
+
+
+class Equivariant(vae.PictureVAE):
+    """In half of the steps the latent is averaged down, and so is the truth (EQ-VAE).
+
+    Kouzelis et al. (2025); only that latents of smaller pictures are smaller latents is asked for,
+    not that they turn with them. The latent has 1/4 to all of its cells a side.
+    """
+    share = 1.0
+
+    def decode(self, z, sizes=None):
+        height, width = (sizes or self.latent_sizes())['xy']
+        side, self.share = height, 1.0
+        if self.training and torch.rand(()) < 0.5:
+            side = torch.randint(-(-height // 4), height + 1, ()).item()
+            self.share = side / height
+            z = F.interpolate(z.unflatten(2, (height, width)), (side, side), mode='area').flatten(2)
+        return super().decode(z, dict(xy=(side, round(width * self.share))))
+
+    def predict(self, xi, batch):
+        values, truth = super().predict(xi, batch)
+        if self.share < 1:  # an item of scale s has s of its pixels for one at r
+            pixels = self.share * truth.shape[2] * batch['scale']
+            truth = low_passed(truth, [max(1, round(n)) for n in pixels.tolist()])
+        return values, truth
+
+
 def with_terms(loss, terms):
     """A loss plus (weight, term) pairs."""
     return lambda *pair: loss(*pair) + sum(weight * term(*pair) for weight, term in terms)
@@ -87,7 +119,7 @@ VARIANTS = {  # name -> (weight, term) pairs, and flags of train_vae.py
     'mlp-3-layers': ((), '--mlp_layers 3'), 'fields-48': ((), '--field_channels 48'),
     'decoder-48': ((), '--decoder_ch 48'), 'scale-1': ((), '--scale_probs 0.6,0.2,0.2'),
     'kl-0.15': ((), '--kl_weight 0.15'), 'kl-0.3': ((), '--kl_weight 0.3'),
-    'sn-1': ((), '--sn_start 1'),
+    'sn-1': ((), '--sn_start 1'), 'eq': ((), ''),
 }
 
 
@@ -97,10 +129,14 @@ def combined(name):
     return sum(terms, ()), ' '.join(flags).split()
 
 
+@contextmanager
 def variant(name):
-    """Context in which the losses have the terms of a variant."""
+    """Context in which the losses have the terms of a variant, and new networks are its own."""
     terms, _ = combined(name)
-    return mock.patch.dict(vae.LOSSES, {k: with_terms(vae.LOSSES[k], terms) for k in ('l1', 'l2')})
+    network = Equivariant if 'eq' in name.split('+') else vae.PictureVAE
+    losses = {k: with_terms(vae.LOSSES[k], terms) for k in ('l1', 'l2')}
+    with mock.patch.dict(vae.LOSSES, losses), mock.patch.dict(vae.DOMAINS, image=network):
+        yield
 
 
 # ---- cost of a step ------------------------------------------------------------------------------
@@ -110,7 +146,8 @@ def a_step(name, flags):
     args = train_vae.build_parser().parse_preset(train_vae.PRESETS, 'image',
                                                  [*combined(name)[1], *flags])
     process, train = common.start_process(args.device, args.amp), train_vae.open_data(args, 'train')
-    model = vae.D2CVAE(common.from_flags(args, vae.VAEConfig, **train.settles()))
+    with variant(name):
+        model = vae.D2CVAE(common.from_flags(args, vae.VAEConfig, **train.settles()))
     opt = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     batch = default_collate([train.item(i, common.seeded('cost', i)) for i in range(args.batch)])
 
@@ -178,9 +215,7 @@ def ablate(name, args, flags):
     steps = args.steps if name == 'baseline' else round(args.steps * seconds[0] / seconds[1])
     command = ['train_vae.py', *combined(name)[1], *flags, '--seed', str(args.seed), '--steps',
                str(steps), '--name', str(folder.relative_to(common.RUNS))]
-    with ExitStack() as patches:
-        patches.enter_context(variant(name))
-        patches.enter_context(mock.patch.object(sys, 'argv', command))
+    with variant(name), mock.patch.object(sys, 'argv', command):
         train_vae.main()
     row = dict(variant=name, seed=args.seed, steps=steps, **measure(folder, args),
                s_per_step=seconds[1], ratio=seconds[1] / seconds[0], command=' '.join(command))

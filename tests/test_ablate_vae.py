@@ -73,3 +73,46 @@ def test_a_variant_adds_weighted_terms_to_the_loss(ablate):
     assert ablate.combined('lr-2e-3+mlp-96')[1] == ['--lr', '2e-3', '--mlp_width', '96']
     with pytest.raises(ValueError, match='no variant nothing; of baseline'):
         ablate.combined('baseline+nothing')
+
+
+@pytest.mark.mutation(FILE, "mode='area').flatten(2)", "mode='nearest').flatten(2)")
+@pytest.mark.mutation(FILE, 'if self.training and', 'if')
+@pytest.mark.mutation(FILE, "truth.shape[2] * batch['scale']",
+                      "truth.shape[2] * batch['scale'] ** 0")
+@pytest.mark.mutation(FILE, 'image=network', 'image=vae.PictureVAE')
+def test_smaller_latents_stand_for_smoother_pictures(ablate, monkeypatch):
+    """Half of them in training, none in evaluation; the truth loses what its latent has lost."""
+    config = vae.VAEConfig(resolution=16, ch=8, ch_mult=(1, 2), decoder_ch=8, decoder_mult=(2, 1),
+                           fields=(1, 2), field_channels=4, mlp_width=16, z_channels=4)
+    with ablate.variant('baseline'):
+        assert type(vae.D2CVAE(config)) is vae.PictureVAE
+    with ablate.variant('gradient-1+eq'):
+        model = vae.D2CVAE(config)
+    assert type(model) is ablate.Equivariant
+    z, read = torch.randn(2, 4, 64), []
+    monkeypatch.setattr(vae.PictureVAE, 'decode', lambda self, z, sizes: read.append((z, sizes)))
+    torch.manual_seed(0)
+    for _ in range(200):
+        model.decode(z)
+    sides = torch.tensor([sizes['xy'] for _, sizes in read])
+    assert (sides[:, 0] == sides[:, 1]).all() and set(sides[:, 0].tolist()) == {*range(2, 9)}
+    assert 70 < (sides[:, 0] < 8).sum() < 110
+    small = next(z for z, sizes in read if sizes['xy'] == (4, 4))
+    torch.testing.assert_close(small, torch.nn.functional.avg_pool2d(
+        z.unflatten(2, (8, 8)), 2).flatten(2))
+    model.eval()
+    read.clear()
+    for _ in range(20):
+        model.decode(z)
+    assert all(found is z for found, _ in read) and model.share == 1
+
+    truth = torch.rand(2, 3, 16, 16)
+    monkeypatch.setattr(vae.PictureVAE, 'predict', lambda self, xi, batch: (None, truth))
+    batch = dict(scale=torch.tensor([1.0, 0.5]))
+    assert model.predict(None, batch)[1] is truth
+    model.share = 0.5
+    found = model.predict(None, batch)[1]
+    for k, factor in enumerate((2, 4)):
+        means = torch.nn.functional.avg_pool2d(truth[k:k + 1], factor)
+        again = torch.nn.functional.interpolate(means, scale_factor=factor, mode='bilinear')
+        torch.testing.assert_close(found[k:k + 1], again)
