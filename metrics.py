@@ -1283,6 +1283,9 @@ class Run:
     def train(self):
         return self.reals('train', self.args.num)
 
+    def test(self):
+        return self.reals('test', self.args.num)
+
     def reconstructions(self):
         return self.items(self.args.split, self.args.num, 'reconstructions',
                           lambda dataset, part: self.made(self.encoded(dataset, part), part))
@@ -1586,8 +1589,9 @@ def real_and_fake(args):
     paired, limit = args.fakes == 'reconstructions', args.num_real or args.num
     require(not alone or is_run(args.a),
             f'{args.a}: not a run; give a second folder or run to compare it with')
-    require(args.fakes != 'train' or alone and args.split == 'test', '--fakes train: give one run '
-            'and --split test, against which its training part stands for samples')
+    other = dict(train='test', test='train').get(args.fakes)
+    require(not other or alone and args.split == other, f'--fakes {args.fakes}: give one run and '
+            f'--split {other}, against which this part stands for samples')
     stage = 2 if args.fakes == 'samples' else 1
     a = open_run(args.a, args, stage if alone else 1) if is_run(args.a) else None
     b = a if alone else open_run(args.b, args, stage) if is_run(args.b) else None
@@ -1850,15 +1854,18 @@ def chosen(source, wanted):
     return {k: x for k, x in enumerate(things) if k in wanted}
 
 
-def nn_command(args):
-    """A picture of fakes, each followed by the reals nearest to it (Fig. 13)."""
+def nn_command(args, rows=16):
+    """A picture of fakes, each followed by the reals nearest to it (Fig. 13).
+
+    No more than `rows` of them are drawn.
+    """
     net, real, fake, bank, queries = real_and_fake_features(args)
     with full_precision():
         distances, index = (v.cpu() for v in nearest_neighbours(queries, bank, args.k))
-    shown = chosen(real, set(index.flatten().tolist()))
-    samples = chosen(fake, range(len(queries)))
+    shown = chosen(real, set(index[:rows].flatten().tolist()))
+    samples = chosen(fake, range(min(rows, len(queries))))
     side = args.res or max(samples[0].shape[1:])
-    tiles = [tile(x, side) for k, row in enumerate(index.tolist())
+    tiles = [tile(x, side) for k, row in enumerate(index[:rows].tolist())
              for x in [samples[k], *(shown[i] for i in row)]]
     if ranks()[0] == 0:
         data.save_grid(args.picture, torch.stack(tiles), columns=args.k + 1)
@@ -2147,8 +2154,9 @@ FLAGS = dict(
     steps=flag(1000, 'optimiser steps, of 32 shapes each'),
     seed=flag(0, 'of everything random; samples count up from it'),
     amp=flag(False, 'the diffusion model in bfloat16'),
-    fakes=flag('samples', 'what of a run is compared with its --split; the distance of `train`, '
-               'its training part, is the floor', choices=('samples', 'train', 'reconstructions')),
+    fakes=flag('samples', 'what of a run is compared with its --split; the other part of its data, '
+               'train or test, gives the floor', choices=('samples', 'train', 'test',
+                                                          'reconstructions')),
     points=flag(2048, 'points of a cloud', high=1_000_000),
     threshold=flag(0.0, "occupancy at which a surface lies; 0 = the run's"),
     coarse=flag(64, 'cells of the first grid, in which surface is looked for', low=1),

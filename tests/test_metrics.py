@@ -1193,17 +1193,20 @@ def test_a_folder_is_read_at_the_resolution_of_the_run(capsys, toy_run, colour_n
 
 
 @pytest.mark.mutation('metrics.py', "sampled or args.conditions == 'none' and", "True or")
-@pytest.mark.mutation('metrics.py', "alone and args.split == 'test', '--fakes", "True, '--fakes")
+@pytest.mark.mutation('metrics.py', 'not other or alone and args.split == other', 'True')
 @pytest.mark.mutation('metrics.py', "self.reals('train', self.args.num)",
+                      'self.reals(self.args.split, self.args.num)')
+@pytest.mark.mutation('metrics.py', "self.reals('test', self.args.num)",
                       'self.reals(self.args.split, self.args.num)')
 def test_floor_of_a_run(capsys, toy_run, colour_network, monkeypatch):
     sides = dict(train=Darker, test=Signals)
     monkeypatch.setattr(data, 'open_run_data', lambda info, split, root, captions: sides[split]())
-    manifest, _ = result(capsys, 'fid', toy_run, '--fakes', 'train', '--split', 'test')
-    close(manifest['fid'], 3 * 12.75 ** 2, 40)  # 0.1 darker
-    assert manifest['fake']['split'] == 'train' and manifest['real']['split'] == 'test'
-    with pytest.raises(ValueError, match='--split test'):
-        metrics.main(['fid', str(toy_run), '--fakes', 'train'])
+    for fakes, split in (('train', 'test'), ('test', 'train')):
+        manifest, _ = result(capsys, 'fid', toy_run, '--fakes', fakes, '--split', split)
+        close(manifest['fid'], 3 * 12.75 ** 2, 40)  # 0.1 darker
+        assert manifest['fake']['split'] == fakes and manifest['real']['split'] == split
+        with pytest.raises(ValueError, match=f'--split {split}'):
+            metrics.main(['fid', str(toy_run), '--fakes', fakes, '--split', fakes])
     for flags in (['--guidance', '2'], ['--conditions', 'test']):
         with pytest.raises(ValueError, match='for the samples of a run'):
             metrics.main(['fid', str(toy_run), '--fakes', 'train', '--split', 'test', *flags])
@@ -1449,6 +1452,7 @@ def test_videos_lie_in_folders_and_in_files(videos, tmp_path):
 # ---- pictures of what was measured -------------------------------------------------------------
 
 @pytest.mark.mutation('metrics.py', '[samples[k], *(shown', '[samples[0], *(shown')
+@pytest.mark.mutation('metrics.py', 'enumerate(index[:rows].tolist())', 'enumerate(index[:8].tolist())')
 @pytest.mark.mutation('metrics.py', 'nearest_neighbours(queries, bank, args.k)',
                       'nearest_neighbours(bank, queries, args.k)')
 def test_nearest_neighbours_are_drawn(capsys, folders, colour_network, tmp_path):
@@ -1466,6 +1470,12 @@ def test_nearest_neighbours_are_drawn(capsys, folders, colour_network, tmp_path)
     drawn = np.array(Image.open('out/nn.png'))
     assert drawn.shape == (2 * 18 + 2, 4 * 18 + 2, 3)
     assert drawn[10::18, 10::18, 0][:2, :4].tolist() == [[41, 40, 60, 20], [155, 160, 140, 120]]
+    for k in range(20):
+        data.save_png(f'many/{k}.png', torch.full((3, 16, 16), 155, dtype=torch.uint8))
+    manifest, _ = result(capsys, 'nn', 'bank', 'many', '--k', 3, '--num', 20,
+                         '--num_real', 9, '--features', 'inception')
+    assert manifest['neighbours'] == [[7, 6, 5]] * 20
+    assert Image.open('out/nn.png').size == (4 * 18 + 2, 16 * 18 + 2)
 
 
 @pytest.mark.mutation('metrics.py', 'grey - grey.mean((1, 2), keepdim=True)', 'grey')
