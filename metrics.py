@@ -1848,10 +1848,10 @@ def shapes_command(args):
 # ---- pictures of what was measured -------------------------------------------------------------
 
 def chosen(source, wanted):
-    """{number: thing} of those with these numbers, counted in a pass over what can be read."""
+    """{number: thing} of those with these numbers, counted over what can be read, to the last."""
     parts = pieces(source.items, source.batch)
     things = (x for part in parts for batch in source.read(part) for x in batch)
-    return {k: x for k, x in enumerate(things) if k in wanted}
+    return {k: x for k, x in zip(range(max(wanted) + 1), things) if k in wanted}
 
 
 def nn_command(args, rows=16):

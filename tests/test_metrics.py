@@ -1451,6 +1451,19 @@ def test_videos_lie_in_folders_and_in_files(videos, tmp_path):
 
 # ---- pictures of what was measured -------------------------------------------------------------
 
+@pytest.mark.mutation('metrics.py', 'zip(range(max(wanted) + 1), things)', 'enumerate(things)')
+@pytest.mark.mutation('metrics.py', 'range(max(wanted) + 1)', 'range(max(wanted))')
+def test_no_more_is_read_than_is_chosen():
+    reads = []
+
+    def read(part):
+        reads.extend(part)
+        return [torch.tensor(part)] if 0 not in part else []  # a part that cannot be read
+    source = metrics.Source(range(40), read, {}, 4, set())
+    assert {k: v.item() for k, v in metrics.chosen(source, {9, 2}).items()} == {2: 6, 9: 13}
+    assert reads == [*range(16)]
+
+
 @pytest.mark.mutation('metrics.py', '[samples[k], *(shown', '[samples[0], *(shown')
 @pytest.mark.mutation('metrics.py', 'enumerate(index[:rows].tolist())', 'enumerate(index[:8].tolist())')
 @pytest.mark.mutation('metrics.py', 'nearest_neighbours(queries, bank, args.k)',
