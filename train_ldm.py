@@ -108,14 +108,21 @@ def build_parser():
     return parser
 
 
+def without_folders(flags):
+    """Flags whose absolute paths have become names: nobody else has the folders."""
+    return {k: Path(v).name if isinstance(v, str) and os.path.isabs(v) else v
+            for k, v in flags.items()}
+
+
 def write_slim(path, target):
-    """Copy ldm.pt without optimiser and raw weights, floats in half precision."""
+    """Copy ldm.pt without optimiser, raw weights and folders, floats in half precision."""
     state = open_checkpoint(path, 'ldm')
     common.try_checkpoint('--slim', target)
     half = {part: {k: v.half() if v.is_floating_point() else v for k, v in state[part].items()}
             for part in ('vae', 'ema')}
     kept = {k: v for k, v in state.items() if k not in ('opt', 'model')}
-    common.save_checkpoint(target, {**kept, **half})
+    flags = {part: without_folders(state[part]) for part in ('args', 'vae_args')}
+    common.save_checkpoint(target, {**kept, **half, **flags})
     print(f'{target}: {Path(target).stat().st_size / 2 ** 20:.1f} MiB, step {state["step"]}')
 
 
@@ -387,7 +394,8 @@ def main():
     args, vae_path, first = parse()
     folder, digest = common.run_folder(args.name), common.file_digest(vae_path)
     if args.slim:
-        both = 'ldm_config' in first  # a file of the authors' code
+        own = args.name == common.run_name(vae_path)  # of a file of both stages, its second
+        both = own and 'ldm_config' in first
         return write_slim(vae_path if both else folder / 'ldm.pt', args.slim)
     process = common.start_process(args.device, args.amp)
     device = process.device

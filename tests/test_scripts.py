@@ -908,11 +908,21 @@ def test_a_diverged_model_makes_nothing(toy, tmp_path, repo):
         assert_refused(call(tmp_path, script, flags, repo=repo), 'nan/vae.pt holds NaN')
 
 
+@pytest.mark.mutation('train_ldm.py', "('args', 'vae_args')}", "('args',)}")
+@pytest.mark.mutation('train_ldm.py', 'and os.path.isabs(v)', '')
 @pytest.mark.mutation('train_ldm.py', 'v.half() if v', 'v if v')
 @pytest.mark.mutation('train_ldm.py', "not in ('opt', 'model')", "not in ('opt',)")
 def test_slim_checkpoint_samples_like_the_full_one(toy, copy, repo):
     done(copy, 'train_ldm.py', LDM, '--slim new/small.pt', repo=repo)
     full, small = toy.run / 'ldm.pt', copy / 'new' / 'small.pt'
+    state = common.load_checkpoint(full)
+    for flags in (state['args'], state['vae_args']):
+        flags |= dict(captions=str(copy / 'words.csv'), data='here/data')
+    common.save_checkpoint(copy / 'words.pt', state)
+    train_ldm.write_slim(copy / 'words.pt', copy / 'words_small.pt')
+    state = common.load_checkpoint(copy / 'words_small.pt')
+    for flags in (state['args'], state['vae_args']):
+        assert (flags['captions'], flags['data']) == ('words.csv', 'here/data')
     assert small.stat().st_size < full.stat().st_size / 4
     state = common.load_checkpoint(small, 'ldm')
     assert {v.dtype for v in state['ema'].values() if v.is_floating_point()} == {torch.float16}
@@ -1704,6 +1714,8 @@ def test_a_changed_stage_1_is_noticed(copy, repo):
 
 
 @pytest.mark.mutation('ldm.py', "step=state['vae_args']['steps'])", 'step=0)')
+@pytest.mark.mutation('train_ldm.py', "both = own and 'ldm_config' in first",
+                      "both = 'ldm_config' in first")
 def test_a_second_stage_on_the_first_of_another(copy, repo):
     """Of a file of both stages, slim or not; its own second stage is no matter."""
     done(copy, 'train_ldm.py', TOY, '--slim small.pt')
@@ -1715,6 +1727,12 @@ def test_a_second_stage_on_the_first_of_another(copy, repo):
         assert {k: state[k] for k in ('vae_args', 'vae_config', 'splits')} == {
             k: old[k] for k in ('vae_args', 'vae_config', 'splits')}
     assert_same(copy / 'runs/new1/ldm.pt', copy / 'runs/toy_image/ldm.pt')
+    for flags, run in (('--vae small.pt --name new0', 'new0'),
+                       ('--vae runs/new0/ldm.pt', 'new0')):
+        done(copy, 'train_ldm.py', flags, '--slim again.pt', repo=repo)
+        again, full = (common.load_checkpoint(path)['ema']['unet.out.weight']
+                       for path in (copy / 'again.pt', copy / 'runs' / run / 'ldm.pt'))
+        assert torch.equal(again, full.half())
 
 
 @pytest.mark.mutation('sample.py', "('vae.pt', 'ldm.pt') if args.reconstruct",
