@@ -1137,6 +1137,8 @@ def test_fid_of_a_run(capsys, toy_run, colour_network):
 
 @pytest.mark.mutation('metrics.py', 'index[k % len(index)]', 'k % len(index)')
 @pytest.mark.mutation('metrics.py', 'index[k % len(index)]', 'index[0]')
+@pytest.mark.mutation('metrics.py', 'self.args.device,\n                                             '
+                      'config.text_length)', 'self.args.device)')
 @pytest.mark.mutation('metrics.py', "reader(known['text'])", "reader(sorted(known['text']))")
 @pytest.mark.mutation('metrics.py', "guidance=self.args.guidance)", 'guidance=1.0)')
 @pytest.mark.mutation('metrics.py', 'require(config.num_classes or config.text', 'require(True')
@@ -1144,19 +1146,21 @@ def test_fid_of_a_run(capsys, toy_run, colour_network):
 def test_samples_have_the_conditions_of_items(monkeypatch):
     """Sample k that of the k-th of --num items, evenly spaced, from the first again at their end."""
     known = [dict(label=10 * i, text=f'{9 - i}') for i in range(6)]
-    monkeypatch.setattr(metrics, 'text_reader', lambda text, device: lambda texts: (text, texts))
+    monkeypatch.setattr(metrics, 'text_reader', lambda text, device, length=96:
+                        lambda texts: (f'{length} {text}', texts))
 
     def conditions(num, split='test', w=2.5, **config):
         args = SimpleNamespace(command='fid', conditions=split, guidance=w, num=num, reader='',
                                device='cpu', res=8)
-        network = SimpleNamespace(config=SimpleNamespace(**dict(num_classes=0, text='') | config))
+        network = SimpleNamespace(config=SimpleNamespace(**dict(
+            num_classes=0, text='', text_length=40) | config))
         run = metrics.Run(Model(), network, {}, 'run', args)
         run.data = dict.fromkeys([split], Items(known)).__getitem__
         return run.conditions
     found = conditions(3, num_classes=60)([0, 1, 2])
     assert (found['cond'].tolist(), found['guidance']) == ([0, 20, 40], 2.5)
     assert conditions(9, text='bytes')([4, 5, 6, 7]) == dict(
-        cond=('bytes', ['5', '4', '9', '8']), guidance=2.5)
+        cond=('40 bytes', ['5', '4', '9', '8']), guidance=2.5)
     assert conditions(3, split='none', w=1, text='bytes')([0, 1]) == {}
     for options, word in ((dict(), '--conditions'), (dict(split='none', text='bytes'), '--guidance')):
         with pytest.raises(ValueError, match=word):

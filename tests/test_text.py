@@ -432,14 +432,16 @@ def test_metrics_of_text(tmp_path, merges, monkeypatch, capsys):
         def draw(self, seeds, guidance, cond):
             assert list(seeds) == list(range(7)) and guidance == 3 and len(cond) == 7
             return torch.tensor(list(balls.values())[cond[0]]), 20.0
-    ldm = SimpleNamespace(config=SimpleNamespace(text='bytes'))
+    ldm = SimpleNamespace(config=SimpleNamespace(text='bytes', text_length=40))
     monkeypatch.setattr(metrics, 'open_run', lambda path, args, stage: Balls(
         vae, ldm, dict(step=7), 'run', args))
-    monkeypatch.setattr(metrics, 'text_reader', lambda text, device: lambda captions: torch.tensor(
-        [list(balls).index(c) for c in captions]))
+    read = []
+    monkeypatch.setattr(metrics, 'text_reader', lambda *about: read.append(about) or (
+        lambda captions: torch.tensor([list(balls).index(c) for c in captions])))
     metrics.main(['text', 'run', '--res', '16', '--classifier', str(tmp_path / 'best.pt'), '--clip',
                   '--weights', str(tmp_path / 'clip.pt'), '--views', 'even', '--device', 'cpu',
                   '--num', '2', '--sampler', 'rk45:1e-3', '--each', '7'])
+    assert read == [('bytes', torch.device('cpu'), 40)]
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (row['captions'], row['empty'], row['nfe'], row['forwards']) == (2, 1, 20, 40)
     assert row['accuracy'] == 50 and row['classifier_grid'] == 'ends' and row['each'] == 7
