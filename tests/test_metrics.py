@@ -1469,7 +1469,8 @@ def test_no_more_is_read_than_is_chosen():
 
 
 @pytest.mark.mutation('metrics.py', '[samples[k], *(shown', '[samples[0], *(shown')
-@pytest.mark.mutation('metrics.py', 'enumerate(index[:rows].tolist())', 'enumerate(index[:8].tolist())')
+@pytest.mark.mutation('metrics.py', 'enumerate(index[:rows].tolist())',
+                      'enumerate(index[:8].tolist())')
 @pytest.mark.mutation('metrics.py', 'nearest_neighbours(queries, bank, args.k)',
                       'nearest_neighbours(bank, queries, args.k)')
 def test_nearest_neighbours_are_drawn(capsys, folders, colour_network, tmp_path):
