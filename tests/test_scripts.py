@@ -1027,7 +1027,7 @@ def test_meshes_out_of_samples_and_reconstructions(shapes, tmp_path, repo):
 
 
 @pytest.mark.mutation('sample.py', '3.0 if args.text else 1.0', '1.0')
-@pytest.mark.mutation('sample.py', 'device)([args.text])', "device)([''])")
+@pytest.mark.mutation('sample.py', 'c.text_length)([args.text])', "c.text_length)([''])")
 def test_text_reaches_the_shapes(shapes, tmp_path, repo, monkeypatch):
     state = common.load_checkpoint(shapes.run / 'ldm.pt')
     for name in [k for k in state['ema'] if k.endswith(('.proj_out.weight', 'unet.out.weight'))]:
