@@ -671,7 +671,7 @@ def lock_run(folder, process):
     """Make a run's folder and keep other processes from training there until `run` has ended.
 
     ValueError, which names the other, if there is one. What killed writers left is removed. On a
-    file system without locks, and in processes that do not write, this does nothing.
+    file system without locks, and in processes that do not write, it makes the folder and no more.
     """
     folder.mkdir(parents=True, exist_ok=True)  # by all: none waits for the first
     if not process.is_first:

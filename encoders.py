@@ -795,7 +795,7 @@ class StoredReader:
 class ByteReader:
     """Reader that gives the tokens (B,length) which a model's own `ByteText` reads."""
 
-    def __init__(self, device='cpu', length=96):
+    def __init__(self, device, length):
         network = ByteText(length=length)
         self.tokenise, self.device = network.tokenise, device
         self.channels = network.norm.weight.shape[0]

@@ -105,8 +105,8 @@ class LDMConfig:
                 'condition on class labels (--num_classes) or text (--text), not both')
         require(self.t_std or not self.t_mean, f'--t_mean {self.t_mean:g}: has no effect without '
                 '--t_std')
-        require(self.text == 'bytes' or self.text_length == 96, f'--text_length '
-                f'{self.text_length}: has no effect without --text bytes')
+        require(self.text == 'bytes' or self.text_length == type(self).text_length,
+                f'--text_length {self.text_length}: has no effect without --text bytes')
         require(self.triplane != 'concat' or len({*map(tuple, self.planes.values())}) == 1,
                 '--triplane concat: planes of different shapes cannot be concatenated')
 

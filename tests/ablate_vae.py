@@ -87,12 +87,13 @@ class Equivariant(vae.PictureVAE):
 
     def decode(self, z, sizes=None):
         height, width = (sizes or self.latent_sizes())['xy']
-        side, self.share = height, 1.0
+        smaller, self.share = (height, width), 1.0
         if self.training and torch.rand(()) < 0.5:
             side = torch.randint(-(-height // 4), height + 1, ()).item()
             self.share = side / height
-            z = F.interpolate(z.unflatten(2, (height, width)), (side, side), mode='area').flatten(2)
-        return super().decode(z, dict(xy=(side, round(width * self.share))))
+            smaller = side, round(width * self.share)
+            z = F.interpolate(z.unflatten(2, (height, width)), smaller, mode='area').flatten(2)
+        return super().decode(z, dict(xy=smaller))
 
     def predict(self, xi, batch):
         values, truth = super().predict(xi, batch)

@@ -98,7 +98,7 @@ def test_smaller_latents_stand_for_smoother_pictures(ablate, monkeypatch):
     assert (sides[:, 0] == sides[:, 1]).all() and set(sides[:, 0].tolist()) == {*range(2, 9)}
     assert 70 < (sides[:, 0] < 8).sum() < 110
     small = next(z for z, sizes in read if sizes['xy'] == (4, 4))
-    torch.testing.assert_close(small, torch.nn.functional.avg_pool2d(
+    torch.testing.assert_close(small, F.avg_pool2d(
         z.unflatten(2, (8, 8)), 2).flatten(2))
     model.eval()
     read.clear()
@@ -113,6 +113,6 @@ def test_smaller_latents_stand_for_smoother_pictures(ablate, monkeypatch):
     model.share = 0.5
     found = model.predict(None, batch)[1]
     for k, factor in enumerate((2, 4)):
-        means = torch.nn.functional.avg_pool2d(truth[k:k + 1], factor)
-        again = torch.nn.functional.interpolate(means, scale_factor=factor, mode='bilinear')
+        means = F.avg_pool2d(truth[k:k + 1], factor)
+        again = F.interpolate(means, scale_factor=factor, mode='bilinear')
         torch.testing.assert_close(found[k:k + 1], again)

@@ -956,7 +956,8 @@ def test_errors_of_workers_and_of_memory_are_one_line(capsys):
 @pytest.mark.mutation('common.py', 'not isinstance(error, RuntimeError) or', '')
 def test_what_to_try_on_a_small_machine(capsys):
     """The errors are PyTorch's, NumPy's and Python's, as they word them."""
-    shm, size = '--workers 0, or give /dev/shm more room', 'a smaller size, --batch or, in training, --micro_batch'
+    shm = '--workers 0, or give /dev/shm more room'
+    size = 'a smaller size, --batch or, in training, --micro_batch'
     for error, cure in (
             (RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is '
                           "possible that dataloader's workers are out of shared memory."), shm),

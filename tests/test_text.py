@@ -528,9 +528,9 @@ def test_own_text_encoder_is_part_of_the_model():
 
 
 @pytest.mark.mutation('encoders.py', 'return ByteReader(device, length)',
-                      'return ByteReader(device)')
+                      'return ByteReader(device, 96)')
 @pytest.mark.mutation('ldm.py', 'length=config.text_length', 'length=96')
-@pytest.mark.mutation('ldm.py', "self.text == 'bytes' or self.text_length == 96", 'True')
+@pytest.mark.mutation('ldm.py', "self.text == 'bytes' or self.text_length == type", 'type')
 def test_so_many_bytes_are_read():
     model = model_of(text='bytes', context_channels=128, text_length=5)
     tokens = encoders.text_reader('bytes', length=5)(['a chair', 'a chain'])
