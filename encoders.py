@@ -503,11 +503,18 @@ class TextBlock(nn.Module):
 
 
 class ByteText(nn.Module):
-    """A small transformer over the bytes of texts: tokens (B,length) -> (B,length,width)."""
+    """A small transformer over the bytes of texts: tokens (B,length) -> (B,length,width).
 
-    def __init__(self, width=128, layers=3, heads=4, length=96):
+    To a byte it adds a vector for each of the groups of `ngrams` bytes that end there, found in one
+    table by a hash, as Pagnoni et al. (2024) do: so a word is told from others at once, even one
+    that occurs in few texts.
+    """
+
+    def __init__(self, width=128, layers=3, heads=4, length=96, ngrams=(), rows=4093):
         super().__init__()
+        self.ngrams = ngrams
         self.embedding = nn.Embedding(257, width)
+        self.groups = nn.Embedding(rows, width) if ngrams else None
         self.position = nn.Parameter(0.02 * torch.randn(length, width))
         self.blocks = nn.ModuleList(TextBlock(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
@@ -520,8 +527,17 @@ class ByteText(nn.Module):
             row[:len(data)] = data
         return tokens
 
+    def hashed(self, tokens, n):
+        """Rows (B,length) of the table for the n bytes that end at each token."""
+        key = torch.full_like(tokens, n)  # the same bytes in a longer group have another row
+        for back in reversed(range(n)):
+            key = key * 257 + F.pad(tokens, (back, 0))[:, :tokens.shape[1]]
+        return key % self.groups.num_embeddings
+
     def forward(self, tokens):
         x = self.embedding(tokens) + self.position
+        for n in self.ngrams:
+            x = x + self.groups(self.hashed(tokens, n)) * (tokens > 0)[..., None]
         for block in self.blocks:
             x = block(x)
         return self.norm(x)

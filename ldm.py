@@ -79,6 +79,8 @@ class LDMConfig:
     text: str = flag('', 'what reads captions: bytes (a small transformer, trained along), a file '
                      "or folder of CLIP's weights, or an .npz of features; empty = none")
     text_length: int = flag(96, 'bytes of a caption that --text bytes reads', low=1)
+    text_ngrams: tuple = flag((2, 3, 4, 5), 'lengths of the groups of bytes that have vectors of '
+                              "their own in --text bytes; '' = none")
     context_channels: int = 0  # width of the text features to condition on, 0 = none
     # How the authors' networks differ, see STRUCTURE.
     symmetric_pad: bool = False  # zeros on all sides before a convolution of stride 2
@@ -105,8 +107,9 @@ class LDMConfig:
                 'condition on class labels (--num_classes) or text (--text), not both')
         require(self.t_std or not self.t_mean, f'--t_mean {self.t_mean:g}: has no effect without '
                 '--t_std')
-        require(self.text == 'bytes' or self.text_length == type(self).text_length,
-                f'--text_length {self.text_length}: has no effect without --text bytes')
+        for name in ('text_length', 'text_ngrams'):
+            require(self.text == 'bytes' or getattr(self, name) == getattr(type(self), name),
+                    f'--{name} {getattr(self, name)}: has no effect without --text bytes')
         require(self.triplane != 'concat' or len({*map(tuple, self.planes.values())}) == 1,
                 '--triplane concat: planes of different shapes cannot be concatenated')
 
@@ -298,7 +301,8 @@ class LDM(nn.Module):
         self.unet = UNet(config)
         self.text = None
         if config.text == 'bytes':
-            self.text = ByteText(config.context_channels, length=config.text_length)
+            self.text = ByteText(config.context_channels, length=config.text_length,
+                                 ngrams=config.text_ngrams)
         c = config.z_channels
         self.shape = c, sum(h * w for h, w in config.planes.values())  # (C, L) of one latent
         logits = 1, c, len(config.planes) if config.mixing_planes else 1

@@ -37,12 +37,6 @@ FOLDER, ROUNDS = common.RUNS / 'ablate_vae', 10
 
 # ---- terms of the loss: of values and truth, (B,3,h,w) each --------------------------------------
 
-def gradient(values, truth):
-    """L1 of the differences between neighbours along y plus that along x."""
-    error = values - truth
-    return sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
-
-
 def pooled(values, truth):
     """L1 of means over 2 x 2 pixels plus that over 4 x 4."""
     return sum(F.avg_pool2d(values - truth, side).abs().mean() for side in (2, 4))
@@ -112,8 +106,8 @@ VARIANTS = {  # name -> (weight, term) pairs, and flags of train_vae.py
     'baseline': ((), ''),
     # More terms make the KL count for less: its weight grows as the loss does.
     'features': (((0.5, features),), '--kl_weight 0.1'),
-    'gradient-0.5': (((0.5, gradient),), '--kl_weight 0.085'),
-    'gradient-1': (((1.0, gradient),), '--kl_weight 0.125'),
+    'gradient-0.5': ((), '--gradient_weight 0.5 --kl_weight 0.085'),
+    'gradient-1': ((), '--gradient_weight 1 --kl_weight 0.125'),
     'multi-scale': (((0.5, pooled),), '--kl_weight 0.085'), 'l2': ((), '--loss l2'),
     'lr-2e-3': ((), '--lr 2e-3'), 'lr-3e-3': ((), '--lr 3e-3'), 'lr_min': ((), '--lr_min 1e-5'),
     'mlp-96': ((), '--mlp_width 96'), 'mlp-128': ((), '--mlp_width 128'),

@@ -8,7 +8,7 @@ import vae
 from conftest import program
 
 FILE = 'tests/ablate_vae.py'
-TERMS = 'gradient', 'pooled', 'features'
+TERMS = 'pooled', 'features'
 
 
 @pytest.fixture
@@ -19,7 +19,6 @@ def ablate(mutation):
 
 @pytest.mark.mutation(FILE, 'F.avg_pool2d(values - truth, side)', 'F.avg_pool2d(values, side)')
 @pytest.mark.mutation(FILE, 'random_features(truth)', 'random_features(-truth)')
-@pytest.mark.mutation(FILE, '    error = values - truth\n', '    error = values - 2 * truth\n')
 def test_terms_vanish_for_equal_pictures_only(ablate):
     values, other = torch.rand(2, 2, 3, 16, 12)
     for term in TERMS:
@@ -27,18 +26,12 @@ def test_terms_vanish_for_equal_pictures_only(ablate):
         assert getattr(ablate, term)(values, other) > 0.01
 
 
-@pytest.mark.mutation(FILE, 'for dim in (2, 3)', 'for dim in (2, 2)')
-@pytest.mark.mutation(FILE, 'dim=dim).abs()', 'dim=dim).square()')
 @pytest.mark.mutation(FILE, 'for side in (2, 4)', 'for side in (2,)')
-def test_ramps_constants_and_checkerboards(ablate):
+def test_means_of_a_constant_and_a_checkerboard(ablate):
     y, x = torch.meshgrid(torch.arange(8.0), torch.arange(12.0), indexing='ij')
     truth = torch.rand(1, 3, 8, 12)
-    errors = dict(ramp=3 * x - 2 * y, constant=torch.full_like(x, -0.25), board=(-1) ** (x + y))
-    found = {name: [getattr(ablate, term)(truth + error, truth).item() for term in TERMS[:2]]
-             for name, error in errors.items()}
-    assert found['ramp'][0] == pytest.approx(5, rel=1e-5)
-    assert found['constant'] == pytest.approx([0, 0.5], abs=1e-6)
-    assert found['board'] == pytest.approx([4, 0], abs=1e-6)
+    for error, expected in ((torch.full_like(x, -0.25), 0.5), ((-1) ** (x + y), 0)):
+        assert ablate.pooled(truth + error, truth).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.mutation(FILE, 'stride=1 if i == 0 else 2', 'stride=2')
@@ -64,9 +57,9 @@ def test_random_features_are_those_of_fixed_filters(ablate):
 def test_a_variant_adds_weighted_terms_to_the_loss(ablate):
     values, truth = torch.rand(2, 2, 3, 16, 16)
     plain = dict(vae.LOSSES)
-    with ablate.variant('gradient-0.5+multi-scale+lr-2e-3'):
+    with ablate.variant('multi-scale+features+lr-2e-3'):
         found = {name: vae.LOSSES[name](values, truth) for name in ('l1', 'l2')}
-    more = 0.5 * ablate.gradient(values, truth) + 0.5 * ablate.pooled(values, truth)
+    more = 0.5 * ablate.pooled(values, truth) + 0.5 * ablate.features(values, truth)
     torch.testing.assert_close(found['l1'], F.l1_loss(values, truth) + more)
     torch.testing.assert_close(found['l2'], F.mse_loss(values, truth) + more)
     assert vae.LOSSES == plain
@@ -86,7 +79,7 @@ def test_smaller_latents_stand_for_smoother_pictures(ablate, monkeypatch):
                            fields=(1, 2), field_channels=4, mlp_width=16, z_channels=4)
     with ablate.variant('baseline'):
         assert type(vae.D2CVAE(config)) is vae.PictureVAE
-    with ablate.variant('gradient-1+eq'):
+    with ablate.variant('multi-scale+eq'):
         model = vae.D2CVAE(config)
     assert type(model) is ablate.Equivariant
     z, read = torch.randn(2, 4, 64), []

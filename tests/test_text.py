@@ -484,6 +484,27 @@ def test_bytes():
     assert all(p.grad is not None for p in network.parameters())
 
 
+@pytest.mark.mutation('encoders.py', 'key * 257 + F.pad', 'key * 256 + F.pad')
+@pytest.mark.mutation('encoders.py', 'key = torch.full_like(tokens, n)',
+                      'key = torch.zeros_like(tokens)')
+@pytest.mark.mutation('encoders.py', '(self.hashed(tokens, n)) * (tokens > 0)[..., None]',
+                      '(self.hashed(tokens, n))')
+@pytest.mark.mutation('encoders.py', 'for back in reversed(range(n)):', 'for back in range(n):')
+def test_groups_of_bytes_have_vectors_of_their_own():
+    network = encoders.ByteText(16, layers=0, length=8, ngrams=(2, 3), rows=97)
+    tokens = network.tokenise(['a fig', 'figs', ''])
+    expected = network.embedding(tokens) + network.position
+    for row, text in enumerate(tokens.tolist()):
+        for end, token in enumerate(text):
+            for n in (2, 3) if token else ():
+                group = ([0, 0] + text)[end + 3 - n:end + 3]
+                number = n
+                for byte in group:  # digits of a number in base 257, first the length
+                    number = 257 * number + byte
+                expected[row, end] = expected[row, end] + network.groups.weight[number % 97]
+    torch.testing.assert_close(network(tokens), network.norm(expected))
+
+
 def model_of(**changes):
     config = dict(domain='shape', z_channels=3, planes={n: [4, 4] for n in ('xy', 'yz', 'xz')},
                   ch=16, ch_mult=(1, 2), num_res_blocks=1, attn_factors=(1, 2), mixing_init=0.0)
@@ -530,7 +551,8 @@ def test_own_text_encoder_is_part_of_the_model():
 @pytest.mark.mutation('encoders.py', 'return ByteReader(device, length)',
                       'return ByteReader(device, 96)')
 @pytest.mark.mutation('ldm.py', 'length=config.text_length', 'length=96')
-@pytest.mark.mutation('ldm.py', "self.text == 'bytes' or self.text_length == type", 'type')
+@pytest.mark.mutation('ldm.py', "self.text == 'bytes' or getattr(self, name) ==", 'True or')
+@pytest.mark.mutation('ldm.py', 'ngrams=config.text_ngrams', 'ngrams=()')
 def test_so_many_bytes_are_read():
     model = model_of(text='bytes', context_channels=128, text_length=5)
     tokens = encoders.text_reader('bytes', length=5)(['a chair', 'a chain'])
@@ -539,6 +561,10 @@ def test_so_many_bytes_are_read():
     assert model.guided(tokens, 3.0)(torch.randn(2, 3, 48), torch.tensor([1, 2])).isfinite().all()
     with pytest.raises(ValueError, match='--text_length 5: has no effect without --text bytes'):
         model_of(text_length=5)
+    with pytest.raises(ValueError, match='--text_ngrams .7,.: has no effect without'):
+        model_of(text_ngrams=(7,))
+    assert model_of(text='bytes', context_channels=128, text_ngrams=(7,)).text.ngrams == (7,)
+    assert model_of(text='bytes', context_channels=128, text_ngrams=()).text.groups is None
 
 
 @pytest.mark.mutation(

@@ -175,6 +175,39 @@ def check_objective(mode, n):
     assert losses['kl'] > 1 and losses['sn'] > 1
 
 
+@pytest.mark.mutation('vae.py', 'for dim in (2, 3)', 'for dim in (2, 2)')
+@pytest.mark.mutation('vae.py', 'dim=dim).abs()', 'dim=dim).square()')
+@pytest.mark.mutation('vae.py', '    error = values - truth\n', '    error = values\n')
+def test_differences_of_a_ramp_and_a_checkerboard():
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(12.0), indexing='ij')
+    truth = torch.rand(1, 3, 8, 12)
+    for error, expected in ((3 * x - 2 * y, 5), (0 * x - 0.25, 0), ((-1) ** (x + y), 4)):
+        found = vae.gradient_loss(truth + error, truth).item()
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.mutation('vae.py', 'gradient_loss(values.float(), truth)',
+                      'gradient_loss(values.float(), 2 * truth)')
+@pytest.mark.mutation('vae.py', "total = total + c.gradient_weight * losses['gradient']", 'pass')
+@pytest.mark.mutation('vae.py', "'ch', 'ch_mult', 'gradient_weight'", "'ch', 'ch_mult'")
+def test_differences_between_neighbours_in_the_loss():
+    model, batch = tiny(gradient_weight=0.5), batch_of()
+    noise = torch.randn(3, 4, 64)
+    losses = model(batch, noise=noise, penalty=0)
+    model.config.gradient_weight = 0.0
+    plain = model(batch, noise=noise, penalty=0)
+    values, truth = model.predict(model.decode(model.encode(batch).sample(noise)), batch)
+    expected = vae.gradient_loss(values, truth)
+    torch.testing.assert_close(losses['gradient'], expected)
+    torch.testing.assert_close(losses['total'], plain['total'] + 0.5 * expected)
+    assert 'gradient' not in plain
+    try:
+        tiny(**SHAPE, gradient_weight=0.5)
+        pytest.fail('surfaces have no neighbouring pixels')
+    except ValueError as error:
+        assert '--gradient_weight: is for image data' in str(error)
+
+
 @pytest.mark.mutation(
     'vae.py',
     '(values.float(), truth)',
