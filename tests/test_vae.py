@@ -210,8 +210,8 @@ def test_differences_between_neighbours_in_the_loss():
 
 @pytest.mark.mutation(
     'vae.py',
-    '(values.float(), truth)',
-    '(values.float(), truth) * truth.numel() / c.n_ref')
+    'LOSSES[c.loss](values.float(), truth)',
+    'LOSSES[c.loss](values.float(), truth) * truth.numel() / c.n_ref')
 def test_balance_does_not_depend_on_the_number_of_coordinates():
     """Targets of any size, all 0.5 off, cost the same; so KL and SN keep their share."""
     model = tiny(scale_injection=False, sn_start=0.0)
