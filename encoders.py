@@ -505,12 +505,12 @@ class TextBlock(nn.Module):
 class ByteText(nn.Module):
     """A small transformer over the bytes of texts: tokens (B,length) -> (B,length,width).
 
-    To a byte it adds a vector for each of the groups of `ngrams` bytes that end there, found in one
-    table by a hash, as Pagnoni et al. (2024) do: so a word is told from others at once, even one
+    To a byte it adds a vector for each of the groups of 2 to `ngrams` bytes that end there, found in
+    one table by a hash, as Pagnoni et al. (2024) do: so a word is told from others at once, even one
     that occurs in few texts.
     """
 
-    def __init__(self, width=128, layers=3, heads=4, length=96, ngrams=(), rows=4093):
+    def __init__(self, width=128, layers=3, heads=4, length=96, ngrams=0, rows=4093):
         super().__init__()
         self.ngrams = ngrams
         self.embedding = nn.Embedding(257, width)
@@ -536,7 +536,7 @@ class ByteText(nn.Module):
 
     def forward(self, tokens):
         x = self.embedding(tokens) + self.position
-        for n in self.ngrams:
+        for n in range(2, self.ngrams + 1):
             x = x + self.groups(self.hashed(tokens, n)) * (tokens > 0)[..., None]
         for block in self.blocks:
             x = block(x)

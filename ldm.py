@@ -79,8 +79,8 @@ class LDMConfig:
     text: str = flag('', 'what reads captions: bytes (a small transformer, trained along), a file '
                      "or folder of CLIP's weights, or an .npz of features; empty = none")
     text_length: int = flag(96, 'bytes of a caption that --text bytes reads', low=1)
-    text_ngrams: tuple = flag((2, 3, 4, 5), 'lengths of the groups of bytes that have vectors of '
-                              "their own in --text bytes; '' = none")
+    text_ngrams: int = flag(0, 'in --text bytes, groups of 2 to so many bytes have vectors of their '
+                            'own; 0 = none')
     context_channels: int = 0  # width of the text features to condition on, 0 = none
     # How the authors' networks differ, see STRUCTURE.
     symmetric_pad: bool = False  # zeros on all sides before a convolution of stride 2
@@ -110,6 +110,7 @@ class LDMConfig:
         for name in ('text_length', 'text_ngrams'):
             require(self.text == 'bytes' or getattr(self, name) == getattr(type(self), name),
                     f'--{name} {getattr(self, name)}: has no effect without --text bytes')
+        require(self.text_ngrams != 1, '--text_ngrams 1: groups begin at 2 bytes')
         require(self.triplane != 'concat' or len({*map(tuple, self.planes.values())}) == 1,
                 '--triplane concat: planes of different shapes cannot be concatenated')
 

@@ -491,7 +491,7 @@ def test_bytes():
                       '(self.hashed(tokens, n))')
 @pytest.mark.mutation('encoders.py', 'for back in reversed(range(n)):', 'for back in range(n):')
 def test_groups_of_bytes_have_vectors_of_their_own():
-    network = encoders.ByteText(16, layers=0, length=8, ngrams=(2, 3), rows=97)
+    network = encoders.ByteText(16, layers=0, length=8, ngrams=3, rows=97)
     tokens = network.tokenise(['a fig', 'figs', ''])
     expected = network.embedding(tokens) + network.position
     for row, text in enumerate(tokens.tolist()):
@@ -552,7 +552,8 @@ def test_own_text_encoder_is_part_of_the_model():
                       'return ByteReader(device, 96)')
 @pytest.mark.mutation('ldm.py', 'length=config.text_length', 'length=96')
 @pytest.mark.mutation('ldm.py', "self.text == 'bytes' or getattr(self, name) ==", 'True or')
-@pytest.mark.mutation('ldm.py', 'ngrams=config.text_ngrams', 'ngrams=()')
+@pytest.mark.mutation('ldm.py', 'ngrams=config.text_ngrams', 'ngrams=0')
+@pytest.mark.mutation('ldm.py', 'self.text_ngrams != 1', 'True')
 def test_so_many_bytes_are_read():
     model = model_of(text='bytes', context_channels=128, text_length=5)
     tokens = encoders.text_reader('bytes', length=5)(['a chair', 'a chain'])
@@ -561,10 +562,12 @@ def test_so_many_bytes_are_read():
     assert model.guided(tokens, 3.0)(torch.randn(2, 3, 48), torch.tensor([1, 2])).isfinite().all()
     with pytest.raises(ValueError, match='--text_length 5: has no effect without --text bytes'):
         model_of(text_length=5)
-    with pytest.raises(ValueError, match='--text_ngrams .7,.: has no effect without'):
-        model_of(text_ngrams=(7,))
-    assert model_of(text='bytes', context_channels=128, text_ngrams=(7,)).text.ngrams == (7,)
-    assert model_of(text='bytes', context_channels=128, text_ngrams=()).text.groups is None
+    with pytest.raises(ValueError, match='--text_ngrams 7: has no effect without --text bytes'):
+        model_of(text_ngrams=7)
+    with pytest.raises(ValueError, match='--text_ngrams 1: groups begin at 2'):
+        model_of(text='bytes', context_channels=128, text_ngrams=1)
+    assert model_of(text='bytes', context_channels=128, text_ngrams=7).text.ngrams == 7
+    assert model.text.groups is None
 
 
 @pytest.mark.mutation(
