@@ -79,8 +79,8 @@ class LDMConfig:
     text: str = flag('', 'what reads captions: bytes (a small transformer, trained along), a file '
                      "or folder of CLIP's weights, or an .npz of features; empty = none")
     text_length: int = flag(96, 'bytes of a caption that --text bytes reads', low=1)
-    text_ngrams: int = flag(0, 'in --text bytes, groups of 2 to so many bytes have vectors of their '
-                            'own; 0 = none')
+    text_ngrams: int = flag(0, 'in --text bytes, groups of 2 to so many bytes have vectors of '
+                            'their own; 0 = none')
     context_channels: int = 0  # width of the text features to condition on, 0 = none
     # How the authors' networks differ, see STRUCTURE.
     symmetric_pad: bool = False  # zeros on all sides before a convolution of stride 2
@@ -93,7 +93,9 @@ class LDMConfig:
     cond_dropout: float = flag(0.1, 'share of training items whose condition is left out')
     t_mean: float = flag(0.0, 'mean of the logit of t / 1000 in training', low=-10)
     t_std: float = flag(0.0, 'its deviation; 0 = all times alike')
-    mixed: bool = flag(True, 'mixed prediction eps = (1-s) sigma z + s F')
+    mixed: bool = flag(True, 'mixed prediction eps = (1-s) sigma z + s F, of v: v = s F')
+    predict: str = flag('eps', 'what the network gives and the loss compares: the noise, or '
+                        'v = alpha eps - sigma z_0', choices=('eps', 'v'))
     mixing_init: float = flag(-6.0, 'initial logit of s; 0 or -3 for short runs')
     latent_norm: str = flag('none', 'bring each latent channel to mean 0, deviation 1',
                             choices=('none', 'channel'))
@@ -370,14 +372,25 @@ class LDM(nn.Module):
         """
         z_t = z_t.float()
         out = self.unet(z_t, t, self.read(cond, len(z_t))).float()
-        if self.mixing_logit is None:
-            return out
-        sigma = (1 - alpha_bar(t, self.log_alpha_bar)).sqrt().float()[:, None, None]
-        share = self.mixing_logit.sigmoid()
-        if self.config.mixing_planes:
-            share = torch.cat([s.expand(-1, -1, n) for s, n in zip(share.split(1, 2), self.cells)],
-                              dim=2)
+        alpha, sigma = self.scales(t)
+        share = self.mixing()
+        if self.config.predict == 'v':  # sigma z_t + alpha v = eps
+            return sigma * z_t + alpha * share * out
         return torch.lerp(sigma * z_t, out, share)
+
+    def scales(self, t):
+        """alpha and sigma of z_t at times t (B,), (B,1,1) float32."""
+        ab = alpha_bar(t, self.log_alpha_bar)[:, None, None]
+        return ab.sqrt().float(), (1 - ab).sqrt().float()
+
+    def mixing(self):
+        """The share s of the network in mixed prediction, (1,C,L) or to be broadcast to it."""
+        if self.mixing_logit is None:
+            return self.z_mean.new_ones(1)
+        share = self.mixing_logit.sigmoid()
+        if not self.config.mixing_planes:
+            return share
+        return torch.cat([s.expand(-1, -1, n) for s, n in zip(share.split(1, 2), self.cells)], 2)
 
     def draw(self, positions, *key):
         """The random numbers of rows, each from `key` and its stream position alone.
@@ -399,20 +412,39 @@ class LDM(nn.Module):
             u = (c.t_mean + c.t_std * torch.special.ndtri(u.double())).sigmoid()
         return (T * u).long()
 
-    def forward(self, z0, cond=None, noise=None, t=None, drop=None):
+    def forward(self, z0, cond=None, noise=None, t=None, drop=None, posterior=None):
         """The loss: mean of |eps - eps_theta|^2 for latents z0 (B,C,L) of the VAE, a scalar.
 
+        Of a model that predicts v, the mean of |v - v_theta|^2, which is |eps error|^2 / alpha_bar.
         noise (B,C,L), t (B,), integers, and drop (B,), bool, are what `draw` returns; without them,
-        noise and times are drawn here, and no condition is left out.
+        noise and times are drawn here, and no condition is left out. `posterior`: mean and
+        deviation (B,C,L) of the q(z|x) that z0 was drawn from, by which the noise is replaced with
+        `expected_noise`.
         """
         noise = torch.randn_like(z0) if noise is None else noise
         t = torch.randint(T, (len(z0),), device=z0.device) if t is None else t
         if cond is not None and drop is not None:
             drop = drop.view(-1, *[1] * (cond.ndim - 1))
             cond = torch.where(drop, self.null(len(z0)), cond)
-        ab = alpha_bar(t, self.log_alpha_bar)[:, None, None]
-        z_t = ab.sqrt().float() * self.normalise(z0.float()) + (1 - ab).sqrt().float() * noise
-        return F.mse_loss(self.eps(z_t, t, cond), noise)
+        alpha, sigma = self.scales(t)
+        z_t = alpha * self.normalise(z0.float()) + sigma * noise
+        target = self.expected_noise(z_t, t, *posterior) if posterior else noise
+        return (self.error_scale(t) * (self.eps(z_t, t, cond) - target)).square().mean()
+
+    def error_scale(self, t):
+        """What errors of eps are multiplied with in the loss: 1, or 1 / alpha for those of v."""
+        return 1 / self.scales(t)[0] if self.config.predict == 'v' else 1.0
+
+    def expected_noise(self, z_t, t, mean, std):
+        """E[eps | z_t, x] of z_0 ~ q(z|x) = N(mean, std^2), all (B,C,L) and of the VAE but z_t.
+
+        As a target it has the optimum of eps itself, E[eps | z_t], and less variance: of z_t, given
+        x, N(alpha mean, alpha^2 std^2 + sigma^2), it is - sigma times the score.
+        """
+        alpha, sigma = self.scales(t)
+        std = std / self.z_std if self.config.latent_norm == 'channel' else std
+        variance = (alpha * std).square() + sigma.square()
+        return sigma * (z_t - alpha * self.normalise(mean)) / variance
 
     def check_condition(self, cond):
         """ValueError if this model cannot read the condition `cond`."""

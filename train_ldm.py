@@ -84,6 +84,8 @@ class LatentConfig:
     """How stage 2 is fed and averaged."""
     posterior: str = flag('sample', 'latents to learn: samples of q(z|x), or its mean',
                           choices=('sample', 'mean'))
+    target: str = flag('drawn', 'noise that the loss compares with: as drawn, or expected of z_t '
+                       'by q(z|x), which varies less', choices=('drawn', 'expected'))
     cache: str = flag('auto', 'keep the means and deviations of all latents; auto = memory or '
                       'disk, if there is room, else none',
                       choices=('auto', 'none', 'memory', 'disk'))
@@ -280,9 +282,12 @@ def encoder(vae, args, process):
 
 
 def latents_of(batch, encode, noise, posterior='sample'):
-    """z (B,C,L) of a batch of cached moments or of items; `noise` (B,C,L) draws from q(z|x)."""
+    """z (B,C,L) of a batch of cached moments or of items, and mean and deviation of its q(z|x).
+
+    `noise` (B,C,L) draws from q(z|x); z is its mean if `posterior` is 'mean'.
+    """
     mean, std = (batch[k].float() for k in ('mean', 'std')) if 'mean' in batch else encode(batch)
-    return mean if posterior == 'mean' else mean + std * noise
+    return mean if posterior == 'mean' else mean + std * noise, (mean, std)
 
 
 def measure_latents(latents, encode, shape, args, process, batches=16):
@@ -293,7 +298,8 @@ def measure_latents(latents, encode, shape, args, process, batches=16):
     for part in [*blocks(count)][process.rank::process.world]:
         batch = torch.utils.data.default_collate([stream[k] for k in part])
         noise, _ = common.row_noise(part, ('statistics', args.seed), process.device, shape)
-        z = latents_of(common.move(batch, process.device), encode, noise, args.posterior).double()
+        z, _ = latents_of(common.move(batch, process.device), encode, noise, args.posterior)
+        z = z.double()
         total += torch.stack([z.mean(2).sum(0), z.square().mean(2).sum(0)])
     if process.world > 1:
         dist.all_reduce(total)
@@ -326,8 +332,10 @@ def evaluate(model, vae, encode, held_out, args, reader, count=128, together=16)
         noise, drawn = model.draw(rows, 'held out', args.seed)
         cond = condition_of(batch, args, reader)
         conds += [] if cond is None else cond
-        z = latents_of(batch, encode, noise, args.posterior)
-        total += len(rows) * model(z, cond, **dict(drawn, t=times[rows.start:rows.stop]))
+        z, moments = latents_of(batch, encode, noise, args.posterior)
+        drawn.update(t=times[rows.start:rows.stop],
+                     posterior=moments if args.target == 'expected' else None)
+        total += len(rows) * model(z, cond, **drawn)
     cond = None
     if conds:
         own = torch.arange(36, device=device)
@@ -401,6 +409,8 @@ def main():
     device = process.device
     common.check_run_flags(args, process.world)
     common.require(args.ema < 1, f'--ema {args.ema}: must be below 1')
+    common.require(args.posterior == 'sample' or args.target == 'drawn', '--target expected: has '
+                   'no effect with --posterior mean')
     args.captions = common.resolved('--captions', args.captions)
     reader = text_reader(args.text, device, args.text_length) if args.text else None
     if args.text not in ('', 'bytes'):
@@ -475,7 +485,8 @@ def main():
         for i, count in enumerate(rows):
             positions, batch = next(batches)
             noise, drawn = model.draw(positions, 'diffusion', args.seed)
-            z = latents_of(batch, encode, noise, args.posterior)
+            z, moments = latents_of(batch, encode, noise, args.posterior)
+            drawn['posterior'] = moments if args.target == 'expected' else None
             cond, share = condition_of(batch, args, reader), count / sum(rows)
             with common.accumulating(ddp, i == len(rows) - 1):
                 with process.autocast():

@@ -6,8 +6,9 @@
 
 Names come before flags; those joined by + act together. A run is ablate/NAME-SEED below runs/ and
 continues where it was stopped. Every row is of 512 samples, against as many training pictures and,
-the first of them, against all held-out ones. The held-out loss is that of noise prediction without
-weights, which compares variants whose own losses differ. One JSON line follows each row.
+the first of them, against all held-out ones. The held-out loss is without the weights of a variant,
+but that of `v` is of v, and that of `expected` of the expected noise. One JSON line follows each
+row.
 """
 import argparse
 import itertools
@@ -39,25 +40,15 @@ LOG_SNR = ldm.LOG_ALPHA_BAR - torch.log(-torch.expm1(ldm.LOG_ALPHA_BAR))  # of t
 class Weighted(ldm.LDM):
     """An LDM whose training loss is the mean of weight(t) |eps - eps_theta|^2; t (B,) integers.
 
-    In evaluation mode, and without noise and times, it is that of any other LDM, not weighted.
+    In evaluation mode it is not weighted.
     """
 
     def weight(self, t):
         """(B,) float32."""
         return torch.ones(len(t), device=t.device)
 
-    def moments(self, t):
-        """alpha and sigma of z_t, (B,1,1) float32."""
-        ab = ldm.alpha_bar(t, self.log_alpha_bar)[:, None, None]
-        return ab.sqrt().float(), (1 - ab).sqrt().float()
-
-    def forward(self, z0, cond=None, noise=None, t=None, drop=None):
-        if noise is None or not self.training:
-            return super().forward(z0, cond, noise, t, drop)
-        # The loss that follows compares eps with the noise: errors are scaled before it.
-        eps, scale = self.eps, self.weight(t).sqrt()[:, None, None]
-        with mock.patch.object(self, 'eps', lambda *args: torch.lerp(noise, eps(*args), scale)):
-            return super().forward(z0, cond, noise, t, drop)
+    def error_scale(self, t):
+        return self.weight(t).sqrt()[:, None, None] if self.training else 1.0
 
 
 def by_time(values):
@@ -77,29 +68,12 @@ def sigmoid(bias):
     return type('Sigmoid', (Weighted,), dict(weight=by_time(weight / weight.mean())))
 
 
-class V(Weighted):
-    """The network gives v = alpha eps - sigma z_0 (Salimans & Ho, 2022); the loss is |v error|^2.
-
-    eps = sigma z_t + alpha v, so |v error|^2 = |eps error|^2 / alpha^2.
-    """
-    weight = by_time(1 / ldm.LOG_ALPHA_BAR.exp())
-
-    def eps(self, z_t, t, cond=None):
-        alpha, sigma = self.moments(t)
-        return sigma * z_t.float() + alpha * super().eps(z_t, t, cond)
-
-
-class VOfEps(V):
-    """The same network with the loss of noise prediction."""
-    weight = Weighted.weight
-
-
 class Z0(Weighted):
     """The network gives z_0; eps = (z_t - alpha z_0) / sigma, and the loss is min(SNR, 5) of it."""
     weight = min_snr(5).weight
 
     def eps(self, z_t, t, cond=None):
-        alpha, sigma = self.moments(t)
+        alpha, sigma = self.scales(t)
         return (z_t.float() - alpha * super().eps(z_t, t, cond)) / sigma
 
 
@@ -122,7 +96,8 @@ VARIANTS = {  # name -> class, or none for LDM itself, and flags of train_ldm.py
     **{f'sigmoid:{bias}': (sigmoid(bias), ()) for bias in (-3, -1, 2)},
     **{f'logit-normal:{mean}': (None, (f'--t_mean={mean}', '--t_std=1'))
        for mean in (0.5, -0.5, -1, -1.5)},
-    'v': (V, UNMIXED), 'v-eps': (VOfEps, UNMIXED), 'z0': (Z0, UNMIXED),
+    'v': (None, ('--predict', 'v', *UNMIXED)), 'v-mixed': (None, ('--predict', 'v')),
+    'expected': (None, ('--target', 'expected')), 'z0': (Z0, UNMIXED),
     'deep': (None, ('--ch', '48', '--num_res_blocks', '2')), 'wide': (None, ('--ch', '96')),
 }
 

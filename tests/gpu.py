@@ -336,7 +336,7 @@ class SecondStage(FirstStage):
 
     def encode(self):
         """Latents of the batch."""
-        self.z = train_ldm.latents_of(self.batch, self.encoder, self.noise)
+        self.z, _ = train_ldm.latents_of(self.batch, self.encoder, self.noise)
 
     def train(self):
         with self.process.autocast():

@@ -44,31 +44,24 @@ def diffused():
     return z0, noise, t, ab.sqrt().float(), (1 - ab).sqrt().float()
 
 
-TRUTHS = {'v': lambda z0, noise, alpha, sigma: alpha * noise - sigma * z0,
-          'v-eps': lambda z0, noise, alpha, sigma: alpha * noise - sigma * z0,
-          'z0': lambda z0, noise, alpha, sigma: z0, 'min-snr:5': lambda z0, noise, *_: noise}
+TRUTHS = {'z0': lambda z0, noise: z0, 'min-snr:5': lambda z0, noise: noise}
 
 
-@pytest.mark.parametrize('name', TRUTHS)
-def test_of_a_true_network_eps_is_the_noise(ablate, name, diffused):
+@pytest.mark.mutation(FILE, '- alpha * super().eps', '+ alpha * super().eps')
+def test_of_a_true_network_eps_is_the_noise(ablate, diffused):
     z0, noise, t, alpha, sigma = diffused
-    model = small(ablate, name, TRUTHS[name](z0, noise, alpha, sigma))
-    eps = model.eps(alpha * z0 + sigma * noise, t)
-    torch.testing.assert_close(eps, noise, rtol=0, atol=2e-5)
-    assert model(z0, None, noise, t) < 1e-6
+    for name, truth in TRUTHS.items():
+        model = small(ablate, name, truth(z0, noise))
+        eps = model.eps(alpha * z0 + sigma * noise, t)
+        torch.testing.assert_close(eps, noise, rtol=0, atol=2e-5)
+        assert model(z0, None, noise, t) < 1e-6
 
 
 LOSSES = {  # of |network - truth|^2, the weight that each variant gives it
-    'v': lambda snr: torch.ones(4, 1, 1), 'v-eps': lambda snr: 1 / (1 + 1 / snr),
     'z0': lambda snr: snr.clamp(max=5), 'min-snr:5': lambda snr: snr.clamp(max=5) / snr}
 
 
-@pytest.mark.mutation(FILE, '/ ldm.LOG_ALPHA_BAR.exp()', '/ (1 + ldm.LOG_ALPHA_BAR.exp())')
 @pytest.mark.mutation(FILE, 'self.weight(t).sqrt()', 'self.weight(t)')
-def test_the_loss_of_v_is_its_error(ablate, diffused):
-    weighs_its_error(ablate, 'v', diffused)
-
-
 @pytest.mark.mutation(FILE, 'weight = min_snr(5).weight', 'weight = min_snr(1).weight')
 def test_the_loss_of_z0_is_weighted_by_at_most_5(ablate, diffused):
     weighs_its_error(ablate, 'z0', diffused)
@@ -79,15 +72,10 @@ def test_min_snr(ablate, diffused):
     weighs_its_error(ablate, 'min-snr:5', diffused)
 
 
-@pytest.mark.mutation(FILE, '    weight = Weighted.weight\n', '')
-def test_v_with_the_loss_of_eps(ablate, diffused):
-    weighs_its_error(ablate, 'v-eps', diffused)
-
-
 def weighs_its_error(ablate, name, diffused):
     """The training loss of a network that answers 0; in evaluation there is no weight."""
     z0, noise, t, alpha, sigma = diffused
-    model, truth = small(ablate, name, torch.zeros_like(z0)), TRUTHS[name](z0, noise, alpha, sigma)
+    model, truth = small(ablate, name, torch.zeros_like(z0)), TRUTHS[name](z0, noise)
     weight = LOSSES[name]((alpha / sigma) ** 2)
     torch.testing.assert_close(model(z0, None, noise, t), (weight * truth ** 2).mean(), rtol=1e-4,
                                atol=0)
@@ -167,8 +155,8 @@ def test_averages_go_on_where_they_stopped(ablate, tmp_path):
 
 @pytest.mark.mutation(FILE, '[part for part in parts if part not in variants]', '[]')
 def test_names_are_joined(ablate):
-    cls, flags = ablate.combined('logit-normal:-1+v')
-    assert issubclass(cls, ablate.V)
+    cls, flags = ablate.combined('logit-normal:-1+z0')
+    assert issubclass(cls, ablate.Z0)
     assert flags == ['--t_mean=-1', '--t_std=1', '--mixed', 'off']
     assert ablate.combined('deep')[1] == ['--ch', '48', '--num_res_blocks', '2']
     try:

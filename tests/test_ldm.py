@@ -462,6 +462,54 @@ def test_mixing_is_per_channel_and_learned():
     torch.testing.assert_close(plain.eps(z, t), plain.unet(z, t))
 
 
+@pytest.mark.mutation('ldm.py', 'return sigma * z_t + alpha * share', 'return sigma * z_t + share')
+@pytest.mark.mutation('ldm.py', '1 / self.scales(t)[0] if', '1 / self.scales(t)[1] if')
+@pytest.mark.parametrize('mixed', [True, False])
+def test_v_of_the_network_and_its_loss(mixed):
+    """v = alpha eps - sigma z_0 is the network's output, times the share if mixed."""
+    model = tiny(predict='v', mixed=mixed, mixing_init=1.0)
+    z0, noise, t = torch.randn(3, 4, 16), torch.randn(3, 4, 16), torch.tensor([0, 300, 999])
+    ab = ldm.alpha_bar(t)[:, None, None]
+    alpha, sigma = ab.sqrt().float(), (1 - ab).sqrt().float()
+    z_t = alpha * z0 + sigma * noise
+    v = model.unet(z_t, t) * (torch.tensor(1.0).sigmoid() if mixed else 1)
+    eps = model.eps(z_t, t)
+    z0_of_eps = (z_t - sigma * eps) / alpha  # both sides times alpha, which is small at 999
+    torch.testing.assert_close(alpha * v, alpha * (alpha * eps - sigma * z0_of_eps))
+    loss = (v - (alpha * noise - sigma * z0)).square().mean()
+    torch.testing.assert_close(model(z0, None, noise, t), loss, rtol=1e-4, atol=0)
+
+
+@pytest.mark.mutation('ldm.py', 'variance = (alpha * std).square() +', 'variance = alpha * std +')
+@pytest.mark.mutation('ldm.py', "std / self.z_std if", 'std if')
+@pytest.mark.mutation('ldm.py', 'self.expected_noise(z_t, t, *posterior) if', 'noise if')
+def test_expected_noise_is_the_mean_over_the_posterior():
+    """Integrated over a grid of eps: p(eps | z_t, x) is N(eps; 0, 1) p(z_0 = z_t - sigma eps | x).
+
+    Here z_0 is that of the VAE, so with its deviations, and z_t - sigma eps is over alpha.
+    """
+    mean, std = torch.randn(3, 4, 16), torch.rand(3, 4, 16) + 0.3
+    z0, noise = mean + std * torch.randn(3, 4, 16), torch.randn(3, 4, 16)
+    t, eps = torch.tensor([5, 300, 700]), torch.linspace(-9, 9, 2001, dtype=torch.float64)
+    alpha, sigma = (x.sqrt() for x in (ldm.alpha_bar(t)[:, None, None],
+                                       1 - ldm.alpha_bar(t)[:, None, None]))
+    for latent_norm in ('none', 'channel'):
+        model = tiny(latent_norm=latent_norm)
+        model.set_latent_stats([0.3, -1.0, 0.0, 2.0], [0.5, 2.0, 1.0, 3.0])
+        z_t = alpha * model.normalise(z0) + sigma * noise
+        z0_of_eps = model.denormalise((z_t - sigma * eps[:, None, None, None]) / alpha)
+        density = torch.exp(-(z0_of_eps - mean).square() / (2 * std ** 2)
+                            - eps[:, None, None, None].square() / 2)
+        expected = (density * eps[:, None, None, None]).sum(0) / density.sum(0)
+        found = model.expected_noise(z_t.float(), t, mean, std)
+        torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-4)
+        loss = (model.eps(z_t.float(), t) - found).square().mean()
+        torch.testing.assert_close(model(z0, None, noise, t, posterior=(mean, std)), loss,
+                                   rtol=1e-4, atol=0)
+        exact = model.expected_noise(z_t.float(), t, z0, torch.zeros_like(std))
+        torch.testing.assert_close(exact, noise, rtol=0, atol=2e-5)
+
+
 @pytest.mark.mutation('ldm.py', 'weight_decay=0.0', 'weight_decay=weight_decay')
 @pytest.mark.mutation('ldm.py', '[*self.unet.parameters(),', '[*self.parameters(),')
 def test_the_mixing_logit_does_not_decay():
@@ -478,7 +526,7 @@ def test_the_mixing_logit_does_not_decay():
     assert opt.param_groups[1]['lr'] == pytest.approx(1.0)
 
 
-@pytest.mark.mutation('ldm.py', '(1 - ab).sqrt().float() * noise', '(1 - ab).float() * noise')
+@pytest.mark.mutation('ldm.py', 'ab.sqrt().float(), (1 - ab).sqrt()', 'ab.sqrt().float(), (1 - ab)')
 @pytest.mark.mutation('ldm.py', 'self.normalise(z0.float())', 'z0.float()')
 def test_loss_is_the_mean_squared_error_of_the_noise():
     model = tiny(latent_norm='channel')

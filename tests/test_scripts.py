@@ -575,19 +575,38 @@ def test_cached_latents_change_nothing(photos, tmp_path, repo):
     assert file.stat().st_mtime_ns == written  # read, not made again
 
 
+@pytest.mark.mutation('train_ldm.py', "'posterior'] = moments if args", "'posterior'] = () if args")
+@pytest.mark.mutation('train_ldm.py', 'posterior=moments if args', 'posterior=() if args')
+def test_expected_noise_lowers_the_losses(photos, tmp_path, repo):
+    """Of a network that gives next to nothing, eps = sigma z_t, every loss is smaller."""
+    folder, losses = Path(shutil.copytree(photos, tmp_path / 'copy')), {}
+    for name, flags in dict(drawn='', expected='--target expected').items():
+        done(folder, 'train_ldm.py', LDM, f'--name {name} --mixing_init=-30 --steps 1 {flags}',
+             repo=repo)
+        text = (folder / 'runs' / name / 'log.jsonl').read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        losses[name] = [line[key] for key in ('loss', 'held_out_loss') for line in lines
+                        if line['stage'] == 'ldm' and key in line]
+    for drawn, expected in zip(losses['drawn'], losses['expected'], strict=True):
+        assert 0 < expected < 0.9 * drawn
+
+
 @pytest.mark.mutation('train_ldm.py', '(0.5 * posterior.logvar).exp()', 'posterior.logvar.exp()')
 @pytest.mark.mutation('train_ldm.py', "mean if posterior == 'mean' else", '')
+@pytest.mark.mutation('train_ldm.py', 'std * noise, (mean, std)', 'std * noise, (mean, noise)')
 def test_latents_are_samples_of_the_posterior(toy):
     vae, _ = ldm.load_vae(toy.run)
     encode = train_ldm.encoder(vae, SimpleNamespace(compile='off'), common.start_process('cpu'))
     batch, noise = dict(image=torch.rand(3, 3, 16, 16) * 2 - 1), torch.randn(3, 4, 16)
     posterior = vae.encode(batch)
-    torch.testing.assert_close(train_ldm.latents_of(batch, encode, noise), posterior.sample(noise))
+    z, moments = train_ldm.latents_of(batch, encode, noise)
+    torch.testing.assert_close(z, posterior.sample(noise))
+    torch.testing.assert_close(moments, (posterior.mean, (posterior.logvar / 2).exp()))
     cached = dict(zip(('mean', 'std'), (m.half() for m in encode(batch))))
-    for z in (train_ldm.latents_of(cached, None, noise), train_ldm.latents_of(batch, encode, noise)):
-        torch.testing.assert_close(z, posterior.sample(noise), atol=5e-3, rtol=2e-3)
-        assert z.dtype == torch.float32
-    assert torch.equal(train_ldm.latents_of(batch, encode, noise, 'mean'), posterior.mean)
+    z, _ = train_ldm.latents_of(cached, None, noise)
+    torch.testing.assert_close(z, posterior.sample(noise), atol=5e-3, rtol=2e-3)
+    assert z.dtype == torch.float32
+    assert torch.equal(train_ldm.latents_of(batch, encode, noise, 'mean')[0], posterior.mean)
 
 
 @pytest.mark.mutation('train_ldm.py', 'if not done[b]]', ']')
@@ -1436,6 +1455,7 @@ MISUSE = [
     ('train_vae.py', f'{SHAPE} --name new --dataset toy_shape --scales 1,2', '--scales'),
     ('train_vae.py', f'{SHAPE} --name new --dataset toy_shape --loss l1', '--loss l1', 'bce'),
     ('train_vae.py', f'{SHAPE} --name new --dataset toy_shape --near 2', '--near 2'),
+    ('train_ldm.py', f'{TOY} --posterior mean --target expected', '--target expected'),
     ('train_ldm.py', f'{TOY} --name new --text bytes', 'no captions', 'leave it out'),
     ('train_ldm.py', f'{TOY} --name new --captions a.csv', '--captions'),
     ('train_ldm.py', f'{TOY} --name new --text nowhere', 'nowhere', 'bytes'),
