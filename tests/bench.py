@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common
 import data
+import encoders
 import inr
 import ldm
 import metrics
@@ -634,6 +635,40 @@ def samplers(args):
                           '--samplers', f'sde-dpmpp:{steps}:{eta}'])
 
 
+@torch.no_grad()
+def denoising(args, count=128):
+    """Mean |v error|^2 by time of a run, --run, with the condition of an item, none, another's.
+
+    Of latents of training and held-out items; 1 is what v = 0 gets of latents of unit deviation.
+    What the condition gains says whether it is heeded, and at which times.
+    """
+    if 'denoising' not in args.names:  # it takes a run and its data
+        return
+    vae, model, info = ldm.load(args.run, args.device)
+    config, times = model.config, (60, 150, 270, 400, 500, 600, 700, 800, 900, 980)
+    reader = config.text and encoders.text_reader(config.text, args.device, config.text_length)
+    print(f'{"t":12s}', *(f'{t:6d}' for t in times))
+    for split in ('train', 'test'):
+        dataset = data.open_run_data(info, split, captions=info['ldm_args'].get('captions', ''))
+        index = common.evenly_spaced(len(dataset), count)
+        batch = common.move(torch.utils.data.default_collate(
+            [dataset.view(i, 0) | dataset.known(i) for i in index]), torch.device(args.device))
+        noise, _ = common.row_noise(range(len(index)), ('denoising',), args.device,
+                                    (2, *model.shape))
+        posterior = vae.encode(batch[vae.reads])
+        z0, own = posterior.sample(noise[:, 0]), train_ldm.condition_of(batch, config, reader)
+        others = {} if own is None else dict(own=own, other=own.roll(len(own) // 2, 0))
+        for name, cond in dict(others, none=None).items():
+            errors = []
+            for t in times:
+                at = torch.full((len(z0),), t, device=z0.device)
+                alpha, sigma = model.scales(at)
+                z_t = alpha * model.normalise(z0) + sigma * noise[:, 1]
+                error = (model.eps(z_t, at, cond) - noise[:, 1]) / alpha
+                errors.append(error.square().mean().item())
+            print(f'{split:6s}{name:6s}', *(f'{e:.4f}' for e in errors), flush=True)
+
+
 TABLES = dict(readout=readout_cases, vae=vae_cases, unet=unet_cases, stage=stage_cases,
               mesh=mesh_cases, metrics=metric_cases, video=video_cases, rays=field_cases,
               reading=reading_cases, host=host_cases, evaluation=evaluation_cases)
@@ -643,7 +678,7 @@ BENCHES = dict(readout=readout, vae=lambda args: report(args, 'vae'),
                metrics=lambda args: once(args, 'metrics'),
                video=lambda args: [report(args, f'video {part}') for part in (
                    'encoder', 'decoder', 'read-out', 'evaluation')], samplers=samplers, rays=rays,
-               reading=reading, host=host, checkpoint=checkpoint,
+               denoising=denoising, reading=reading, host=host, checkpoint=checkpoint,
                evaluation=lambda args: once(args, 'evaluation'))
 
 
@@ -655,8 +690,8 @@ def main():
     parser.add_argument('--sizes', type=common.parse_tuple(int), default=(256, 512, 1024),
                         help='sides of the pictures read out')
     parser.add_argument('--run', default='', help='run of shapes for mesh, of pictures for '
-                        'samplers, of radiance fields for rays, if this is named'
-                        )
+                        'samplers, of radiance fields for rays, of any domain for '
+                        'denoising, if this is named')
     parser.add_argument('--full', action='store_true', help='the plain form above 512 on CPU, too')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--child', nargs=2, metavar=('TABLE', 'CASE'), help='run this case once '

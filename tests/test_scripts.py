@@ -1538,9 +1538,12 @@ def test_no_run_at_all(tmp_path):
 
 
 def test_the_bundled_model(tmp_path):
-    """Sampling works before any training, from a model that knows what it has made."""
+    """Sampling works before any training, from a model that knows what it has made, and words."""
     out = done(tmp_path, 'sample.py', '--num 2 --res 24 --device cpu').out
     assert 'bundled' in out and len(pictures(tmp_path)) == 3
+    done(tmp_path, 'sample.py', '--num 2 --res 24 --device cpu --out red --text=apple')
+    plain, asked = (pictures(tmp_path, out)['grid_24x24.png'] for out in ('out', 'red'))
+    assert np.abs(plain - asked).mean() > 5
     vae, model, info = ldm.load(ROOT / 'assets' / 'demo.pt')
     with torch.no_grad():
         x = vae.render(vae.decode(ldm.generate(vae, model, range(4))), (64, 64)).clamp(-1, 1)
