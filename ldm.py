@@ -3,6 +3,7 @@
     z_t = sqrt(alpha_bar_t) z_0 + sigma_t eps,   sigma_t^2 = 1 - alpha_bar_t          Section 3.2
     minimise |eps - eps_theta(z_t, t)|^2                                    Eq. 10 with w(t) = 1
     eps_theta = (1 - s) sigma_t z_t + s F(z_t, t)           mixed prediction (LSGM), Appendix B.2
+    eps_theta = sigma_t z_t + alpha_t s F(z_t, t)           --predict v, Salimans & Ho (2022)
     dz/dtau = -beta/2 z + beta/2 eps_theta / sigma          probability-flow ODE, Appendix D.1
 
 A latent is one tensor (B, C, L), the planes flattened and concatenated; only the U-Net takes it
