@@ -488,9 +488,8 @@ class LDM(nn.Module):
 # ---- samplers --------------------------------------------------------------------------------
 
 SAMPLERS = 'sde-dpmpp', 'dpmpp', 'ddim', 'ddpm', 'rk45'
-SAMPLER, STEPS, ETA = 'sde-dpmpp', 20, 1.5  # the best measured at 20 calls, see RESULTS.md
+SAMPLER, STEPS, ETA = 'sde-dpmpp', 20, 1.5  # chosen by FID, see RESULTS.md
 FINEST = 2e-6  # tolerance of rk45 in float32; below it, step sizes follow the rounding of z
-RHO = 7  # how the calls of dpmpp and sde-dpmpp are spaced
 
 
 @torch.no_grad()
@@ -498,10 +497,10 @@ def sample(eps_fn, z_T, sampler=SAMPLER, steps=STEPS, rtol=1e-3, atol=1e-3, gene
            eta=ETA):
     """Latents z_0 from noise z_T (B,C,L): (z_0, nfe), where nfe is the number of calls of eps_fn.
 
-    `eps_fn(z, t (B,))` is any noise prediction, t in [0, 999], with fractions but for 'ddpm' and
-    'ddim'. All samplers but 'rk45' are cases of `multistep` with `steps` calls; `eta`, of
-    'sde-dpmpp', is how much noise they put back. 'rk45' solves the probability-flow ODE to the
-    tolerances `rtol` and `atol` and denoises once. `generator`, for noise that is put back, is one
+    `eps_fn(z, t (B,))` is any noise prediction, t in 0..999, with fractions for 'rk45'. All other
+    samplers are cases of `multistep` with `steps` calls at `even_times`; `eta`, of 'sde-dpmpp', is
+    how much noise it puts back. 'rk45' solves the probability-flow ODE to the tolerances `rtol` and
+    `atol` and denoises once. `generator`, for noise that is put back, is one
     generator or a list of B, with which sample k does not depend on its batch. z_0 is float64 if
     z_T is, float32 otherwise. ValueError for settings out of range.
     """
@@ -523,26 +522,13 @@ def sample(eps_fn, z_T, sampler=SAMPLER, steps=STEPS, rtol=1e-3, atol=1e-3, gene
         z = probability_flow(eps, z, rtol, atol)
     else:
         order, eta = {'ddpm': (1, 1), 'ddim': (1, 0), 'dpmpp': (2, 0)}.get(sampler, (2, eta))
-        times = even_times(steps) if order == 1 else bent_times(steps)
-        z = multistep(eps, z, times, order, eta, generator)
+        z = multistep(eps, z, even_times(steps), order, eta, generator)
     return z, nfe
 
 
 def even_times(steps):
     """Evenly spaced integers from 999 down to T / steps - 1; one more would be -1, the data."""
     return [T * i // steps - 1 for i in range(steps, 0, -1)]
-
-
-def bent_times(steps, rho=RHO, last=None):
-    """Times from 999 to `last` with (sigma / alpha)^(1 / rho) evenly spaced, as a list.
-
-    Karras et al. (2022), Eq. 5. Unlike theirs, the last of few calls is far from the data, where
-    `even_times` has it, by default: a call that is closer is worth less, see RESULTS.md.
-    """
-    last = T / steps - 1 if last is None else last
-    ends = torch.logit(alpha_bar(torch.tensor([T - 1, last])))  # ln (alpha / sigma)^2
-    roots = np.linspace(*(-ends / (2 * rho)).exp().tolist(), steps)
-    return matched_time(-np.log1p(roots ** (2 * rho))).tolist()
 
 
 def multistep(eps, z, times, order, eta, generator=None):

@@ -180,8 +180,7 @@ def measure(folder, args):
     First of training's own, '', then of those in its averages.pt.
     """
     options = metrics.build_parser().parse_args(
-        ['fid', str(folder), '--num', '512', '--amp', '--data', args.data,
-         '--weights', args.weights])
+        ['fid', str(folder), '--num', '512', '--data', args.data, '--weights', args.weights])
     options.sampler = metrics.parse_sampler(options.sampler)
     options.device = common.start_process(options.device).device
     net, run = metrics.open_network(options), metrics.open_run(folder, options, stage=2)

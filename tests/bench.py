@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -619,20 +620,31 @@ def metric_cases(table, device):
             'MMD, COV, 1-NNA, 200 clouds each': clouds}
 
 
-GRIDS = [(20, rho, last, 1.0) for rho in (4, 7, 1e4) for last in (0, 30, 50)]  # 1e4: log-SNR
-GRIDS += [(20, 7, 50, eta) for eta in (0.0, 1.5, 2.0)] + [(20, 7, 80, 1.5)]
-GRIDS += [(10, 7, last, 1.5) for last in (50, 80, 99)] + [(50, 7, last, 1.5) for last in (19, 50)]
+def even(steps, last):
+    """Times from 999 to `last`, evenly spaced: with `last` 1000 / steps - 1 ldm.even_times."""
+    return np.linspace(999, last, steps).tolist()
+
+
+def bent(steps, last, first=999):
+    """Times with (sigma / alpha)^(1 / 7) evenly spaced (Karras et al. 2022); before `first`, 999."""
+    ends = torch.logit(ldm.alpha_bar(torch.tensor([first, last])))  # ln (alpha / sigma)^2
+    roots = np.linspace(*(-ends / 14).exp().tolist(), steps - (first < 999))
+    return [999] * (first < 999) + ldm.matched_time(-np.log1p(roots ** 14)).tolist()
+
+
+GRIDS = [(even, (20, 49), eta) for eta in (0, 1, 1.5, 2)] + [(even, (20, 100), 1.5)]
+GRIDS += [(bent, grid, 1.5) for grid in ((20, 49), (20, 120), (20, 49, 800))]
 
 
 def samplers(args):
     """FID of a run of pictures, --run, by where the calls of sde-dpmpp lie and by its eta."""
     if 'samplers' not in args.names:  # it takes half an hour, data and weights
         return
-    for steps, rho, last, eta in GRIDS:
-        print(f'{steps} calls, rho {rho:g}, the last at t = {last:g}, eta {eta:g}', flush=True)
-        with mock.patch.object(ldm, 'bent_times', partial(ldm.bent_times, rho=rho, last=last)):
-            metrics.main(['fid', args.run, '--num', '512', '--num_real', '512', '--amp',
-                          '--samplers', f'sde-dpmpp:{steps}:{eta}'])
+    for spacing, grid, eta in GRIDS:
+        print(f'{spacing.__name__} {grid}, eta {eta:g}', flush=True)
+        with mock.patch.object(ldm, 'even_times', lambda steps: spacing(*grid)):
+            metrics.main(['fid', args.run, '--data', args.data, '--num', '512', '--num_real', '512',
+                          '--samplers', f'sde-dpmpp:{grid[0]}:{eta}'])
 
 
 @torch.no_grad()
@@ -649,7 +661,8 @@ def denoising(args, count=128):
     reader = config.text and encoders.text_reader(config.text, args.device, config.text_length)
     print(f'{"t":12s}', *(f'{t:6d}' for t in times))
     for split in ('train', 'test'):
-        dataset = data.open_run_data(info, split, captions=info['ldm_args'].get('captions', ''))
+        dataset = data.open_run_data(info, split, args.data,
+                                     captions=info['ldm_args'].get('captions', ''))
         index = common.evenly_spaced(len(dataset), count)
         batch = common.move(torch.utils.data.default_collate(
             [dataset.view(i, 0) | dataset.known(i) for i in index]), torch.device(args.device))
@@ -689,6 +702,7 @@ def main():
     parser.add_argument('--repeats', type=int, default=5, help='rounds the medians are over')
     parser.add_argument('--sizes', type=common.parse_tuple(int), default=(256, 512, 1024),
                         help='sides of the pictures read out')
+    parser.add_argument('--data', default='', help='where the data of --run are, if they moved')
     parser.add_argument('--run', default='', help='run of shapes for mesh, of pictures for '
                         'samplers, of radiance fields for rays, of any domain for '
                         'denoising, if this is named')

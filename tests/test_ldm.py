@@ -140,8 +140,11 @@ def test_solvers_follow_the_closed_form_flow():
 @pytest.mark.mutation('ldm.py', 'if order == 2 and', 'if False and')
 def test_dpmpp_is_of_second_order():
     g, z_T = Gaussian(), torch.randn(4, 3, 5, dtype=torch.float64)
-    errors = [(ldm.sample(g.eps, z_T, 'dpmpp', n)[0] - g.transport(
-        z_T, ldm.alpha_bar(999), ldm.alpha_bar(1000 / n - 1))).abs().max() for n in (100, 200)]
+    errors = []
+    for n in (100, 200):
+        z = ldm.multistep(lambda z, t: g.eps(z, torch.tensor([t])), z_T,
+                          np.linspace(999, 99, n).tolist(), 2, 0)
+        errors.append((z - g.transport(z_T, ldm.alpha_bar(999), ldm.alpha_bar(99))).abs().max())
     assert 3.4 < errors[0] / errors[1] < 4.6
 
 
@@ -182,14 +185,15 @@ def moments(z):
 @pytest.mark.mutation('ldm.py', 'math.expm1(-2 * eta * h)', 'math.expm1(-1.9 * eta * h)')
 def test_sde_dpmpp_keeps_the_moments_of_a_mixture():
     """And of a Gaussian, whose mean and deviation after the last call are known; for any eta."""
-    m, g, ab = Mixture(), Gaussian(), ldm.alpha_bar(9)  # the last of 100 calls
+    m, g = Mixture(), Gaussian()
+    ab = ldm.alpha_bar(4)  # the last of 200 calls; 9 is that of 100
     truth = moments(m.denoised(m.at(9, 800_000), torch.tensor([9])))
     std = (ab ** 0.5 * g.std ** 2 / g.marginal(ab)[1]).T
-    z_T = torch.randn(1, 3, 40_000, dtype=torch.float64)
+    z_T = torch.randn(1, 3, 20_000, dtype=torch.float64)
     for eta in (0.0, 0.5, 1.0, 2.0):
         z, _ = ldm.sample(m.eps, m.at(999, 200_000), 'sde-dpmpp', 100, eta=eta)
         torch.testing.assert_close(moments(z), truth, atol=0.012, rtol=0.01)
-        z, _ = ldm.sample(g.eps, z_T, 'sde-dpmpp', 100, eta=eta)
+        z, _ = ldm.sample(g.eps, z_T, 'sde-dpmpp', 200, eta=eta)
         torch.testing.assert_close((z.mean(2) - g.mean.T) / std, torch.zeros_like(std), atol=0.03,
                                    rtol=0)
         torch.testing.assert_close(z.std(2), std, atol=0, rtol=0.02)
@@ -211,9 +215,6 @@ def test_sde_dpmpp_without_noise_is_dpmpp():
 @pytest.mark.mutation('ldm.py', 'if i == len(times) - 1', 'if i == len(times) - 2')
 @pytest.mark.mutation('ldm.py', 'nfe += 1', 'nfe += 2')
 @pytest.mark.mutation('ldm.py', 'T * i // steps - 1', '(T + 7) * i // steps - 8')
-@pytest.mark.mutation('ldm.py', 'torch.tensor([T - 1, last])', 'torch.tensor([T - 2, last])')
-@pytest.mark.mutation('ldm.py', 'T / steps - 1 if last', '0.9 * T / steps if last')
-@pytest.mark.mutation('ldm.py', 'np.linspace(*(-ends', 'np.geomspace(*(-ends')
 @pytest.mark.parametrize('steps', [3, 20])
 def test_steps_are_network_calls(steps):
     grid = [math.floor(-1 + 1000 / steps * i + 1e-9) for i in range(steps, 0, -1)]
@@ -221,12 +222,7 @@ def test_steps_are_network_calls(steps):
         times = []
         _, nfe = ldm.sample(lambda z, t: times.append(t[0].item()) or z,
                             torch.randn(1, 2, 3).double(), sampler, steps)
-        assert nfe == len(times) == steps
-        assert times == grid or 'dpmpp' in sampler
-    ab = ldm.alpha_bar(torch.tensor(times, dtype=torch.float64))
-    roots = (1 / ab - 1) ** (1 / (2 * ldm.RHO))  # of sigma / alpha
-    assert times[0] == pytest.approx(999) and times[-1] == pytest.approx(1000 / steps - 1)
-    torch.testing.assert_close(roots.diff(), roots.diff().mean().expand(steps - 1))
+        assert nfe == steps and times == grid
 
 
 @pytest.mark.mutation('ldm.py', '71 / 1920', '71 / 1900')
