@@ -500,9 +500,9 @@ def sample(eps_fn, z_T, sampler=SAMPLER, steps=STEPS, rtol=1e-3, atol=1e-3, gene
     `eps_fn(z, t (B,))` is any noise prediction, t in 0..999, with fractions for 'rk45'. All other
     samplers are cases of `multistep` with `steps` calls at `even_times`; `eta`, of 'sde-dpmpp', is
     how much noise it puts back. 'rk45' solves the probability-flow ODE to the tolerances `rtol` and
-    `atol` and denoises once. `generator`, for noise that is put back, is one
-    generator or a list of B, with which sample k does not depend on its batch. z_0 is float64 if
-    z_T is, float32 otherwise. ValueError for settings out of range.
+    `atol` and denoises once. `generator`, for noise that is put back, is one generator or a list of
+    B, with which sample k does not depend on its batch. z_0 is float64 if z_T is, float32
+    otherwise. ValueError for settings out of range.
     """
     require(sampler in SAMPLERS, f'sampler {sampler!r}: unknown; one of {", ".join(SAMPLERS)}')
     require(1 <= steps <= T, f'{steps} sampling steps: must be from 1 to {T}')
