@@ -83,14 +83,16 @@ def save_image(path, im, **options):
     common.replace(path, lambda temporary: im.save(temporary, kind, **options))
 
 
-def image_grid(x, columns=None, pad=2):
-    """(B,3,H,W) -> one uint8 picture (3,H',W'), row by row, white between; default about square.
+def image_grid(x, columns=None, pad=2, room=None):
+    """(B,3,H,W) -> one uint8 picture (3,H',W'), row by row, white between.
 
-    `columns` are of squares: a strip of S squares takes the room of S.
+    Without `columns`, a row has room for `room` squares, by default such that the whole is about
+    one; a strip of S squares takes the room of S.
     """
     x = to_uint8(x.detach().cpu())
-    columns = (columns or int(np.ceil(np.sqrt(len(x))))) // max(x.shape[3] // x.shape[2], 1)
-    columns = min(max(columns, 1), len(x))
+    squares = room or int(np.ceil(np.sqrt(len(x))))
+    columns = columns or max(squares // max(x.shape[3] // x.shape[2], 1), 1)
+    columns = min(columns, len(x))
     rows = -(-len(x) // columns)
     height, width = x.shape[2] + pad, x.shape[3] + pad
     grid = torch.full((3, rows * height + pad, columns * width + pad), 255, dtype=torch.uint8)
@@ -100,9 +102,9 @@ def image_grid(x, columns=None, pad=2):
     return grid
 
 
-def save_grid(path, x, columns=None, pad=2):
+def save_grid(path, x, columns=None, pad=2, room=None):
     """Write pictures (B,3,H,W) as one PNG; see image_grid."""
-    save_png(path, image_grid(x, columns, pad))
+    save_png(path, image_grid(x, columns, pad, room))
 
 
 def save_animation(path, frames, seconds=0.1):
@@ -4045,7 +4047,7 @@ def check(args):
         print(f'{name} at {dataset.place}', *map(common.printable, dataset.describe()), sep='\n')
     wide = dataset.inspect(0, args.res).shape[2] // args.res
     shown = common.evenly_spaced(len(dataset), max(48 // wide, 12))
-    save_grid(out, torch.stack([dataset.inspect(i, args.res) for i in shown]), 8)
+    save_grid(out, torch.stack([dataset.inspect(i, args.res) for i in shown]), room=8)
     print(f'preview   {out}')
     if not dataset.computed:
         dataset.tolerant = False

@@ -505,9 +505,9 @@ class TextBlock(nn.Module):
 class ByteText(nn.Module):
     """A small transformer over the bytes of texts: tokens (B,length) -> (B,length,width).
 
-    To a byte it adds a vector for each of the groups of 2 to `ngrams` bytes that end there, found in
-    one table by a hash, as Pagnoni et al. (2024) do: so a word is told from others at once, even one
-    that occurs in few texts.
+    To a byte it adds a vector for each of the groups of 2 to `ngrams` bytes that end there, found
+    in one table by a hash, as Pagnoni et al. (2024) do: so a word is told from others at once, even
+    one that occurs in few texts.
     """
 
     def __init__(self, width=128, layers=3, heads=4, length=96, ngrams=0, rows=4093):
@@ -829,5 +829,6 @@ def text_reader(text, device='cpu', length=96):
     """
     if text == 'bytes':
         return ByteReader(device, length)
-    require(Path(text).exists(), f'{text}: the text encoder is neither bytes nor a file or folder')
+    require(Path(text).exists(), f'{text}: the text encoder is neither bytes nor a file or folder; '
+            'sample.py and metrics.py take a new place of it as --reader')
     return (StoredReader if text.endswith('.npz') else CLIPReader)(text, device)

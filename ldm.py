@@ -91,7 +91,8 @@ class LDMConfig:
     across_heads: int = 0  # see UNet
     triplane: str = flag('shared', 'planes through one U-Net with attention across them, or '
                          'concatenated as channels', choices=('shared', 'concat'))
-    cond_dropout: float = flag(0.1, 'share of training items whose condition is left out')
+    cond_dropout: float = flag(0.1, 'share of training items whose condition is left out',
+                               high=1)
     t_mean: float = flag(0.0, 'mean of the logit of t / 1000 in training', low=-10)
     t_std: float = flag(0.0, 'its deviation; 0 = all times alike')
     mixed: bool = flag(True, 'mixed prediction eps = (1-s) sigma z + s F, of v: v = s F')
@@ -1097,7 +1098,7 @@ def load_vae(path, device='cpu'):
     ValueError or FileNotFoundError, one line, for anything else.
     """
     path = the_checkpoint(path, 'vae.pt', 'ldm.pt')
-    return first_stage(open_checkpoint(path), device, path)
+    return first_stage(open_checkpoint(path, 'vae'), device, path)
 
 
 def load(path, device='cpu'):

@@ -233,6 +233,12 @@ def zoom(vae, xi, size, args, octave=16):
         yield data.to_uint8(vae.signal(xi, size, box, args.antialias)[0])
 
 
+def within(most, h, w):
+    """The height and width, shrunk alike, if need be, to at most `most`."""
+    shrink = min(1, most / max(h, w))
+    return max(1, round(h * shrink)), max(1, round(w * shrink))
+
+
 @torch.no_grad()
 def write_pictures(vae, items, sizes, args, place):
     """Render each latent at each size to OUT/HxW/NAME.png, and thumbnails to OUT/grid_HxW.png.
@@ -243,8 +249,7 @@ def write_pictures(vae, items, sizes, args, place):
     for latent, name in items:
         xi = vae.decode(latent[None])
         for (h, w), thumbnails in shown.items():
-            shrink = min(1, 256 / max(h, w))
-            small = max(1, round(h * shrink)), max(1, round(w * shrink))
+            small = within(256, h, w)
             picture = data.to_uint8(vae.signal(xi, (h, w), box, args.antialias)[0])
             data.save_png(out / f'{h}x{w}' / f'{name}.png', picture)
             if len(thumbnails) < 64:
@@ -458,8 +463,7 @@ def write_fields(vae, items, sizes, args, place):
         for (h, w), rows in shown.items():
             pictures = write_views(vae, xi, (h, w), args, out / f'{h}x{w}' / name)
             if len(rows) < 16:
-                rows.append(F.interpolate(pictures[:8], scale_factor=min(1, 128 / max(h, w)),
-                                          mode='area'))
+                rows.append(F.interpolate(pictures[:8], within(128, h, w), mode='area'))
         if args.mesh:
             (vertices, faces, colours), = vae.surface(xi, args.mesh, args.level)
             data.write_mesh(out / f'{name}.ply', vertices.cpu(), faces.cpu(),

@@ -123,7 +123,7 @@ def write_slim(path, target):
     half = {part: {k: v.half() if v.is_floating_point() else v for k, v in state[part].items()}
             for part in ('vae', 'ema')}
     kept = {k: v for k, v in state.items() if k not in ('opt', 'model')}
-    flags = {part: without_folders(state[part]) for part in ('args', 'vae_args')}
+    flags = {part: without_folders(state[part]) for part in ('args', 'vae_args', 'ldm_config')}
     common.save_checkpoint(target, {**kept, **half, **flags})
     print(f'{target}: {Path(target).stat().st_size / 2 ** 20:.1f} MiB, step {state["step"]}')
 
@@ -371,8 +371,10 @@ def parse(argv=None):
     if not args.name:
         args.name = common.run_name(path)
         own = common.run_folder(args.name) / 'vae.pt'
-        common.require(not own.exists() or common.file_digest(own) == common.file_digest(path),
-                       f'{own} is another stage 1 than {path}; give the run of stage 2 a --name')
+        common.require(args.slim or not own.exists()
+                       or common.file_digest(own) == common.file_digest(path),
+                       f'{own} is another file than {path}: train on the former with --vae '
+                       f'{args.name}, or give the run of stage 2 a --name')
     args.dataset = state['args']['dataset']
     return args, path, state
 
@@ -515,7 +517,7 @@ def main():
                 result, pictures = evaluate(model, vae, encode, held_out, args, reader)
             log.write(step=step, **result)
             common.draw_curves(folder)
-            data.save_grid(folder / 'samples' / f'sample_{step:07d}.png', pictures, 9)
+            data.save_grid(folder / 'samples' / f'sample_{step:07d}.png', pictures, room=9)
             bar.write(f'step {step}: held-out loss {result["held_out_loss"]:.4f}')
         if process.is_first and (step % args.save_every == 0 or step == args.steps):
             guard.check()

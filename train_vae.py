@@ -187,8 +187,7 @@ def main():
     step, init = state['step'] if state else 0, None
     if args.init and not state:
         path = common.the_checkpoint(args.init, 'vae.pt', 'ldm.pt')
-        init = open_checkpoint(path)
-        start = init.get('vae', {})
+        init = open_checkpoint(path, 'vae')
     base = data.DATASETS[args.dataset][0]
     with torch.device('meta'):  # what cannot be is refused before the data are read
         D2CVAE(common.from_flags(args, VAEConfig, domain=base.domain, channels=base.channels))
@@ -210,7 +209,7 @@ def main():
             opt.load_state_dict(state['opt'])
     else:
         if args.init:
-            common.load_weights(model, start, path)
+            common.load_weights(model, init['vae'], path)
         model.spectral(rounds=40)
     log = common.start_run(folder, 'vae', args, process, step, [
         f'{len(train)} training items', common.parameters_of(model),
@@ -268,7 +267,7 @@ def main():
             stats = latent_statistics(model, batch, noise)
             log.write(step=step, **result, **stats)
             common.draw_curves(folder)
-            data.save_grid(folder / 'samples' / f'reconstruction_{step:07d}.png', pictures, 8)
+            data.save_grid(folder / 'samples' / f'reconstruction_{step:07d}.png', pictures, room=8)
             bar.write(f'step {step}: held out, ' + ', '.join(
                 f'{k} {v:.4g}' for k, v in result.items())
                 + f'; latent std {stats["z_std_min"]:.2f} to {stats["z_std_max"]:.2f}')

@@ -120,7 +120,7 @@ class VAEConfig:
     sn_start: float = flag(10.0, 'weight of the spectral regularisation at the start, 0 = off')
     sn_end: float = flag(0.1, 'the same at the end of its log-linear annealing')
     sn_scope: str = flag('all', 'whose convolutions it covers', choices=('all', 'encoder'))
-    anneal: float = flag(0.9, 'share of the steps over which both weights are annealed')
+    anneal: float = flag(0.9, 'share of the steps over which both weights are annealed', high=1)
 
     def __post_init__(self):
         top = 2 ** (len(self.decoder_mult) - 1)

@@ -638,13 +638,14 @@ GRIDS += [(bent, grid, 1.5) for grid in ((20, 49), (20, 120), (20, 49, 800))]
 
 def samplers(args):
     """FID of a run of pictures, --run, by where the calls of sde-dpmpp lie and by its eta."""
-    if 'samplers' not in args.names:  # it takes half an hour, data and weights
+    if 'samplers' not in args.names:  # it takes an hour, data and weights
         return
     for spacing, grid, eta in GRIDS:
         print(f'{spacing.__name__} {grid}, eta {eta:g}', flush=True)
-        with mock.patch.object(ldm, 'even_times', lambda steps: spacing(*grid)):
-            metrics.main(['fid', args.run, '--data', args.data, '--num', '512', '--num_real', '512',
-                          '--samplers', f'sde-dpmpp:{grid[0]}:{eta}'])
+        for split, num in (('train', '512'), ('test', '272')):
+            with mock.patch.object(ldm, 'even_times', lambda steps: spacing(*grid)):
+                metrics.main(['fid', args.run, '--data', args.data, '--split', split, '--num', num,
+                              '--num_real', '512', '--samplers', f'sde-dpmpp:{grid[0]}:{eta}'])
 
 
 @torch.no_grad()

@@ -927,7 +927,8 @@ def test_a_diverged_model_makes_nothing(toy, tmp_path, repo):
         assert_refused(call(tmp_path, script, flags, repo=repo), 'nan/vae.pt holds NaN')
 
 
-@pytest.mark.mutation('train_ldm.py', "('args', 'vae_args')}", "('args',)}")
+@pytest.mark.mutation('train_ldm.py', "('args', 'vae_args', 'ldm", "('args', 'args', 'ldm")
+@pytest.mark.mutation('train_ldm.py', "'vae_args', 'ldm_config')}", "'vae_args')}")
 @pytest.mark.mutation('train_ldm.py', 'and os.path.isabs(v)', '')
 @pytest.mark.mutation('train_ldm.py', 'v.half() if v', 'v if v')
 @pytest.mark.mutation('train_ldm.py', "not in ('opt', 'model')", "not in ('opt',)")
@@ -935,12 +936,12 @@ def test_slim_checkpoint_samples_like_the_full_one(toy, copy, repo):
     done(copy, 'train_ldm.py', LDM, '--slim new/small.pt', repo=repo)
     full, small = toy.run / 'ldm.pt', copy / 'new' / 'small.pt'
     state = common.load_checkpoint(full)
-    for flags in (state['args'], state['vae_args']):
+    for flags in (state['args'], state['vae_args'], state['ldm_config']):
         flags |= dict(captions=str(copy / 'words.csv'), data='here/data')
     common.save_checkpoint(copy / 'words.pt', state)
     train_ldm.write_slim(copy / 'words.pt', copy / 'words_small.pt')
     state = common.load_checkpoint(copy / 'words_small.pt')
-    for flags in (state['args'], state['vae_args']):
+    for flags in (state['args'], state['vae_args'], state['ldm_config']):
         assert (flags['captions'], flags['data']) == ('words.csv', 'here/data')
     assert small.stat().st_size < full.stat().st_size / 4
     state = common.load_checkpoint(small, 'ldm')
@@ -1247,12 +1248,14 @@ def test_fields_know_the_box_of_their_scenes(scenes, tmp_path, repo):
 @pytest.mark.mutation('sample.py', 'args.azimuth + 360 * k / count', 'args.azimuth')
 @pytest.mark.mutation('sample.py', 'places[:, :3, 3] = vae.in_data(places[:, :3, 3])', 'pass')
 @pytest.mark.mutation('sample.py', 'depth=depth * c.extent', 'depth=depth')
+@pytest.mark.mutation('sample.py', "mode='area'))", "mode='area').mT)")
+@pytest.mark.mutation('sample.py', 'return max(1, round(h * shrink))', 'return round(h * shrink)')
 @pytest.mark.mutation('sample.py', 'in enumerate(zip(rgb, near[:, None], opacity',
                       'in enumerate(zip(rgb, opacity[:, None], opacity')
 @pytest.mark.mutation('sample.py', 'render_views(xi, [pose], size', 'render_views(xi, [pose], (9, 9)')
 def test_fields_are_seen_from_anywhere(scenes, tmp_path, repo):
     """Views, their maps and cameras, a turntable, a coloured mesh and a function of one sample."""
-    flags = ('--num 2 --steps 2 --sweep 8x10,6 --views 3 --elevation 35 --azimuth 10 --fov 50 '
+    flags = ('--num 2 --steps 2 --sweep 8x10,6,1x400 --views 3 --elevation 35 --azimuth 10 --fov 50 '
              '--distance 3 --turntable --mesh 8 --level 0.5')
     done(tmp_path, 'sample.py', f'--run {scenes.run} {flags}', repo=repo)
     done(tmp_path, 'sample.py', f'--run {scenes.run} --num 1 --steps 2 --export f.pt --out one '
@@ -1275,6 +1278,7 @@ def test_fields_are_seen_from_anywhere(scenes, tmp_path, repo):
         np.testing.assert_allclose(shown, x.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1),
                                    atol=4e-3)
     assert Image.open(tmp_path / 'out/grid_6x6.png').size == (3 * 8 + 2, 2 * 8 + 2)
+    assert Image.open(tmp_path / 'out/grid_1x400.png').size == (3 * 130 + 2, 2 * 3 + 2)
     with Image.open(tmp_path / 'out/turntable.gif') as film:
         assert film.n_frames == 36 and film.size == (26, 12)
     assert f(torch.zeros(5, 3), dirs=torch.tensor([0.0, 0, 1])).shape == (5, 4)
@@ -1404,6 +1408,8 @@ def broken(toy, tmp_path_factory):
     (folder / 'runs' / 'first').mkdir()
     shutil.copy(toy.run / 'vae.pt', folder / 'runs' / 'first')
     torch.save(dict(weights=torch.zeros(3)), folder / 'foreign.pt')
+    torch.save(dict(kind='function', about=dict(read_out={}), mlp={}, xi=[]),
+               folder / 'function.pt')
     data.save_png(folder / 'photo.png', torch.zeros(3, 16, 16))
     os.utime(toy.run / 'vae.pt')
     return folder
@@ -1434,9 +1440,12 @@ MISUSE = [
     ('train_vae.py', f'{NEW} --ch_mult=', '--ch_mult'),
     ('train_vae.py', f'{NEW} --ch_mult 1,a', '--ch_mult'),
     ('train_vae.py', f'{NEW} --anneal 0', '--anneal'),
+    ('train_vae.py', f'{NEW} --anneal 1.5', '--anneal', 'at most 1'),
     ('train_vae.py', f'{NEW} --device nonsense', '--device nonsense'),
     ('train_vae.py', f'{NEW} --init foreign.pt', 'foreign.pt', 'not a checkpoint of this'),
     ('train_vae.py', f'{NEW} --init nowhere.pt', 'nowhere.pt'),
+    ('train_vae.py', f'{NEW} --init function.pt', 'a function checkpoint where vae is needed'),
+    ('metrics.py', 'psnr function.pt', 'a function checkpoint where vae is needed'),
     ('train_vae.py', f'{NEW} --z_channels 8 --init runs/toy_image/vae.pt', 'does not fit'),
     ('train_vae.py', f'{VAE} --lr 0.25', '--lr', 'now 0.25', '--restart'),
     ('train_vae.py', f'{VAE} --batch 8 --ch 16', '--batch 4 (now 8)', '--ch 8 (now 16)'),
@@ -1467,6 +1476,8 @@ MISUSE = [
     ('train_ldm.py', f'{TOY} --name new --preset nonsense', 'nonsense', 'image_64'),
     ('train_ldm.py', f'{TOY} --name new --num_classes 3', '--num_classes 3', 'no labels'),
     ('train_ldm.py', f'{TOY} --name new --ema 1', '--ema'),
+    ('train_ldm.py', f'{TOY} --name new --cond_dropout 1.5', '--cond_dropout', 'at most 1'),
+    ('train_ldm.py', f'{LDM} --vae runs/toy_image/ldm.pt', 'another file', '--vae toy_image'),
     ('train_ldm.py', f'{TOY} --name new --cache nonsense', '--cache'),
     ('train_ldm.py', f'{TOY} --name new --init runs/toy_image/vae.pt', 'ldm is needed'),
     ('train_ldm.py', f'{LDM} --vae first --slim small.pt', 'first/ldm.pt'),
@@ -1650,7 +1661,7 @@ def test_runs_are_copied_renamed_and_nested(toy, copy, repo):
     assert step_of(runs / 'data' / 'vae.pt') == 7
     shutil.copytree(runs / 'data', copy / 'elsewhere' / 'exp' / 'toy_image')
     assert_refused(call(copy, 'train_ldm.py', LDM, '--vae elsewhere/exp/toy_image', repo=repo),
-                   'runs/toy_image/vae.pt is another stage 1', '--name')
+                   'runs/toy_image/vae.pt is another file', '--name')
     missing = call(copy, 'sample.py', '--run exp', repo=repo)
     assert_refused(missing, 'exp or runs/exp', 'ldm.pt')
 
@@ -1737,6 +1748,7 @@ def test_a_changed_stage_1_is_noticed(copy, repo):
 
 
 @pytest.mark.mutation('ldm.py', "step=state['vae_args']['steps'])", 'step=0)')
+@pytest.mark.mutation('train_ldm.py', 'args.slim or not own.exists()', 'not own.exists()')
 @pytest.mark.mutation('train_ldm.py', "both = own and 'ldm_config' in first",
                       "both = 'ldm_config' in first")
 def test_a_second_stage_on_the_first_of_another(copy, repo):
@@ -1750,8 +1762,8 @@ def test_a_second_stage_on_the_first_of_another(copy, repo):
         assert {k: state[k] for k in ('vae_args', 'vae_config', 'splits')} == {
             k: old[k] for k in ('vae_args', 'vae_config', 'splits')}
     assert_same(copy / 'runs/new1/ldm.pt', copy / 'runs/toy_image/ldm.pt')
-    for flags, run in (('--vae small.pt --name new0', 'new0'),
-                       ('--vae runs/new0/ldm.pt', 'new0')):
+    for flags, run in (('--vae small.pt --name new0', 'new0'), ('--vae runs/new0/ldm.pt', 'new0'),
+                       ('--vae runs/toy_image/ldm.pt', 'toy_image')):
         done(copy, 'train_ldm.py', flags, '--slim again.pt', repo=repo)
         again, full = (common.load_checkpoint(path)['ema']['unet.out.weight']
                        for path in (copy / 'again.pt', copy / 'runs' / run / 'ldm.pt'))
