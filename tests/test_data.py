@@ -85,13 +85,13 @@ def test_grid_goes_row_by_row_with_white_between(tmp_path):
                       '// max(x.shape[3] // x.shape[2], 1), 2)')
 @pytest.mark.mutation('data.py', 'save_png(path, image_grid(x, columns, pad, room))',
                       'save_png(path, image_grid(x, columns, pad))')
-@pytest.mark.parametrize('layout, columns', [
-    (dict(columns=5), 5), (dict(room=5), 2), (dict(room=1), 1), (dict(), 1), (dict(columns=20), 9)])
-def test_columns_of_a_grid_of_strips(tmp_path, layout, columns):
+def test_columns_of_a_grid_of_strips(tmp_path):
     """Nine of two squares each: a row of so many, or in the room of so many squares."""
-    data.save_grid(tmp_path / 'grid.png', torch.zeros(9, 3, 2, 4), pad=1, **layout)
-    width, height = Image.open(tmp_path / 'grid.png').size
-    assert (width, height) == (5 * columns + 1, 3 * -(-9 // columns) + 1)
+    for layout, columns in ((dict(columns=5), 5), (dict(columns=20), 9), (dict(room=5), 2),
+                            (dict(room=1), 1), ({}, 1)):
+        data.save_grid(tmp_path / 'grid.png', torch.zeros(9, 3, 2, 4), pad=1, **layout)
+        width, height = Image.open(tmp_path / 'grid.png').size
+        assert (width, height) == (5 * columns + 1, 3 * -(-9 // columns) + 1)
 
 
 # ---- toy_image ----------------------------------------------------------------------------------

@@ -1093,7 +1093,7 @@ def largest_change(a, b):
 @pytest.mark.mutation('train_ldm.py', 'splits=train.splits()', "splits=first['splits']")
 @pytest.mark.mutation('train_ldm.py', "common.load_weights(model, start['ema'], path)", 'pass')
 @pytest.mark.mutation('train_vae.py', '**structure_of(state or init)', '**structure_of(state)')
-@pytest.mark.mutation('train_vae.py', 'common.load_weights(model, start, path)', 'pass')
+@pytest.mark.mutation('train_vae.py', "common.load_weights(model, init['vae'], path)", 'pass')
 @pytest.mark.mutation('data.py', "info['splits'] if any(info['splits'].values()) else None",
                       "info['splits']")
 def test_files_of_theirs_train_on(at_work, repo):

@@ -1643,8 +1643,8 @@ def test_nothing_is_written_over_what_training_continues(copy, repo):
 @pytest.mark.mutation('common.py', "'data', 'vae', 'name'}", "'data', 'vae'}")
 @pytest.mark.mutation('train_ldm.py', 'args.name = common.run_name(path)',
                       'args.name = path.resolve().parent.name')
-@pytest.mark.mutation('train_ldm.py', 'own.exists() or common.file_digest(own)',
-                      'own.exists() or True or common.file_digest(own)')
+@pytest.mark.mutation('train_ldm.py', 'or common.file_digest(own) ==',
+                      'or True or common.file_digest(own) ==')
 def test_runs_are_copied_renamed_and_nested(toy, copy, repo):
     runs = copy / 'runs'
     for name in ('toy_image', 'data', 'exp/b', 'exp/a'):  # runs like a folder beside runs/, and nested
