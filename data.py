@@ -78,9 +78,15 @@ def save_png(path, x):
 
 def save_image(path, im, **options):
     """Write a PIL picture in the format of its suffix, complete or not at all; see Image.save."""
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    require(kind, f'{path}: a picture is written as .png, .webp, .gif, ...')
+    kind = picture_kind(path)
     common.replace(path, lambda temporary: im.save(temporary, kind, **options))
+
+
+def picture_kind(path):
+    """The format, as Pillow calls it, in which a picture is written to `path`; or ValueError."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    require(kind in Image.SAVE, f'{path}: a picture is written as .png, .webp, .gif, ...')
+    return kind
 
 
 def image_grid(x, columns=None, pad=2, room=None):
@@ -1230,6 +1236,7 @@ def threaded(function, items, what, workers=8):
 
 FILMS = tuple('.mp4 .m4v .webm .mov .avi .mkv'.split())  # what ffmpeg reads
 MOVING = ('.apng', '.npy', *FILMS)  # a video each, whatever lies beside them
+ANIMATED = 'GIF', 'WEBP', 'PNG', 'AVIF'  # formats, as Pillow calls them
 VIDEO_SUFFIXES = tuple(dict.fromkeys(SUFFIXES + MOVING))
 
 
@@ -1293,9 +1300,12 @@ def reader(name):
 
 
 def look_picture(files, name):
-    """Frames, (width, height) and frames a second, or None, of a file that Pillow reads."""
+    """Frames, (width, height) and frames a second, or None, of a file that Pillow reads.
+
+    What else has several pictures, a camera's preview or the pages of a TIFF, is no animation.
+    """
     with files.open(name) as image:
-        count = getattr(image, 'n_frames', 1)
+        count = image.n_frames if image.format in ANIMATED else 1
         if count > 1:
             image.load()  # WebP tells the duration of a frame with its pixels
         duration = image.info.get('duration')
@@ -1412,8 +1422,9 @@ def read_split(path):
         raise FileNotFoundError(f'--split {path}: neither a fraction nor a file') from None
     except ValueError as error:
         raise ValueError(f'--split {path}: not readable ({error})') from None
-    require(isinstance(given, dict) and 'test' in given and set(given) <= {'train', 'test'},
-            f'--split {path}: must be {{"train": [names], "test": [names]}}')
+    require(isinstance(given, dict) and 'test' in given and set(given) <= {'train', 'test'}
+            and all(isinstance(names, list) and all(isinstance(n, str) for n in names)
+                    for names in given.values()), f'--split {path}: must be {{"train": [names], "test": [names]}}')
     return given
 
 
@@ -1688,13 +1699,8 @@ class FileItems(Items):
                 'training; add others')
 
     def add_captions(self, texts):
-        """Join captions {key: [texts]} by an item's name, its last part, or that without suffix."""
-        known = {key.split('/')[-1]: found for key, found in texts.items()} | texts
-
-        def captions_of(name):
-            last = name.split('/')[-1]
-            keys = name, last, os.path.splitext(last)[0]
-            return next((known[k] for k in keys if k in known), [])
+        """Join captions {key: [texts]} by the items' names, see `captions_by_name`."""
+        captions_of = captions_by_name(texts)
         self.captions = [captions_of(name) for name in self.names]
         require(any(map(captions_of, self.sides['train'] + self.sides['test'])),
                 f'--captions: none of {len(texts)} names is that of an item, e.g. '
@@ -1770,9 +1776,32 @@ def read_captions(path):
             f'description, caption, text, name; has {", ".join(columns) or "no rows"}')
     found = {}
     for row in rows:
-        if row[text] and row[text].strip():
+        if row[key] and row[text] and row[text].strip():
             found.setdefault(row[key], []).append(' '.join(row[text].split()))
     return found
+
+
+def captions_by_name(texts):
+    """Function: an item's name -> its captions, of {key: [texts]}; [] if there are none.
+
+    A key may lack the name's suffix, and either may begin in a folder above the other's. The key
+    that shares most folders counts; where several that are longer than the name share all of them,
+    it is not known which is meant, and none counts.
+    """
+    longer = {}
+    for key in texts:
+        for folders in range(1, key.count('/') + 1):
+            longer.setdefault(key.split('/', folders)[-1], []).append(key)
+
+    def captions_of(name):
+        whole = name, os.path.splitext(name)[0]
+        if above := not texts.keys() & {*whole} and next(
+                (longer[form] for form in whole if form in longer), []):
+            return texts[above[0]] if len(above) == 1 else []
+        tails = (form.split('/', folders)[-1] for folders in range(name.count('/') + 1)
+                 for form in whole)
+        return next((texts[tail] for tail in tails if tail in texts), [])
+    return captions_of
 
 
 def read_table(path, flag):
@@ -2844,7 +2873,7 @@ def find_meshes(root, classes):
     parts that all paths of its depth share: the ID of SYNSET/ID/models/model_normalized.obj.
     """
     root = Path(root)
-    require(root.is_dir(), f'{root}: no such folder')
+    require(root.is_dir(), f'{root}: not a folder')
     files = Folder(root, suffixes=tuple(MESH_READERS))
     there = [n for n in files.names if (root / n).is_file()]
     names = sorted(first_names(there, root.joinpath).values(), key=natural)
@@ -2886,15 +2915,24 @@ def doubt(inside, ambiguous):
     return f'{inside:.2%} of the box inside: hardly a solid' if inside < HOLLOW else ''
 
 
+def mesh_sides(keys, args):
+    """{'train', 'val', 'test': names} of meshes; ValueError unless --split is a fraction."""
+    try:
+        float(args.split)
+    except ValueError:
+        raise ValueError(f'--split {args.split}: must be a fraction') from None
+    first = divide(['/'.join(k) for k in keys], args.split, args.group, args.seed)
+    second = divide(first['train'], args.split, args.group, args.seed + 1)
+    return dict(train=second['train'], val=second['test'], test=first['test'])
+
+
 def write_lists(out, keys, args):
     """Write {train,val,test}.lst of each class and metadata.yaml, as JSON; 'how many side, ...'.
 
     Classes that an earlier call made of the same folder, and that are not there any more, lose
     their lists.
     """
-    first = divide(['/'.join(k) for k in keys], args.split, args.group, args.seed)
-    second = divide(first['train'], args.split, args.group, args.seed + 1)
-    sides = dict(train=second['train'], val=second['test'], test=first['test'])
+    sides = mesh_sides(keys, args)
     groups = sorted({group for group, _ in keys})
     for group in groups:
         for side, members in sides.items():
@@ -2917,16 +2955,21 @@ def mesh(args):
     """What `python data.py mesh` does; a second call goes on where the first one was stopped."""
     require(args.near <= 1, f'--near {args.near}: a share, from 0 to 1')
     (found, others), out = find_meshes(args.folder, read_classes(args.classes)), Path(args.out)
+    common.try_writing('--out', out)
+    mesh_sides(list(found), args)  # what is wrong with --split or --group is said first
 
     def convert(key):
         """Shares of points inside and of ambiguous ones, or why the mesh cannot be read."""
         path, folder = found[key], out.joinpath(*key)
         try:
             recipe = mesh_recipe(path, args)
+        except OSError as error:  # those of writing, below, are no fault of the mesh
+            return str(error)
+        try:
             if not solid_shares(folder, recipe):
                 sample_mesh(path, folder, recipe)
             return solid_shares(folder, recipe)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             return str(error)
     common.keep_freed_memory()
     workers = torch.get_num_threads()
@@ -3106,7 +3149,7 @@ class FileShapes(FileItems, Shapes):
             lists[side] += [f'{group}/{n if f"{group}/{n}" in self.folders else n.strip()}'
                             for n in lines if n.strip()]
         given = lists['train'] and lists['test']
-        listed = {*sum(lists.values(), [])} if given else self.folders
+        listed = {*sum(lists.values(), [])} or self.folders
         official = {side: lists[side] for side in ('train', 'test')} if given else None
         self.groups = sorted({n.split('/')[0] for n in listed})
         try:  # metadata.yaml if it is JSON, as ours
@@ -3176,9 +3219,12 @@ class FileShapes(FileItems, Shapes):
 
 def text2shape(name, root, selection, **options):
     """The chairs and tables of ShapeNet with captions.tablechair.csv, by default in ROOT."""
-    captions = selection.captions or str(Path(root) / 'captions.tablechair.csv')
-    selection = replace(selection, captions=captions)
-    return FileShapes(name, root, selection, ['03001627', '04379243'], **options)
+    own = Path(root) / 'captions.tablechair.csv'
+    captions = selection.captions or (str(own) if own.exists() else '')
+    found = FileShapes(name, root, replace(selection, captions=captions),
+                       ['03001627', '04379243'], **options)
+    found.notes += [f'{own}: not there, so without captions'] * (not captions)
+    return found
 
 
 # ---- files of posed pictures --------------------------------------------------------------------
@@ -3841,7 +3887,7 @@ class FileScenes(FileItems, Scenes):
     def __init__(self, name, root, selection, **options):
         super().__init__(**options)
         self.scenes, official = find_scenes(root)
-        self.shares = {}  # index -> of the silhouettes, that the hull lies in
+        self.shares, self.digests = {}, {}  # index -> of the silhouettes, that the hull lies in
         known = sorted(self.scenes, key=natural)
         self.views_of = self.select(known, root, selection, official)
         self.centre, self.extent, self.up = self.find_box(known)
@@ -3910,17 +3956,23 @@ class FileScenes(FileItems, Scenes):
     def decode(self, i):
         """The coloured points (n,6) of scene i in the box; ValueError if they cannot be had."""
         scene = self.scenes[self.names[i]]
-        if i not in self.sound:  # for the first time: the pictures, too, must be whole
-            self.read(i, range(len(self.cameras(i))))
+        if i not in self.digests:  # for the first time: the pictures, too, must be whole
+            self.digests[i] = self.digest(i)
         if scene.cloud:
             p = scene.cloud()
             return np.hstack([self.to_box(p[:, :3]), p[:, 3:]]).astype('float32')
-        key = self.centre, self.extent, self.axes, self.side, self.test_views
-        digest = hashlib.blake2b(repr(key).encode(), digest_size=6).hexdigest()
-        stored = kept(scene.folder / f'points-{digest}.npz', lambda: self.hull(i))
+        stored = kept(scene.folder / f'points-{self.digests[i]}.npz', lambda: self.hull(i))
         self.shares[i] = float(stored['share'])
         require(self.shares[i] >= 0.5 or self.tolerant, self.doubt(i))
         return stored['points']
+
+    def digest(self, i):
+        """Of all that the hull of scene i depends on, cameras and pictures, in hexadecimal."""
+        key = self.centre, self.extent, self.axes, self.side, self.test_views
+        found = hashlib.blake2b(repr(key).encode(), digest_size=6)
+        for array in (*vars(self.cameras(i)).values(), *self.read(i, range(len(self.cameras(i))))):
+            found.update(np.ascontiguousarray(array))
+        return found.hexdigest()
 
     def doubt(self, i):
         return (f'no place of the box is in more than {self.shares[i]:.0%} of the silhouettes: '
@@ -4003,6 +4055,8 @@ def make_dataset(name, root=None, split='train', holdout=None, group=None, seed=
     """
     require(name in DATASETS, f'--dataset {name}: unknown; one of {", ".join(NAMES)}')
     require(split in ('train', 'test', 'all'), f'split {split}: one of train, test, all')
+    require(not root or not DATASETS[name][0].computed, f'--data {root}: {name} is computed; say '
+            'what the data are, as in --dataset image')
     selection = Selection(split, holdout, group, seed, tolerant, captions)
     return DATASETS[name][1](name, Path(root or Path('data') / name), selection, **options)
 
@@ -4037,6 +4091,7 @@ def check(args):
     """What `python data.py check` prints; ends in an error if training would refuse the data."""
     name, root = meant(args)
     out = args.out or f'out/check_{name}.png'
+    picture_kind(out)
     common.try_file('--out', out)
     options = options_of(dict(vars(args), dataset=name, resolution=args.res, seed=0))
     dataset = make_dataset(name, root, 'all', args.split, args.group, tolerant=True, **options)

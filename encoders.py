@@ -17,6 +17,7 @@ import re
 import unicodedata
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -702,7 +703,7 @@ class BPETokenizer:
             opener = gzip.open if path.suffix == '.gz' else open
             with opener(regular(path), 'rt', encoding='utf-8') as file:
                 merges = [tuple(line.split()) for line in file.read().splitlines()[1:48895]]
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise ValueError(f'{path}: not the merges of a BPE vocabulary ({error})') from None
         require(len(merges) == 48894 and all(len(m) == 2 for m in merges),
                 f"{path}: {len(merges)} merges where CLIP's vocabulary has 48894")

@@ -1104,9 +1104,9 @@ def read_picture(files, name, resolution=0):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def all_files(folder):
+def all_files(folder, suffixes=data.SUFFIXES):
     """`data.find_files`; OSError if there may be more in folders that cannot be listed."""
-    files = data.find_files(folder)
+    files = data.find_files(folder, suffixes)
     for inner, why in files.lost:
         raise OSError(f'{folder}/{inner}: {why}; make it readable, or move it elsewhere')
     return files
@@ -1161,7 +1161,7 @@ def draw_clips(lengths, frames, interval, num, key):
 
 def folder_clips(folder, args, resolution, limit, key):
     """Up to `limit` clips of the videos in a folder or zip, as a Source; `key` is of the draws."""
-    files = all_files(folder)
+    files = all_files(folder, data.VIDEO_SUFFIXES)
     videos = data.find_videos(files)
     clips = draw_clips([len(v) for v in videos], args.frames, args.interval, limit,
                        (args.seed, key))
@@ -1324,6 +1324,9 @@ class Run:
         dataset = self.data(self.args.conditions)
         reader = config.text and text_reader(self.args.reader or config.text, self.args.device,
                                              config.text_length)
+        there = dataset.captions if reader else dataset.labels
+        require(there, f'{self.path}: its data have no {"captions" if reader else "labels"}, which '
+                '--conditions takes' + '; name them with --captions' * bool(reader))
         index = evenly_spaced(len(dataset), self.args.num)
 
         def of(numbers):
@@ -1426,6 +1429,7 @@ class VideoRun(PictureRun):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.frames = self.args and self.args.frames or self.vae.config.frames
+        self.interval = self.info['args'].get('interval', 1) if self.info else 1
 
     def settings(self):
         return dict(frames=self.frames)
@@ -1606,8 +1610,12 @@ def real_and_fake(args):
         resolved('--captions', args.captions)
         b.conditions  # what is wrong with them is found out before anything is measured
     R = args.res or next((run.R for run in (a, b) if run), 0)
+    refuse_unused(args, [] if b else OF_FAKES + ([] if a else OF_DATA))
     if command.thing == 'clip':
+        require(not args.interval or not (a and b), '--interval: is for folders; runs have their '
+                'own')
         args.frames = args.frames or next((run.frames for run in (a, b) if run), 16)
+        args.interval = args.interval or next((run.interval for run in (a, b) if run), 1)
 
     def reals():
         return a.reals(args.split, limit) if a else folder(args.a, args, R, limit, 0)
@@ -1622,6 +1630,19 @@ def real_and_fake(args):
                 f'{args.b}: not the same number of things of the same lengths, so no pairs')
         return fake
     return reals, fakes
+
+
+OF_DATA = ['data', 'split']  # flags that say what is taken of a run's data, and how fakes are made
+OF_FAKES = ['amp', 'interpolated', 'posterior', 'sampler', 'samplers', 'reader', 'captions']
+
+
+def refuse_unused(args, names):
+    """ValueError if one of these flags, which only a run has a use for, is not at its default."""
+    usual = build_parser().parse_args([args.command, args.a, *[args.b] * bool(args.b)])
+    usual.sampler, usual.samplers = parse_sampler(usual.sampler), [parse_sampler(usual.samplers)]
+    for name in names:
+        require(getattr(args, name) == getattr(usual, name),
+                f'--{name}: is for runs, and has no effect on folders')
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -1742,6 +1763,7 @@ def psnr_command(args):
     require((args.b is None) == is_run(args.a), f'{args.a}: give one run, or two folders')
     if args.b:
         require(not args.frames, '--frames: folders are compared picture by picture')
+        refuse_unused(args, OF_FAKES + OF_DATA)
         source, guesses = folder_pairs(args), lambda x: {}
     else:
         run = open_run(args.a, args)
@@ -2137,7 +2159,8 @@ FLAGS = dict(
     features=flag('vgg16', 'network of the features', choices=('vgg16', 'inception')),
     res=flag(0, "resolution to compare at; 0 = as stored, or the run's own"),
     num=flag(50_000, 'how many things are measured at most'),
-    num_real=flag(50_000, 'reals at most: of a run evenly spaced, of a folder the first in order'),
+    num_real=flag(50_000, 'reals at most: of a run evenly spaced, of a folder the first in order, of '
+                  'videos clips from all of them'),
     ddof=flag(1, 'covariance over n - ddof; NVIDIA has 0', low=0, choices=(0, 1)),
     preset=flag('styleganv', 'styleganv: frames stretched to 224 x 224, ddof 0, eps 1e-3; ddmi, '
                 "the authors': short side to 224 and cropped, ddof 1, eps 1e-5",
@@ -2145,7 +2168,7 @@ FLAGS = dict(
     eps=flag(1e-3, "of I3D's batch norms"),
     frames=flag(0, "frames of a clip; 0: as many as a run was trained on, of folders 16",
                 high=10_000),
-    interval=flag(1, 'take every Nth frame'),
+    interval=flag(0, 'take every Nth frame of folders; 0: as a run was trained, or 1'),
     picture=flag('', 'PNG to write'),
     k=flag(3, 'neighbours: a ball reaches to the last of them; nn shows them all'),
     split=flag('train', "part of a run's data", choices=('train', 'test')),
@@ -2196,6 +2219,8 @@ def sets(made, other='run, folder or zip to compare with A'):
 
 
 SETS, REBUILT_SETS = sets('samples'), sets('reconstructions')
+MESH_SETS = dict(A=f'{RUN["RUN"]}, or folder of meshes', B='run or folder to compare with A; none: '
+                 'A is a run, and its samples are compared with its data')
 PAIRS = sets('reconstructions', 'folder or zip of pictures, paired with those of A by sorted name')
 FVD_DEFAULTS = dict(features='i3d', resize=None, ddof=None, eps=None, num=2048, batch=8)
 COMMANDS = dict(
@@ -2204,8 +2229,8 @@ COMMANDS = dict(
     rfid=Command(frechet_command, 'picture view', REBUILT_SETS, FID + REBUILT, dict(
         features='inception', fakes='reconstructions'),
         'Frechet Inception distance of reconstructions'),
-    fvd=Command(frechet_command, 'clip', SETS, FVD + SAMPLES + 'samplers', FVD_DEFAULTS,
-                'Frechet video distance'),
+    fvd=Command(frechet_command, 'clip', SETS, FVD + SAMPLES + 'samplers', dict(
+        FVD_DEFAULTS, num_real=2048), 'Frechet video distance'),
     rfvd=Command(frechet_command, 'clip', REBUILT_SETS, FVD + REBUILT, dict(
         FVD_DEFAULTS, fakes='reconstructions'), 'Frechet video distance of reconstructions'),
     nfe=Command(nfe_command, '', RUN, 'num seed amp batch samplers', dict(
@@ -2227,7 +2252,7 @@ COMMANDS = dict(
                   'beside bicubic interpolation of R'),
     iou=Command(iou_command, 'cloud', RUN, 'data num split', dict(split='test'),
                 'IoU of held-out reconstructions at every stored point, by class'),
-    shapes=Command(shapes_command, 'cloud', SETS, 'data split num fakes points res threshold '
+    shapes=Command(shapes_command, 'cloud', MESH_SETS, 'data split num fakes points res threshold '
                    'coarse seed amp batch sampler', dict(split='test', res=flag(128, CELLS)),
                    'MMD, COV and 1-NNA of two sets of equal size'),
     classifier=Command(classifier_command, 'cloud', RUN, 'data num split classifier steps seed',
@@ -2288,8 +2313,11 @@ def main(argv=None):
         parse_sampler(text) for text in args.samplers.split(',')]
     args.device = start_process(args.device).device
     for name in ('out', 'picture', 'reference'):
-        if getattr(args, name) and ranks()[0] == 0:
-            try_file(f'--{name}', getattr(args, name))
+        path = getattr(args, name)
+        if path and ranks()[0] == 0 and not (name == 'reference' and Path(path).is_file()):
+            try_file(f'--{name}', path)
+    if args.picture:
+        data.picture_kind(args.picture)
     COMMANDS[args.command].function(args)
 
 

@@ -176,9 +176,6 @@ def main():
     common.check_run_flags(args, process.world)
     common.require(args.anneal > 0 and (args.sn_end > 0 or not args.sn_start),
                    '--anneal and --sn_end: must be positive')
-    common.require(not args.data or not data.DATASETS[args.dataset][0].computed,
-                   f'--data {args.data}: {args.dataset} is computed; say what the data are, as in '
-                   '--dataset image')
     common.resolved('--captions', args.captions)
 
     # 1. what to start from; then data and model

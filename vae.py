@@ -176,6 +176,8 @@ class Posterior:
 
 def attention_across(width, config):
     """The attention across planes of --across, on features of this width."""
+    require(config.wide_heads or width % 8 == 0, f'--across: has 8 heads, for which {width} '
+            'channels, --decoder_ch times the first of --decoder_mult, are no multiple of 8')
     return Attention(width, 8, zero_init=True, head_channels=config.wide_heads * width)
 
 

@@ -79,6 +79,14 @@ def test_grid_goes_row_by_row_with_white_between(tmp_path):
     assert (grid[:, :2] == 255).all() and (grid[8:12, 18:] == 255).all()
 
 
+@pytest.mark.mutation('data.py', 'require(kind in Image.SAVE, ', 'require(kind, ')
+def test_pictures_are_written_as_what_can_be_written(tmp_path):
+    assert data.picture_kind('a/x.webp') == 'WEBP'
+    for name in ('x.psd', 'x', 'x.nonsense'):
+        with pytest.raises(ValueError, match=f'{name}: a picture is written as'):
+            data.picture_kind(name)
+
+
 @pytest.mark.mutation('data.py', 'columns or max(squares //', 'max((columns or squares) //')
 @pytest.mark.mutation('data.py', 'max(squares // max(x.shape[3] // x.shape[2], 1), 1)', 'squares')
 @pytest.mark.mutation('data.py', '// max(x.shape[3] // x.shape[2], 1), 1)',
@@ -825,8 +833,7 @@ def test_pictures_have_captions_by_file_name(folder):
     assert dataset.item(dataset.names.index('p5.png'))['text'] == ''
 
 
-@pytest.mark.mutation('data.py', "{key.split('/')[-1]: found for key, found in texts.items()} | texts",
-                      'texts')
+@pytest.mark.mutation('data.py', 'longer.setdefault(key.split(', '{}.setdefault(key.split(')
 @pytest.mark.mutation('data.py', "self.sides['train'] + self.sides['test'])),", 'self.names)),')
 def test_captions_of_one_side_and_with_another_folder(folder):
     """The file may name p0.png by its folder elsewhere; held-out pictures need no caption."""
@@ -841,6 +848,28 @@ def test_captions_of_one_side_and_with_another_folder(folder):
     with pytest.raises(ValueError, match='none of 1 names'):
         pictures(folder, holdout=dict(train=['p1.png'], test=['p2.png']),
                  captions=str(folder / 'c.csv'))
+
+
+@pytest.mark.mutation('data.py', 'if len(above) == 1 else []', '')
+@pytest.mark.mutation('data.py', 'above := not texts.keys() & {*whole} and next(', 'above := next(')
+@pytest.mark.mutation('data.py', 'whole = name, os.path.splitext(name)[0]', 'whole = name, name')
+@pytest.mark.mutation('data.py', "in range(1, key.count('/') + 1)", 'in range(1, 2)')
+@pytest.mark.mutation('data.py', "for folders in range(name.count('/') + 1)", 'for folders in range(1)')
+def test_captions_are_of_the_name_that_shares_most_folders():
+    for keys, name, key in (
+            ('cat/1 dog/1', 'cat/1.png', 'cat/1'), ('cat/1 dog/1', 'dog/1.png', 'dog/1'),
+            ('cat/1.png', 'dog/1.png', None), ('cat/1.png dog/1.png', '1.png', None),
+            ('set/cat/1 set/dog/1', 'cat/1.png', 'set/cat/1'), ('cat/1 1', 'dog/1.png', '1'),
+            ('x/1.png 1.png', '1.png', '1.png'), ('w/x/y/1 1', 'y/1.png', 'w/x/y/1'),
+            ('1.jpg', '1.png', None), ('y/1 y/1.png', 'x/y/1.png', 'y/1.png')):
+        found = data.captions_by_name({k: [k] for k in keys.split()})(name)
+        assert found == ([key] if key else [])
+
+
+@pytest.mark.mutation('data.py', 'if row[key] and row[text]', 'if row[text]')
+def test_rows_without_a_name_are_left_out(tmp_path):
+    (tmp_path / 'c.csv').write_text('caption,file\na dog\nwith ears,1.png\n')
+    assert data.read_captions(tmp_path / 'c.csv') == {'1.png': ['with ears']}
 
 
 @pytest.mark.mutation('data.py', 'if why and self.sound.get(i, True)]', 'if why]')
@@ -904,11 +933,13 @@ def test_split_files(tmp_path):
     split = data.divide(NAMES, str(tmp_path / 's.txt'))
     assert split == {'train': NAMES[3:], 'test': NAMES[:3]}
     (tmp_path / 'bad.txt').write_text('nobody.png')
-    (tmp_path / 'bad.json').write_text('[1]')
-    for holdout, message in ((tmp_path / 'bad.txt', 'e.g. nobody.png'), (1.5, 'must be in'),
-                             (tmp_path / 'bad.json', 'must be {"train"')):
+    for holdout, message in ((tmp_path / 'bad.txt', 'e.g. nobody.png'), (1.5, 'must be in')):
         with pytest.raises(ValueError, match=message):
             data.divide(NAMES, holdout)
+    for content in ('[1]', '{"test": [1, 2]}', '{"test": null}', '{"train": null, "test": []}'):
+        (tmp_path / 'bad.json').write_text(content)
+        with pytest.raises(ValueError, match='must be {"train"'):
+            data.divide(NAMES, tmp_path / 'bad.json')
     with pytest.raises(FileNotFoundError, match='neither a fraction nor a file'):
         data.divide(NAMES, 'nowhere.txt')
 

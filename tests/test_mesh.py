@@ -629,12 +629,57 @@ def test_shapenet_as_it_is_unpacked(tmp_path, monkeypatch, capsys):
         ['a__stray_', *(f'id{k}' for k in range(4))])
 
 
+@pytest.mark.mutation('data.py', '    mesh_sides(list(found), args)', '    pass')
+@pytest.mark.mutation('data.py', "    common.try_writing('--out', out)\n    mesh_sides", '    mesh_sides')
+@pytest.mark.mutation('data.py', '        float(args.split)\n    except', '        pass\n    except')
+def test_flags_are_refused_before_meshes_are_read(meshes, capsys, monkeypatch, tmp_path):
+    (tmp_path / 'names.txt').write_text('chair/m0')
+    (tmp_path / 'file').write_text('')
+    monkeypatch.setattr(data, 'read_mesh', lambda path: pytest.fail('read'))
+    for flags, words in (('--split names.txt', '--split names.txt: must be a fraction'),
+                         ('--split 2', '--split 2'), ('--group [', 'not a regular expression'),
+                         ('--out file/x', '--out: nothing can be written')):
+        with pytest.raises(ValueError, match=words):
+            prepare(capsys, *flags.split())
+
+
+@pytest.mark.mutation('data.py', '        except OSError as error:  # those of writing',
+                      '        except KeyError as error:  # those of writing')
+@pytest.mark.mutation('data.py', '            return solid_shares(folder, recipe)\n        except ValueError',
+                      '            return solid_shares(folder, recipe)\n        except (ValueError, OSError)')
+def test_a_full_disk_is_no_fault_of_the_meshes(meshes, capsys, monkeypatch, tmp_path):
+    def full(path, **arrays):
+        raise OSError(f'{path}: not written, the disk is full')
+    with monkeypatch.context() as patch, pytest.raises(
+            (OSError, ValueError), match='the disk is full'):
+        patch.setattr(data, 'save_npz', full)
+        prepare(capsys)
+
+    def recipe(path, args, known=data.mesh_recipe):
+        if path.name == 'm7.obj':
+            raise OSError('cannot be read')
+        return known(path, args)
+    monkeypatch.setattr(data, 'mesh_recipe', recipe)
+    try:
+        assert 'table/m7: cannot be read' in prepare(capsys)
+    except OSError as error:
+        pytest.fail(str(error))
+
+
+@pytest.mark.mutation('data.py', 'or self.folders\n', 'if given else self.folders\n')
+def test_what_is_left_out_of_the_lists_is_not_trained_on(meshes, capsys):
+    """Without held-out shapes, too."""
+    prepare(capsys, '--split', '0')
+    shapes = data.make_dataset('shape', 'o', 'all')
+    assert len(shapes) == 11 and 'chair/m4' not in shapes.names
+
+
 def test_meshes_that_cannot_be_prepared(meshes, capsys, tmp_path):
     for k in range(3):
         (tmp_path / 'set' / f'bad{k}.ply').write_bytes(b'ply')
     with pytest.raises(ValueError, match='4 of 16 meshes cannot be read'):
         prepare(capsys)
-    with pytest.raises(ValueError, match='no such folder'):
+    with pytest.raises(ValueError, match='not a folder'):
         data.find_meshes(tmp_path / 'nowhere', {})
     data.write_mesh(tmp_path / 'set/chair/m0.stl', CORNERS, TRIANGLES)
     with pytest.raises(ValueError, match='would get the same name'):

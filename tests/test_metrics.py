@@ -1098,6 +1098,11 @@ class Items(list):
     """A data set of which nothing but labels and captions is there."""
     known = list.__getitem__
 
+    def __init__(self, known):
+        super().__init__(known)
+        for several, one in (('labels', 'label'), ('captions', 'text')):
+            setattr(self, several, [k[one] for k in known if one in k] or None)
+
 
 @pytest.fixture
 def colour_network(monkeypatch):
@@ -1142,6 +1147,7 @@ def test_fid_of_a_run(capsys, toy_run, colour_network):
 @pytest.mark.mutation('metrics.py', "reader(known['text'])", "reader(sorted(known['text']))")
 @pytest.mark.mutation('metrics.py', "guidance=self.args.guidance)", 'guidance=1.0)')
 @pytest.mark.mutation('metrics.py', 'require(config.num_classes or config.text', 'require(True')
+@pytest.mark.mutation('metrics.py', 'require(there, f', 'require(True, f')
 @pytest.mark.mutation('metrics.py', 'require(self.args.guidance == 1', 'require(True')
 def test_samples_have_the_conditions_of_items(monkeypatch):
     """Sample k that of the k-th of --num items, evenly spaced, from the first again at their end."""
@@ -1149,7 +1155,7 @@ def test_samples_have_the_conditions_of_items(monkeypatch):
     monkeypatch.setattr(metrics, 'text_reader', lambda text, device, length=96:
                         lambda texts: (f'{length} {text}', texts))
 
-    def conditions(num, split='test', w=2.5, **config):
+    def conditions(num, split='test', w=2.5, known=known, **config):
         args = SimpleNamespace(command='fid', conditions=split, guidance=w, num=num, reader='',
                                device='cpu', res=8)
         network = SimpleNamespace(config=SimpleNamespace(**dict(
@@ -1162,7 +1168,9 @@ def test_samples_have_the_conditions_of_items(monkeypatch):
     assert conditions(9, text='bytes')([4, 5, 6, 7]) == dict(
         cond=('40 bytes', ['5', '4', '9', '8']), guidance=2.5)
     assert conditions(3, split='none', w=1, text='bytes')([0, 1]) == {}
-    for options, word in ((dict(), '--conditions'), (dict(split='none', text='bytes'), '--guidance')):
+    for options, word in ((dict(), '--conditions'), (dict(split='none', text='bytes'), '--guidance'),
+                          (dict(known=[dict(label=1)], text='bytes'), 'no captions.*--captions'),
+                          (dict(known=[dict(text='')], num_classes=3), 'no labels')):
         with pytest.raises(ValueError, match=word):
             conditions(3, **options)
 
@@ -1401,8 +1409,34 @@ def videos(tmp_path, monkeypatch):
     return net
 
 
+@pytest.mark.mutation('metrics.py', 'args.interval = args.interval or next((run.interval',
+                      'args.interval = args.interval or next((1')
+@pytest.mark.mutation('metrics.py', 'require(not args.interval or not (a and b), ', 'require(True, ')
+@pytest.mark.mutation('metrics.py', "self.info['args'].get('interval', 1) if self.info", '1 if self.info')
+def test_folders_of_clips_are_read_as_the_run_is(monkeypatch):
+    config = SimpleNamespace(frames=5, resolution=20)
+    run = metrics.VideoRun(SimpleNamespace(config=config), info=dict(args=dict(interval=2)))
+    run.conditions = None
+    monkeypatch.setattr(metrics, 'is_run', lambda path: path == 'run')
+    monkeypatch.setattr(metrics, 'open_run', lambda *args: run)
+
+    def parsed(*argv):
+        args = metrics.build_parser().parse_args(['fvd', *argv])
+        args.sampler = metrics.parse_sampler(args.sampler)
+        args.samplers = [metrics.parse_sampler(args.samplers)]
+        metrics.real_and_fake(args)
+        return args.frames, args.interval
+    assert parsed('run', 'F') == parsed('R', 'run') == parsed('run') == (5, 2)
+    assert parsed('R', 'run', '--interval', '3') == (5, 3) and parsed('R', 'F') == (16, 1)
+    for both in (['run'], ['run', 'run']):
+        with pytest.raises(ValueError, match='--interval: is for folders'):
+            parsed(*both, '--interval', '3')
+
+
 @pytest.mark.mutation('data.py', 'image.seek(k)', 'image.seek(0)')
 @pytest.mark.mutation('metrics.py', '0 if paired else 1)', '1)')
+@pytest.mark.mutation('metrics.py', 'all_files(folder, data.VIDEO_SUFFIXES)', 'all_files(folder)')
+@pytest.mark.mutation('metrics.py', 'FVD_DEFAULTS, num_real=2048)', 'FVD_DEFAULTS)')
 @pytest.mark.mutation('metrics.py', 'FVD_PRESETS.get(args.preset, {})',
                       "(args.preset and FVD_PRESETS['ddmi'] or {})")
 def test_fvd_of_folders(capsys, videos):
@@ -1426,6 +1460,10 @@ def test_fvd_of_folders(capsys, videos):
     close(stats.cov, np.cov(rows.T), 1e-3)
     with pytest.raises(ValueError, match='frames of 20 x 20 pixels are less than 32'):
         metrics.main(['fvd', 'R', 'F', '--frames', '12', '--res', '32'])
+    np.save('F/v10.npy', np.full((12, 20, 20, 3), 30, 'uint8'))
+    manifest, _ = result(capsys, 'fvd', 'R', 'F', '--frames', 12, '--num_real', 5)
+    assert (manifest['n_real'], manifest['n_fake']) == (5, 9)
+    Path('F/v10.npy').unlink()
     for name in ('v0', 'v9'):
         Path(f'F/{name}.png').write_bytes(b'none')
     manifest, _ = result(capsys, 'fvd', 'R', 'F', '--frames', 12)
@@ -1435,6 +1473,7 @@ def test_fvd_of_folders(capsys, videos):
         metrics.main(['fvd', 'R', 'F', '--frames', '12'])
     with pytest.raises(ValueError, match='none of 13 frames'):
         metrics.main(['fvd', 'R', 'F', '--frames', '13'])
+    assert metrics.build_parser().parse_args(['fvd', 'R', 'F']).num_real == 2048
     shutil.rmtree('R/v6')
     with pytest.raises(ValueError, match='no pairs'):
         metrics.main(['rfvd', 'R', 'F', '--frames', '12'])
@@ -1714,6 +1753,37 @@ def test_what_cannot_end_well_is_refused_before_anything_is_read(toy_run, monkey
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             metrics.main(argv)
     assert {p.name for p in toy_run.iterdir()} == {'file', 'ldm.pt'}
+
+
+@pytest.mark.mutation('metrics.py', '[] if b else OF_FAKES', '[] if True else OF_FAKES')
+@pytest.mark.mutation('metrics.py', '([] if a else OF_DATA)', '[]')
+@pytest.mark.mutation('metrics.py', 'refuse_unused(args, OF_FAKES + OF_DATA)', 'pass')
+@pytest.mark.mutation('metrics.py', 'getattr(args, name) == getattr(usual, name)', 'True')
+def test_flags_of_runs_are_refused_for_folders(toy_run, folders, colour_network, capsys):
+    for argv in ('fid A B --interpolated', 'fid A B --amp', 'fid A B --split test',
+                 'fid A B --samplers ddim:9', 'pr A B --sampler ddim:9', 'fid A B --data X',
+                 'psnr A B --posterior sample', 'psnr A B --split train', 'nn A B --captions c.csv'):
+        with pytest.raises(ValueError, match=f'{argv.split()[3]}: is for runs'):
+            metrics.main(argv.split())
+    with pytest.raises(ValueError, match='--interpolated: is for runs'):
+        metrics.main(['fid', str(toy_run), 'B', '--interpolated'])
+    assert result(capsys, 'fid', toy_run, 'B', '--split', 'test', '--res', 8)[0]['n_real'] == 5
+
+
+@pytest.mark.mutation('metrics.py', "not (name == 'reference' and Path(path).is_file())", 'True')
+def test_a_reference_is_read_where_nothing_can_be_written(capsys, folders, colour_network,
+                                                          monkeypatch):
+    result(capsys, 'fid', 'A', 'B', '--reference', 'A.pt')
+
+    def refused(flag, path):
+        raise ValueError(f'{flag}: nothing can be written in {path}')
+    monkeypatch.setattr(metrics, 'try_file', refused)
+    try:
+        result(capsys, 'fid', 'A', 'B', '--reference', 'A.pt')
+    except ValueError as error:
+        pytest.fail(str(error))
+    with pytest.raises(ValueError, match='nothing can be written'):
+        metrics.main(['fid', 'A', 'B', '--reference', 'B.pt'])
 
 
 def test_errors_are_one_line(repo, folders, tmp_path):

@@ -538,6 +538,22 @@ def test_points_are_kept_beside_the_scene(folders, monkeypatch):
     assert len([*(folders / 'srn/car1').glob('points-*.npz')]) == 1
 
 
+@pytest.mark.mutation('data.py', 'found.update(np.ascontiguousarray(array))', 'pass')
+@pytest.mark.mutation('data.py', '*vars(self.cameras(i)).values(), *self', '*(), *self')
+@pytest.mark.mutation('data.py', '*self.read(i, range(len(self.cameras(i))))):', '):')
+def test_points_are_made_anew_when_pictures_or_poses_change(folders):
+    scene = folders / 'srn/car1'
+    picture, pose = (min((scene / part).iterdir()) for part in ('rgb', 'pose'))
+    for count in (1, 2, 3):
+        opened(folders / 'srn', box=(1.5,)).source(1)
+        assert len([*scene.glob('points-*.npz')]) == count
+        if count == 1:
+            Image.open(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(picture)
+        else:
+            numbers = np.array(pose.read_text().split(), float)
+            pose.write_text(' '.join(map(str, numbers + ([0, 0, 0, 1e-3] * 3 + [0] * 4))))
+
+
 # ---- bad input ----------------------------------------------------------------------------------
 
 def change(path, edit):
@@ -665,8 +681,6 @@ def test_check_draws_and_says_what_is_wrong(folders, monkeypatch, capsys):
     for path in (folders / 'srn').rglob('pose/*.txt'):  # turned about the line of sight
         pose = np.array(path.read_text().split(), float).reshape(4, 4) @ np.diag([-1, -1, 1, 1])
         path.write_text(' '.join(map(str, pose.ravel())))
-    for path in (folders / 'srn').rglob('points-*'):
-        path.unlink()
     check(monkeypatch, folders / 'srn', '--out', out, '--res', 24)
     assert 'they leave much uncovered' in capsys.readouterr().out
 

@@ -387,10 +387,17 @@ def test_the_near_set_is_drawn_with_its_own_occupancies(shapenet):
         assert torch.equal(item['target'][30:].bool(), r < radii[name])
 
 
-@pytest.mark.mutation('data.py', "next((known[k] for k in keys", "next((known[k][:1] for k in keys")
+@pytest.mark.mutation('data.py', 'return next((texts[tail] for', 'return next((texts[tail][:1] for')
+@pytest.mark.mutation('data.py', 'if own.exists() else', 'if True else')
+@pytest.mark.mutation('data.py', "so without captions'] * (not captions)", "so without captions'] * 0")
 @pytest.mark.mutation('data.py', "'modelid', 'model_id', 'id')", "'id', 'modelid')")
 def test_captions_are_joined_by_model(shapenet):
     root, _ = shapenet
+    try:
+        bare = data.make_dataset('text2shape', root)
+    except OSError as error:
+        pytest.fail(str(error))
+    assert bare.captions is None and 'without captions' in bare.notes[-1]
     (root / 'captions.tablechair.csv').write_text(
         'id,modelId,description,category\nm1,m0,"a chair, with\n""arms""",Chair\n2,m0,red chair,Chair\n'
         '3,m3,,Chair\n4,m9,nothing,Table\n', encoding='utf-8')

@@ -138,6 +138,11 @@ def test_other_vocabularies_are_refused(tmp_path, merges):
     plain = tmp_path / 'all.txt'
     plain.write_bytes(gzip.decompress(merges.read_bytes()))
     assert encoders.BPETokenizer(plain).encode('the') == [513]
+    whole = merges.read_bytes()
+    for damaged in (whole[:-100], whole[:500] + bytes(9) + whole[500:]):
+        merges.write_bytes(damaged)
+        with pytest.raises(ValueError, match='not the merges of a BPE vocabulary'):
+            encoders.BPETokenizer(merges)
 
 
 # ---- CLIP --------------------------------------------------------------------------------------

@@ -98,6 +98,8 @@ def test_frames_are_slices_of_the_function():
 @pytest.mark.mutation('vae.py', 'attention_across(self.decoder.width, c) if c.across',
                       'None if c.across')
 def test_planes_hear_of_each_other_across_the_decoder():
+    with pytest.raises(ValueError, match='--across: has 8 heads, for which 20 channels'):
+        tiny(across=True, decoder_ch=10)
     for across in (False, True):
         model = tiny(across=across)
         if model.across is not None:

@@ -504,6 +504,17 @@ def test_skytimelapse_layouts(tmp_path):
     assert len(opened(tmp_path / 'd', 'skytimelapse', 'train')) == 1
 
 
+@pytest.mark.mutation('data.py', 'image.n_frames if image.format in ANIMATED else 1',
+                      "getattr(image, 'n_frames', 1)")
+def test_previews_and_pages_are_no_animations(tmp_path):
+    for name, kind in (('photo.jpg', 'MPO'), ('pages.tif', 'TIFF')):
+        first, *others = [Image.new('RGB', (9, 8), (k, 9, 9)) for k in range(3)]
+        first.save(tmp_path / name, kind, save_all=True, append_images=others)
+        with Image.open(tmp_path / name) as image:
+            assert image.n_frames == 3
+    assert not data.Videos.lies_at(tmp_path)
+
+
 @pytest.mark.mutation('data.py', 'len(glance(files, n)) > 1 for', 'len(glance(files, n)) > 0 for')
 def test_folders_of_frames_are_pictures_unless_named_videos(tmp_path, folder):
     write_every_kind(tmp_path / 'kinds')
