@@ -1424,7 +1424,8 @@ def read_split(path):
         raise ValueError(f'--split {path}: not readable ({error})') from None
     require(isinstance(given, dict) and 'test' in given and set(given) <= {'train', 'test'}
             and all(isinstance(names, list) and all(isinstance(n, str) for n in names)
-                    for names in given.values()), f'--split {path}: must be {{"train": [names], "test": [names]}}')
+                    for names in given.values()),
+            f'--split {path}: must be {{"train": [names], "test": [names]}}')
     return given
 
 

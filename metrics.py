@@ -2159,8 +2159,8 @@ FLAGS = dict(
     features=flag('vgg16', 'network of the features', choices=('vgg16', 'inception')),
     res=flag(0, "resolution to compare at; 0 = as stored, or the run's own"),
     num=flag(50_000, 'how many things are measured at most'),
-    num_real=flag(50_000, 'reals at most: of a run evenly spaced, of a folder the first in order, of '
-                  'videos clips from all of them'),
+    num_real=flag(50_000, 'reals at most: of a run evenly spaced, of a folder the first in order, '
+                  'of videos clips from all of them'),
     ddof=flag(1, 'covariance over n - ddof; NVIDIA has 0', low=0, choices=(0, 1)),
     preset=flag('styleganv', 'styleganv: frames stretched to 224 x 224, ddof 0, eps 1e-3; ddmi, '
                 "the authors': short side to 224 and cropped, ddof 1, eps 1e-5",
