@@ -228,6 +228,8 @@ def run(main, stopped='stopped'):
             stream.reconfigure(errors='backslashreplace')
     try:
         main()
+        if dist.is_initialized():  # after an error NCCL would wait here for the other processes
+            dist.destroy_process_group()
         return
     except (ValueError, OSError) as error:
         message, code = f'error: {one_line(error)}', 2
@@ -239,8 +241,6 @@ def run(main, stopped='stopped'):
         message, code = stopped, 130
     finally:
         HELD.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
     gc.collect()  # the exception's frames, and with them progress bars that are still open
     print(message, file=sys.stderr)
     sys.exit(code)
@@ -307,6 +307,9 @@ def start_process(device='auto', amp='off'):
     """
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    require(':' not in device or local == 1, f'--device {device}: one for {local} processes; leave '
+            'out which')
     if device == 'cuda' and 'RANK' in os.environ:
         device = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
@@ -331,7 +334,18 @@ def start_process(device='auto', amp='off'):
     if rank:  # one speaks for all
         sys.stdout = open(os.devnull, 'w')
     device = torch.device(device)
-    return Process(rank, world, device, resolve(amp, multiplies_bfloat16(device)))
+    bfloat16 = resolve(amp, multiplies_bfloat16(device))
+    agree(device=device.type, bfloat16=bfloat16)
+    return Process(rank, world, device, bfloat16)
+
+
+def agree(**values):
+    """ValueError if these are not the same in all processes, by which each would go its own way."""
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, values)
+        require(all(other == found[0] for other in found), 'the processes differ: '
+                + '; '.join(sorted({' '.join(f'{k} {v}' for k, v in f.items()) for f in found})))
 
 
 def resolve(choice, auto):
@@ -446,8 +460,14 @@ def stream(dataset, args, step, process, micro):
     workers, cuda = loading_workers(args, process.device), process.device.type == 'cuda'
     own = positions(step, args.batch, micro, process.rank, process.world)
     for batch in DataLoader(Stream(dataset, args.seed), batch_sampler=own, num_workers=workers,
-                            persistent_workers=workers > 0, pin_memory=cuda):
+                            persistent_workers=workers > 0, pin_memory=cuda,
+                            multiprocessing_context=start_method(workers)):
         yield batch.pop('position').tolist(), move(batch, process.device)
+
+
+def start_method(workers):
+    """How loading processes start, for a DataLoader: on Linux by fork, which copies no latents."""
+    return 'fork' if workers and sys.platform == 'linux' else None
 
 
 def loading_workers(args, device):
@@ -951,6 +971,8 @@ def draw_curves(folder):
     Runs of the same preset beside this one are drawn faintly behind it.
     """
     runs = {path.parent: read_stages(path.parent) for path in folder.parent.glob('*/args.json')}
+    if not runs.setdefault(folder, read_stages(folder)):
+        return
     picture = Image.new('RGB', (3 * PANEL[0], len(runs[folder]) * PANEL[1]), 'white')
     draw = ImageDraw.Draw(picture)
     for row, (stage, args) in enumerate(runs[folder].items()):

@@ -115,7 +115,7 @@ def save_grid(path, x, columns=None, pad=2, room=None):
 
 def save_animation(path, frames, seconds=0.1):
     """Write uint8 frames (3,H,W), an iterable, as an endless .webp or .png, exact, or .gif."""
-    first, *rest = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in frames]
+    first, *rest = [Image.fromarray(x.cpu().permute(1, 2, 0).numpy()) for x in frames]
     save_image(path, first, save_all=True, append_images=rest, duration=round(1000 * seconds),
                loop=0, lossless=True)
 
@@ -2810,10 +2810,10 @@ def surface_points(vertices, faces, n, rng):
     return (1 - u) * a[k] + u * (1 - v) * b[k] + u * v * c[k], normals[k] / area[k, None]
 
 
-def save_npz(path, **arrays):
+def save_npz(path, compressed=False, **arrays):
     """np.savez to `path`, complete or not at all."""
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    (np.savez_compressed if compressed else np.savez)(file, **arrays)
     common.replace(path, lambda temporary: temporary.write_bytes(file.getvalue()))
 
 

@@ -97,8 +97,8 @@ def build_parser():
     parser.add_argument('--eta', type=common.at_least(0, float, 100), default=None,
                         help='noise that sde-dpmpp puts back, '
                         f'0 = none, the ODE; default {stage2.ETA:g}')
-    parser.add_argument('--tol', type=common.at_least(stage2.FINEST, float, 1), default=1e-3,
-                        help='rtol and atol of rk45')
+    parser.add_argument('--tol', type=common.at_least(stage2.FINEST, float, 1), default=None,
+                        help='rtol and atol of rk45; default 1e-3')
     parser.add_argument('--label', type=common.at_least(0, int), default=None,
                         help='class of a conditional run')
     parser.add_argument('--text', default='', help='what the samples of a text-conditional run '
@@ -154,6 +154,7 @@ def draw(args, vae, ldm):
     sampler = args.sampler or ('dpmpp' if K else stage2.SAMPLER)
     steps = args.steps or (stage2.T if sampler == 'ddpm' else stage2.STEPS)
     eta = stage2.ETA if args.eta is None else args.eta
+    tol = args.tol or 1e-3
     guidance = args.guidance if args.guidance is not None else 3.0 if args.text else 1.0
     one = condition(args, ldm, device)
 
@@ -166,7 +167,7 @@ def draw(args, vae, ldm):
             cond = None if one is None else one.expand(len(seeds), *one.shape[1:])
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 z, calls = stage2.generate(vae, ldm, seeds, cond, guidance, sampler, steps,
-                                           args.tol, args.tol, args.batch, z_T, return_nfe=True,
+                                           tol, tol, args.batch, z_T, return_nfe=True,
                                            progress=True, eta=eta)
             nfe += calls
             yield from z
@@ -230,7 +231,7 @@ def zoom(vae, xi, size, args, octave=16):
         middle = (max(min(c, 1 - 1 / factor), 1 / factor - 1) * (1 - half) / (1 - 1 / factor)
                   for c in (x, y))
         box = [(m - half, m + half) for m in middle]
-        yield data.to_uint8(vae.signal(xi, size, box, args.antialias)[0])
+        yield data.to_uint8(vae.signal(xi, size, box, args.antialias)[0]).cpu()
 
 
 def within(most, h, w):
@@ -308,21 +309,24 @@ def write_meshes(vae, items, sizes, args, place):
 
     `place` = (loc, scale) of what was reconstructed: vertices go out as v * scale + loc.
     """
-    (loc, scale), out, shown = place or (0.0, 1.0), Path(args.out), {R: [] for R, _ in sizes}
+    (loc, scale), out, first = place or (0.0, 1.0), Path(args.out), []
+    shown = {R: [] for R, _ in sizes}
     for latent, name in items:
         xi = vae.decode(latent[None])
-        for resolution, surfaces in shown.items():
+        for resolution, drawn in shown.items():
             (vertices, faces), = vae.signal(xi, resolution, args.threshold or None, args.coarse)
             data.write_mesh(out / f'{resolution}' / f'{name}.{args.format}',
                             vertices.double().cpu().numpy() * scale + loc, faces.cpu(),
                             vae.normals(xi, vertices).cpu())
-            if len(surfaces) < 64:
-                surfaces.append((vertices.cpu() / vae.config.extent, faces.cpu()))
-    for resolution, surfaces in shown.items():
-        data.save_grid(out / f'grid_{resolution}.png', torch.stack(
-            [draw_mesh(*surface, 256) for surface in surfaces]))
+            surface = vertices.cpu() / vae.config.extent, faces.cpu()
+            if len(drawn) < 64:
+                drawn.append(draw_mesh(*surface, 256))
+            if args.turntable and resolution == sizes[0][0] and len(first) < 16:
+                first.append(surface)
+    for resolution, drawn in shown.items():
+        data.save_grid(out / f'grid_{resolution}.png', torch.stack(drawn))
     if args.turntable:
-        data.save_animation(out / 'turntable.gif', turntable(shown[sizes[0][0]][:16]))
+        data.save_animation(out / 'turntable.gif', turntable(first))
 
 
 # ---- videos ------------------------------------------------------------------------------------
@@ -359,14 +363,14 @@ def video_frames(vae, xi, size, args):
     count, box = (args.frames or vae.config.frames) * args.slow, parse_box(args.box)
     ends = torch.linspace(*(args.time or (-1, 1)), count + 1).tolist()
     for part in zip(ends, ends[1:]):
-        yield data.to_uint8(vae.signal(xi, size, box, args.antialias, 1, part)[0, :, 0])
+        yield data.to_uint8(vae.signal(xi, size, box, args.antialias, 1, part)[0, :, 0]).cpu()
 
 
 @torch.no_grad()
 def write_videos(vae, items, sizes, args, place):
     """Each latent at each size to OUT/HxW/NAME/00000.png ... and OUT/HxW/NAME.webp.
 
-    OUT/grid_HxW.png has eight frames of each of the first 16, a row for each.
+    OUT/grid_HxW.png has eight frames, at most 256 high and wide, of each of the first 16, in a row.
     """
     out, shown = Path(args.out), {size: [] for size in sizes}
     for latent, name in items:
@@ -378,7 +382,8 @@ def write_videos(vae, items, sizes, args, place):
                 frames.append(frame)
             data.save_animation(out / f'{h}x{w}' / f'{name}.{args.animation}', frames, 1 / args.fps)
             if len(rows) < 8 * 16:
-                rows += [frames[i * len(frames) // 8] for i in range(8)]
+                eight = torch.stack([frames[i * len(frames) // 8] for i in range(8)]).float()
+                rows += F.interpolate(eight, within(256, h, w), mode='area').round().byte()
     for (h, w), rows in shown.items():
         data.save_grid(out / f'grid_{h}x{w}.png', torch.stack(rows), 8)
 
@@ -404,6 +409,8 @@ def check_fields(args, sizes):
     """ValueError for angles that no camera has."""
     common.require(args.fov < 180, f'--fov {args.fov}: must be below 180')
     common.require(args.elevation <= 90, f'--elevation {args.elevation}: from -90 to 90')
+    common.require(args.mesh or args.level == FieldFlags.level, '--level: has no effect without '
+                   '--mesh')
 
 
 def encode_scenes(path, vae, training, device):
@@ -435,8 +442,8 @@ def write_views(vae, xi, size, args, folder):
             data.save_png(folder / f'{k:02d}{kind}.png', x.expand(3, -1, -1) * 2 - 1)
     places = torch.stack(around)
     places[:, :3, 3] = vae.in_data(places[:, :3, 3])
-    np.savez_compressed(folder / 'views.npz', depth=depth * c.extent, opacity=opacity,
-                        poses=places, focal=focal_length(args.fov, size))
+    data.save_npz(folder / 'views.npz', compressed=True, depth=depth * c.extent, opacity=opacity,
+                  poses=places, focal=focal_length(args.fov, size))
     return rgb * 2 - 1
 
 
@@ -503,6 +510,9 @@ MOST = 1_000_000  # names of one call, and files of a folder
 ONE = '--export: writes one sample; give --num 1, or one thing to --reconstruct'
 
 
+SAMPLING = 'text', 'label', 'guidance', 'interpolate', 'sampler', 'steps', 'eta', 'tol', 'amp'
+
+
 def check_flags(args):
     """Refuse what no run can do."""
     asked = f'--num {args.num}' + f', --interpolate {args.interpolate}' * bool(args.interpolate)
@@ -510,6 +520,9 @@ def check_flags(args):
                    'at once; repeat the command with another --seed')
     common.require(args.eta is None or args.sampler in ('', 'sde-dpmpp'),
                    f'--eta {args.eta}: for sde-dpmpp alone')
+    common.require(args.tol is None or args.sampler == 'rk45', f'--tol {args.tol}: for rk45 alone')
+    common.require(args.steps is None or args.sampler != 'rk45', f'--steps {args.steps}: rk45 takes '
+                   'as many as --tol needs')
     common.require(not args.interpolate or args.num > 1 and args.eta is None and
                    args.sampler not in ('sde-dpmpp', 'ddpm'),
                    '--interpolate K: needs --num of at least 2 and a deterministic sampler')
@@ -518,9 +531,9 @@ def check_flags(args):
                    f'--guidance {args.guidance}: has no effect without --label or --text')
     common.require(not (args.res and args.sweep), '--res and --sweep: give one of them')
     common.require(not (args.text and args.label is not None), '--text and --label: give one')
-    asked = args.text or args.label is not None or args.guidance is not None or args.interpolate
+    asked = [f'--{name}' for name in SAMPLING if getattr(args, name) not in (None, '', 0, False)]
     common.require(not (args.reconstruct and asked), '--reconstruct: nothing is sampled; leave '
-                   '--text, --label, --guidance and --interpolate out')
+                   f'{", ".join(asked)} out')
     common.require(not args.reader or args.text, '--reader: has no effect without --text')
 
 

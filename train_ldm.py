@@ -181,9 +181,10 @@ def blocks(count, size=16):
 
 def encoded(dataset, encode, args, process, parts):
     """Yield means and deviations of `Views`, (n,2,C,L) float16, for each of the ranges `parts`."""
+    workers = common.loading_workers(args, process.device)
     loader = torch.utils.data.DataLoader(
         Views(dataset), batch_sampler=parts, pin_memory=process.device.type == 'cuda',
-        num_workers=common.loading_workers(args, process.device))
+        num_workers=workers, multiprocessing_context=common.start_method(workers))
     for batch in common.tqdm(loader, 'encoding', unit='batch', disable=not process.is_first):
         yield torch.stack(encode(common.move(batch, process.device)), dim=1).half().cpu().numpy()
 
@@ -207,7 +208,9 @@ def write_rows(path, shape, process, values_of):
             file.write(header.getvalue())
             file.truncate(end)
     barrier(process)
-    with open(path, 'r+b') as file:
+    # Written through, or an NFS client may write whole pages, over what others have written there.
+    with open(path, 'r+b', opener=lambda path, flags: os.open(
+            path, flags | getattr(os, 'O_DSYNC', 0))) as file:
         file.seek(marks)
         done = file.read()
         own = [b for b in range(len(parts))[process.rank::process.world] if not done[b]]
@@ -419,6 +422,7 @@ def main():
         args.text = str(Path(args.text).resolve())
     state = common.resume(folder / 'ldm.pt', args, 'ldm')
     step = state['step'] if state else 0
+    common.agree(step=step)
     common.require(not state or state['vae_hash'] == digest, f'{vae_path} is not what stage 2 '
                    f'in {folder} began on, or has changed; give another --name, or --restart')
     if common.finished(folder / 'ldm.pt', state, args, process):

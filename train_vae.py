@@ -182,6 +182,7 @@ def main():
     folder = common.run_folder(args.name)
     state = common.resume(folder / 'vae.pt', args, 'vae')
     step, init = state['step'] if state else 0, None
+    common.agree(step=step)
     if args.init and not state:
         path = common.the_checkpoint(args.init, 'vae.pt', 'ldm.pt')
         init = open_checkpoint(path, 'vae')

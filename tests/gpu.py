@@ -39,6 +39,7 @@ import data
 import encoders
 import inr
 import ldm
+import sample
 import test_presets
 import test_scripts
 import train_ldm
@@ -184,6 +185,19 @@ def values_of(one, two, given):
                 sampling=ldm.generate(one, two, range(2), cond, 1.5, 'dpmpp', 5))
 
 
+WRITING = dict(image='--res 8 --zoom 0,0,2', shape='--res 12 --turntable',
+               video='--res 8 --frames 3', nerf='--res 6 --views 2 --turntable --mesh 8')
+
+
+def unwritten(model, z):
+    """How many of two latents sample.py leaves unwritten."""
+    with tempfile.TemporaryDirectory() as out:
+        args = sample.build_parser().parse_args(['--out', out, *WRITING[model.domain].split()])
+        sample.OUTPUTS[model.domain].write(model, zip(z, 'ab'), sample.parse_sizes(args.res), args,
+                                           None)
+        return len({'a', 'b'} - {path.stem for path in Path(out).rglob('*')})
+
+
 def step_of(model, network, inputs):
     """Losses and gradients, by name, of a step of `network`, whose weights are `model`'s."""
     model.train().zero_grad(set_to_none=True)
@@ -200,6 +214,7 @@ def domain(name, args, process):
     there = *(twin(model, process.device) for model in models), moved(given, process.device)
     with exact():
         yield from compared(name, values_of(*here), values_of(*there))
+        yield f'{name} latents not written', unwritten(there[0], there[2]['z']), 0
         for stage, a, b in zip(('vae', 'ldm'), here, there):
             inputs, other = given[stage][0], there[2][stage][0]
             found = step_of(b, b, other)

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -643,6 +644,19 @@ def test_curves_are_drawn_with_those_of_the_same_preset(two_runs):
     assert near(640 + 54 + 127, 174 - 75) == GREY  # of the other run of this preset, from 10 to 30
 
 
+@pytest.mark.mutation('common.py', 'if not runs.setdefault(folder, read_stages(folder)):\n        return',
+                      'if False:\n        return')
+def test_curves_of_a_run_without_flags_are_left_as_they_are(two_runs):
+    common.draw_curves(two_runs / 'new')
+    before = (two_runs / 'new/curves.png').read_bytes()
+    (two_runs / 'new/args.json').unlink()
+    try:
+        common.draw_curves(two_runs / 'new')
+    except KeyError as error:
+        pytest.fail(repr(error))
+    assert (two_runs / 'new/curves.png').read_bytes() == before
+
+
 @pytest.mark.mutation('common.py', 'return [Path(text), RUNS / text] if',
                       'return [RUNS / text, Path(text)] if')
 @pytest.mark.mutation('common.py', "Path(path).suffix in SUFFIXES and", "True and")
@@ -979,6 +993,64 @@ def test_what_to_try_on_a_small_machine(capsys):
         assert err.count('\n') == 1 and 'Traceback' not in err and 'error: ;' not in err
     with pytest.raises(RuntimeError, match='a fault in DataLoader worker process 0'):
         common.run(mock.Mock(side_effect=RuntimeError('a fault in DataLoader worker process 0')))
+
+
+@pytest.mark.mutation('common.py', '        if dist.is_initialized():  # after',
+                      '        if False:  # after')
+@pytest.mark.mutation('common.py', '        HELD.close()\n    gc',
+                      '        HELD.close()\n        dist.destroy_process_group()\n    gc')
+def test_only_success_waits_for_other_processes(monkeypatch, capsys):
+    left = mock.Mock()
+    monkeypatch.setattr(common.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(common.dist, 'destroy_process_group', left)
+    for error in (ValueError('gone'), KeyboardInterrupt()):
+        with pytest.raises(SystemExit):
+            common.run(mock.Mock(side_effect=error))
+    assert not left.called and capsys.readouterr().err == 'error: gone\nstopped\n'
+    common.run(lambda: None)
+    assert left.call_count == 1
+
+
+@pytest.mark.mutation('common.py', 'all(other == found[0] for other in found)', 'True')
+def test_processes_that_differ_are_refused(monkeypatch):
+    def gather(found, values):
+        found[:] = [values, others]
+    monkeypatch.setattr(common.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(common.dist, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(common.dist, 'all_gather_object', gather)
+    others = dict(step=0)
+    common.agree(step=0)
+    with pytest.raises(ValueError, match='the processes differ: step 0; step 400'):
+        common.agree(step=400)
+
+
+@pytest.mark.mutation('common.py', "require(':' not in device or local == 1", 'require(True')
+def test_a_card_of_many_processes_is_refused(monkeypatch):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    with pytest.raises(ValueError, match='--device cuda:1: one for 2 processes'):
+        common.start_process('cuda:1')
+
+
+class Fixed:
+    """A data set that no other process can be sent."""
+
+    def __init__(self):
+        self.item = lambda i, rng: dict(value=torch.tensor(float(i)))
+
+    def __len__(self):
+        return 4
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux forks')
+@pytest.mark.mutation('common.py', "return 'fork' if workers", "return 'spawn' if workers")
+def test_loading_processes_are_sent_nothing():
+    args = SimpleNamespace(workers=1, batch=4, seed=0)
+    rows = common.stream(Fixed(), args, 0, common.start_process('cpu'), 4)
+    try:
+        found = next(rows)[1]['value']
+    except (AttributeError, pickle.PicklingError) as error:
+        pytest.fail(str(error))
+    assert sorted(found.tolist()) == [0, 1, 2, 3]
 
 
 @pytest.mark.mutation('common.py', "stream.reconfigure(errors='backslashreplace')", 'pass')

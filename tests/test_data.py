@@ -13,6 +13,7 @@ import threading
 import warnings
 import zipfile
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -100,6 +101,20 @@ def test_columns_of_a_grid_of_strips(tmp_path):
         data.save_grid(tmp_path / 'grid.png', torch.zeros(9, 3, 2, 4), pad=1, **layout)
         width, height = Image.open(tmp_path / 'grid.png').size
         assert (width, height) == (5 * columns + 1, 3 * -(-9 // columns) + 1)
+
+
+@pytest.mark.mutation('data.py', 'x.cpu().permute(1, 2, 0).numpy()) for',
+                      'x.permute(1, 2, 0).numpy()) for')
+def test_animations_of_frames_on_a_card(tmp_path):
+    frames = torch.arange(2 * 3 * 4 * 6, dtype=torch.uint8).view(2, 3, 4, 6)
+    on_card = [mock.Mock(spec=['cpu'], cpu=mock.Mock(return_value=frame)) for frame in frames]
+    try:
+        data.save_animation(tmp_path / 'x.webp', on_card)
+    except AttributeError as error:
+        pytest.fail(str(error))
+    with Image.open(tmp_path / 'x.webp') as film:
+        film.seek(1)
+        assert (np.asarray(film.convert('RGB')) == frames[1].permute(1, 2, 0).numpy()).all()
 
 
 # ---- toy_image ----------------------------------------------------------------------------------

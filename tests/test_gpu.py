@@ -1,9 +1,11 @@
 """tests/gpu.py on the CPU with small networks: it runs, and its checks can fail."""
 import re
+from unittest import mock
 
 import pytest
 import torch
 
+import data
 from conftest import program
 
 
@@ -35,7 +37,7 @@ def test_it_runs_on_a_cpu(gpu, capsys, monkeypatch):
     lines, code = run(gpu, capsys, 'video look_up table --presets celebahq,cifar10 --compile ,')
     checks = verdicts(lines)
     assert code == 0 and lines[-1].startswith('0 failed, ')
-    assert len(checks) == 11 and all(checks.values())
+    assert len(checks) == 12 and all(checks.values())
     assert sum('is faster' in line for line in lines) == 6
     table = [line.split('|') for line in lines if line.startswith('|')]
     assert [cells[1:5] for cells in table[2:]] == [
@@ -44,6 +46,18 @@ def test_it_runs_on_a_cpu(gpu, capsys, monkeypatch):
                                    ('cifar10', 'VAE', 20), ('cifar10', 'LDM', 20))]
     assert {len(cells) for cells in table} == {15}
     assert len(measured) == 2
+
+
+@pytest.mark.mutation('tests/gpu.py', "return len({'a', 'b'} - {", "return len({'a', 'b'} & {")
+def test_what_sample_py_does_not_write_fails(gpu, capsys, monkeypatch):
+    for name, missing in (('image', 'save_animation'), ('shape', 'write_mesh'),
+                          ('video', 'save_png'), ('nerf', 'write_mesh')):
+        lines, code = run(gpu, capsys, name)
+        assert code == 0 and verdicts(lines)[f'{name} latents not written']
+        with monkeypatch.context() as patch:
+            patch.setattr(data, missing, mock.Mock(side_effect=TypeError('of another device')))
+            lines, code = run(gpu, capsys, name)
+        assert code == 1 and 'FAILED TypeError: of another device' in lines
 
 
 @pytest.mark.mutation('tests/gpu.py', 'values_of(*there)', 'values_of(*here)')

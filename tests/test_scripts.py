@@ -1022,8 +1022,8 @@ def test_shapes_resume_bit_by_bit(shapes, tmp_path, repo):
     'vertices.double().cpu().numpy()')
 def test_meshes_out_of_samples_and_reconstructions(shapes, tmp_path, repo):
     """Every format, all resolutions from the same latents, and a mesh back in its own place."""
-    run = f'--run {shapes.run} --device cpu --steps 3 --num 2 --threshold 0.1'
-    done(tmp_path, 'sample.py', run, '--sweep 12,24 --format ply --turntable', repo=repo)
+    run = f'--run {shapes.run} --device cpu --num 2 --threshold 0.1'
+    done(tmp_path, 'sample.py', run, '--steps 3 --sweep 12,24 --format ply --turntable', repo=repo)
     for size in (12, 24):
         assert Image.open(tmp_path / 'out' / f'grid_{size}.png').size[0] > 256
         assert {p.name for p in (tmp_path / 'out' / str(size)).iterdir()} == {
@@ -1170,12 +1170,13 @@ def clips(tmp_path_factory, one_thread):
 
 
 @pytest.mark.mutation('vae.py', "domain, reads = 'video', 'video'", "domain, reads = 'video', 'image'")
+@pytest.mark.mutation('sample.py', 'eight, within(256, h, w), mode', 'eight, (h, w), mode')
 def test_videos_end_to_end(clips, tmp_path, repo):
     """Training, resuming, samples longer and larger than it, reconstructions, PSNR."""
     folder = Path(shutil.copytree(clips.folder, tmp_path / 'copy'))
     try:
         interrupted(folder, 'train_vae.py', f'{CLIPS} --name broken', 5, repo)
-        done(tmp_path, 'sample.py', f'--run {clips.run} --num 2 --steps 2 --sweep 8,12x10 '
+        done(tmp_path, 'sample.py', f'--run {clips.run} --num 2 --steps 2 --sweep 8,12x10,4x300 '
              '--frames 7 --slow 2 --animation png', repo=repo)
         done(tmp_path, 'sample.py', f'--run {clips.run} --reconstruct {clips.folder}/set --res 16 '
              '--out back', repo=repo)
@@ -1185,6 +1186,10 @@ def test_videos_end_to_end(clips, tmp_path, repo):
     for size in ('8x8', '12x10'):
         assert len([*(tmp_path / 'out' / size / '000001').iterdir()]) == 14
         assert (tmp_path / 'out' / size / '000001.png').is_file()
+    assert Image.open(tmp_path / 'out/grid_4x300.png').size == (8 * 258 + 2, 2 * 5 + 2)
+    with Image.open(tmp_path / 'out/grid_8x8.png') as grid:
+        frame = np.asarray(Image.open(tmp_path / 'out/8x8/000001/00007.png'))  # the fifth of eight
+        assert (np.asarray(grid)[12:20, 42:50] == frame).all()
     assert {p.name for p in (tmp_path / 'back' / '16x16').iterdir() if p.is_dir()} == {
         f'{k}_webp' for k in range(8)}
     with contextlib.chdir(clips.folder), contextlib.redirect_stdout(io.StringIO()) as out:
@@ -1309,6 +1314,7 @@ def test_misuse_of_fields_is_one_line(scenes):
             ('sample.py', f'{run} --fov 180', '--fov 180'),
             ('sample.py', f'{run} --views 0', '--views'),
             ('sample.py', f'{run} --elevation 91', '--elevation 91'),
+            ('sample.py', f'{run} --level 3', '--level', '--mesh'),
             ('sample.py', f'{run} --zoom 0,0,2', '--zoom', 'radiance fields'),
             ('sample.py', f'--run {scenes.run} --reconstruct nowhere', 'nowhere: no such'),
             ('sample.py', f'--run {scenes.run} --reconstruct nothing', 'no scenes'),
@@ -1490,6 +1496,10 @@ MISUSE = [
     ('sample.py', '--run toy_image --num 2 --interpolate 100000000', '--num', '1,000,000'),
     ('sample.py', '--run toy_image --seed 100000000000000000000', '--seed'),
     ('sample.py', '--run toy_image --sampler rk45 --tol 1e-9', '--tol', 'at least 2e-06'),
+    ('sample.py', '--run toy_image --tol 1e-3', '--tol 0.001: for rk45 alone'),
+    ('sample.py', '--run toy_image --sampler rk45 --steps 9', '--steps 9: rk45 takes as many'),
+    ('sample.py', '--run toy_image --reconstruct photo.png --sampler ddim --amp',
+     'leave --sampler, --amp out'),
     ('sample.py', '--run toy_image --guidance nan --text x', '--guidance'),
     ('train_vae.py', f'{NEW} --seed 100000000000000000000', '--seed'),
     ('sample.py', '--run nowhere', 'nowhere'),
