@@ -531,7 +531,8 @@ def check_flags(args):
                    f'--guidance {args.guidance}: has no effect without --label or --text')
     common.require(not (args.res and args.sweep), '--res and --sweep: give one of them')
     common.require(not (args.text and args.label is not None), '--text and --label: give one')
-    asked = [f'--{name}' for name in SAMPLING if getattr(args, name) not in (None, '', 0, False)]
+    usual = build_parser().get_default
+    asked = [f'--{name}' for name in SAMPLING if getattr(args, name) != usual(name)]
     common.require(not (args.reconstruct and asked), '--reconstruct: nothing is sampled; leave '
                    f'{", ".join(asked)} out')
     common.require(not args.reader or args.text, '--reader: has no effect without --text')

@@ -1500,6 +1500,7 @@ MISUSE = [
     ('sample.py', '--run toy_image --sampler rk45 --steps 9', '--steps 9: rk45 takes as many'),
     ('sample.py', '--run toy_image --reconstruct photo.png --sampler ddim --amp',
      'leave --sampler, --amp out'),
+    ('sample.py', '--run toy_image --reconstruct photo.png --eta 0', 'leave --eta out'),
     ('sample.py', '--run toy_image --guidance nan --text x', '--guidance'),
     ('train_vae.py', f'{NEW} --seed 100000000000000000000', '--seed'),
     ('sample.py', '--run nowhere', 'nowhere'),
