@@ -307,7 +307,7 @@ def start_process(device='auto', amp='off'):
     """
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    local = local_processes()
     require(':' not in device or local == 1, f'--device {device}: one for {local} processes; leave '
             'out which')
     if device == 'cuda' and 'RANK' in os.environ:
@@ -337,6 +337,11 @@ def start_process(device='auto', amp='off'):
     bfloat16 = resolve(amp, multiplies_bfloat16(device))
     agree(device=device.type, bfloat16=bfloat16)
     return Process(rank, world, device, bfloat16)
+
+
+def local_processes():
+    """How many processes torchrun has started on this machine; 1 without it."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 
 def agree(**values):
@@ -475,7 +480,7 @@ def loading_workers(args, device):
     if args.workers != 'auto':
         return args.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    local = local_processes()
     return 0 if device.type == 'cpu' else min(cores // local, 8)
 
 

@@ -1305,7 +1305,7 @@ def look_picture(files, name):
     What else has several pictures, a camera's preview or the pages of a TIFF, is no animation.
     """
     with files.open(name) as image:
-        count = image.n_frames if image.format in ANIMATED else 1
+        count = getattr(image, 'n_frames', 1) if image.format in ANIMATED else 1
         if count > 1:
             image.load()  # WebP tells the duration of a frame with its pixels
         duration = image.info.get('duration')
@@ -1796,8 +1796,8 @@ def captions_by_name(texts):
 
     def captions_of(name):
         whole = name, os.path.splitext(name)[0]
-        if above := not texts.keys() & {*whole} and next(
-                (longer[form] for form in whole if form in longer), []):
+        above = next((longer[form] for form in whole if form in longer), [])
+        if above and not texts.keys() & {*whole}:
             return texts[above[0]] if len(above) == 1 else []
         tails = (form.split('/', folders)[-1] for folders in range(name.count('/') + 1)
                  for form in whole)

@@ -2212,15 +2212,14 @@ RUN = dict(RUN='run (its folder, its name below runs/, a checkpoint)')
 CELLS = 'cells along each side of the box'
 
 
-def sets(made, other='run, folder or zip to compare with A'):
+def sets(made, other='run, folder or zip to compare with A', reals='folder or zip'):
     """Arguments A and B, with their help, of a command that measures what of a run is `made`."""
-    return dict(A=f'{RUN["RUN"]}, or folder or zip of reals', B=f'{other}; none: A is a run, and '
-                f'its {made} are compared with its data')
+    return dict(A=f'{RUN["RUN"]}, or {reals} of reals', B=f'{other}; none: A is a run, and its '
+                f'{made} are compared with its data')
 
 
 SETS, REBUILT_SETS = sets('samples'), sets('reconstructions')
-MESH_SETS = dict(A=f'{RUN["RUN"]}, or folder of meshes', B='run or folder to compare with A; none: '
-                 'A is a run, and its samples are compared with its data')
+MESH_SETS = sets('samples', 'run or folder to compare with A', 'folder')
 PAIRS = sets('reconstructions', 'folder or zip of pictures, paired with those of A by sorted name')
 FVD_DEFAULTS = dict(features='i3d', resize=None, ddof=None, eps=None, num=2048, batch=8)
 COMMANDS = dict(

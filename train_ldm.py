@@ -246,8 +246,7 @@ def choose_cache(choice, size, folder):
     """
     if choice != 'auto':
         return choice
-    local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    free = dict(memory=free_memory() // (4 * local),
+    free = dict(memory=free_memory() // (4 * common.local_processes()),
                 disk=shutil.disk_usage(folder).free // 2)
     choice = [next((place for place in free if size < free[place]), 'none')]
     if dist.is_initialized():

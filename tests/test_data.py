@@ -866,7 +866,7 @@ def test_captions_of_one_side_and_with_another_folder(folder):
 
 
 @pytest.mark.mutation('data.py', 'if len(above) == 1 else []', '')
-@pytest.mark.mutation('data.py', 'above := not texts.keys() & {*whole} and next(', 'above := next(')
+@pytest.mark.mutation('data.py', 'if above and not texts.keys() & {*whole}:', 'if above:')
 @pytest.mark.mutation('data.py', 'whole = name, os.path.splitext(name)[0]', 'whole = name, name')
 @pytest.mark.mutation('data.py', "in range(1, key.count('/') + 1)", 'in range(1, 2)')
 @pytest.mark.mutation('data.py', "for folders in range(name.count('/') + 1)", 'for folders in range(1)')

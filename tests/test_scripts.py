@@ -643,7 +643,7 @@ def test_a_file_of_latents_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     np.testing.assert_array_equal(np.load(path, mmap_mode='r'), whole)
 
 
-@pytest.mark.mutation('train_ldm.py', 'free_memory() // (4 * local)', 'free_memory() // 4')
+@pytest.mark.mutation('train_ldm.py', '(4 * common.local_processes())', '4')
 @pytest.mark.mutation('train_ldm.py', "shutil.disk_usage(folder).free // 2", '10 ** 20')
 @pytest.mark.mutation('train_ldm.py', "if choice != 'auto':", "if False:")
 def test_where_latents_are_kept(monkeypatch, capsys, tmp_path):
