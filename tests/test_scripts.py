@@ -1678,7 +1678,7 @@ def test_runs_are_copied_renamed_and_nested(toy, copy, repo):
 
 
 @pytest.mark.mutation('common.py', '    lock_run(folder, process)\n    (folder', '    (folder')
-@pytest.mark.mutation('common.py', '        HELD.close()\n', '')
+@pytest.mark.mutation('common.py', 'HELD.close()\n    gc', 'pass\n    gc')
 def test_a_run_that_is_trained_is_left_alone(copy, repo):
     run = copy / 'runs' / 'toy_image'
     child = subprocess.Popen([sys.executable, '-c', 'import fcntl, sys, time\n'
