@@ -311,6 +311,8 @@ def start_process(device='auto', amp='off'):
     require(':' not in device or local == 1, f'--device {device}: one for {local} processes; leave '
             'out which')
     if device == 'cuda' and 'RANK' in os.environ:
+        require('LOCAL_RANK' in os.environ, 'RANK is set, but not LOCAL_RANK: start the processes '
+                'with torchrun')
         device = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
         torch.empty(1, device=device)
@@ -712,7 +714,7 @@ def lock_run(folder, process):
         pass
     lock.truncate(0)
     print(f'number {os.getpid()} on {platform.node()}', end='', file=lock, flush=True)
-    for left in folder.glob('*.tmp'):
+    for left in (*folder.glob('*.tmp'), *folder.glob('samples/*.tmp')):
         left.unlink()
 
 

@@ -1579,7 +1579,7 @@ class Items(Dataset):
 
     def draw_view(self, rng):
         """The number of a view; of the first without an rng."""
-        return int(rng is not None and self.flip and rng.random() < 0.5)
+        return int(rng.integers(self.views)) if rng else 0
 
     def stand_in(self, i):
         """i, or where item i cannot be read the index of the item that takes its place."""
@@ -1618,15 +1618,16 @@ class Computed(Items):
     computed, packing = True, None
     seeds = {}  # side: (first seed, how many)
 
-    def select(self, name, selection):
-        """Set `names`; the seeds of the split. ValueError for what a fixed split cannot honour."""
+    def __init__(self, name, root, selection, **options):
+        """`names`, and `numbers`, their seeds. ValueError for what a fixed split cannot honour."""
+        super().__init__(**options)
         divided = selection.holdout and not isinstance(selection.holdout, dict)
         require(not (selection.group or selection.captions or divided), f'{name}: it is computed, '
                 'with a fixed split; leave --split, --group and --captions out')
         sides = self.seeds if selection.split == 'all' else (selection.split,)
-        chosen = [first + k for first, count in map(self.seeds.get, sides) for k in range(count)]
-        self.names = [f'seed {s}' for s in chosen]
-        return chosen
+        self.numbers = [first + k for first, count in map(self.seeds.get, sides)
+                        for k in range(count)]
+        self.names = [f'seed {s}' for s in self.numbers]
 
     def splits(self):
         """One line for each side, since no list is needed."""
@@ -1865,6 +1866,9 @@ class Pictures(Items):
     def lies_at(path):
         return True
 
+    def draw_view(self, rng):
+        return int(rng is not None and self.flip and rng.random() < 0.5)
+
     def draw_size(self, i, rng):
         r, largest = self.resolution, self.largest(i)
         if self.continuous:
@@ -1898,10 +1902,6 @@ class ToyPictures(Computed, Pictures):
     """toy_image; the truth is exact at every resolution."""
 
     seeds = TOY_SEEDS
-
-    def __init__(self, name, root, selection, **options):
-        super().__init__(**options)
-        self.numbers = self.select(name, selection)
 
     def crop(self, i, R, top, left, flip):
         seeds, r = [self.numbers[i]], self.resolution
@@ -2094,9 +2094,6 @@ class Videos(Items):
         coords = ((2 * places + 1) / size[::-1] - 1).astype('float32')
         return torch.from_numpy(coords), video.flatten(1)[:, cells].T.contiguous()
 
-    def draw_view(self, rng):
-        return int(rng.integers(self.views)) if rng else 0
-
     def view(self, i, k):
         i, (j, mirrored) = self.stand_in(i), divmod(k, 1 + self.flip)
         video = self.clip(i, self.start(i, j))
@@ -2118,10 +2115,9 @@ class ToyVideos(Computed, Videos):
     seeds = TOY_CLIPS
 
     def __init__(self, name, root, selection, **options):
-        super().__init__(**options)
+        super().__init__(name, root, selection, **options)
         require(self.interval == 1, f'--interval {self.interval}: {name} is known at all times; '
                 'change --frames')
-        self.numbers = self.select(name, selection)
 
     def starts(self, i):
         return 1
@@ -2592,7 +2588,10 @@ def read_mesh(path):
     vertices, faces = read_geometry(path)
     require(len(faces), f'{path}: no faces')
     used, faces = np.unique(faces, return_inverse=True)
-    return finite_extent(vertices[used], path), faces.reshape(-1, 3)
+    vertices, faces = finite_extent(vertices[used], path), faces.reshape(-1, 3)
+    a, b, c = vertices[faces].transpose(1, 0, 2)
+    require(np.cross(b - a, c - a).any(), f'{path}: no face has an area')
+    return vertices, faces
 
 
 def some_points(points, n, rng):
@@ -2600,11 +2599,11 @@ def some_points(points, n, rng):
     return points[rng.choice(len(points), n, replace=len(points) < n)].astype(float)
 
 
-def read_cloud(path, n, seed=0):
+def read_cloud(path, n):
     """n points (n,3) on the faces of a file or, if it has none, out of its points; ValueError."""
     if not Path(path).exists():
         raise FileNotFoundError(f'{path}: no such file')
-    rng = common.seeded('cloud file', seed)
+    rng = common.seeded('cloud file', 0)
     points, faces = read_geometry(path)
     if len(faces):
         return surface_points(*read_mesh(path), n, rng)[0]
@@ -2862,8 +2861,8 @@ def read_classes(path):
     """{id: class} from the columns id and category (or class) of a CSV; {} without a path."""
     rows = read_table(path, '--classes') if path else []
     column = 'category' if rows and 'category' in rows[0] else 'class'
-    require(not rows or {'id', column} <= {*rows[0]},
-            f'--classes {path}: not a CSV with the columns id and category')
+    require(not path or rows and {'id', column} <= {*rows[0]},
+            f'--classes {path}: not a CSV with the columns id and category, and rows')
     return {row['id']: re.sub(r'[^\w-]+', '_', row[column]) for row in rows if row[column]}
 
 
@@ -3047,9 +3046,6 @@ class Shapes(Items):
         return dict(points=cloud, coords=coords, **self.known(i, rng),
                     target=torch.from_numpy(occupancy.astype('float32')))
 
-    def draw_view(self, rng):
-        return int(rng.integers(self.views)) if rng else 0
-
     def view(self, i, k):
         i = self.stand_in(i)
         return dict(points=self.cloud(i, common.seeded('cloud', self.names[i], k))[0])
@@ -3071,8 +3067,8 @@ class ToyShapes(Computed, Shapes):
     seeds = TOY_SOLIDS
 
     def __init__(self, name, root, selection, **options):
-        super().__init__(**options)
-        self.solids = [toy_shape(s) for s in self.select(name, selection)]
+        super().__init__(name, root, selection, **options)
+        self.solids = [toy_shape(s) for s in self.numbers]
         self.groups = self.titles = list(TOY_FAMILIES)
         self.labels = [self.groups.index(solid.family) for solid in self.solids]
         self.captions = [[solid.caption] for solid in self.solids]
@@ -3361,7 +3357,7 @@ class ArrayScene(SceneFiles):
     def pictures(self, numbers):
         images = self.array('images')
         for k in numbers:
-            im = images[k] if images.dtype == np.uint8 else (images[k] * 255).round().clip(0, 255)
+            im = (images[k] * (255 if images.dtype.kind == 'f' else 1)).round().clip(0, 255)
             yield with_opacity(Image.fromarray(im.astype('uint8')), None, f'images[{k}]')
 
     def cloud(self):
@@ -3616,7 +3612,7 @@ class Scenes(Items):
     """
 
     domain, kind, channels, config = 'nerf', 'scenes', 4, NerfConfig
-    encoder_only = dict(rays=1, ray_views=1)
+    encoder_only, view = dict(rays=1, ray_views=1), Shapes.view
 
     def __init__(self, points=3000, clouds=4, rays=1024, ray_views=4, focus=0.0, test_views=2,
                  side=128, toy_views=32, box=(), axes='', **options):
@@ -3685,13 +3681,6 @@ class Scenes(Items):
         o, d = (torch.from_numpy((v * sign).astype('float32')) for v in (self.to_box(o), d))
         return dict(points=cloud, rays_o=o, rays_d=d, **self.known(i, rng),
                     target=to_float(torch.from_numpy(colour)))
-
-    def draw_view(self, rng):
-        return int(rng.integers(self.views)) if rng else 0
-
-    def view(self, i, k):
-        i = self.stand_in(i)
-        return dict(points=self.cloud(i, common.seeded('cloud', self.names[i], k))[0])
 
     def held_out(self, i):
         """The numbers of the views that training does not see."""
@@ -3817,11 +3806,10 @@ class ToyScenes(Computed, Scenes):
     options_of_run = Items.options_of_run
 
     def __init__(self, name, root, selection, **options):
-        super().__init__(**options)
+        super().__init__(name, root, selection, **options)
         require(not (self.box or self.axes), f'--box, --axes: {name} has its own')
         require(self.toy_views > self.test_views, f'--test_views {self.test_views}: leaves none of '
                 f'{self.toy_views} views to train on')
-        self.numbers = self.select(name, selection)
         self.scenes = [toy_scene(s) for s in self.numbers]
         self.groups = self.titles = list(TOY_FAMILIES)
         self.labels = [self.groups.index(scene.solid.family) for scene in self.scenes]
@@ -3874,9 +3862,7 @@ def kept(path, make):
     except Exception:  # not there, or cut short
         arrays = make()
     try:
-        own = path.with_name(f'{path.stem}.{os.getpid()}.npz')  # others may write it, too
-        save_npz(own, **arrays)
-        os.replace(own, path)
+        save_npz(path, **arrays)
     except OSError:
         pass
     return arrays

@@ -576,7 +576,7 @@ class Nodes:
         """Field minus level (M,) at nodes (M,3) of the box; ValueError if it is not finite."""
         parts = [self.logit_fn(self.position(part).float()).float().reshape(-1)
                  for part in nodes.split(self.chunk)]
-        values = torch.cat(parts) - self.level if parts else nodes.new_empty(0, dtype=torch.float)
+        values = torch.cat(parts) - self.level
         require(values.isfinite().all(),
                 'the field is not finite everywhere: no surface can be drawn')
         return values

@@ -124,7 +124,7 @@ STRUCTURE = 'symmetric_pad', 'norm_groups', 'norm_eps', 'mixing_planes', 'across
 
 
 def time_embedding(t, channels):
-    """Cosines and sines of t (B,), of periods from 2 pi to 20,000 pi: (B,channels), float32."""
+    """Cosines and sines of t (B,), of periods from 2 pi to almost 20,000 pi: (B,channels)."""
     half = (channels + 1) // 2
     frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device))
     angles = t.float()[:, None] * frequencies
@@ -412,7 +412,7 @@ class LDM(nn.Module):
         c = self.config
         if c.t_std:
             u = (c.t_mean + c.t_std * torch.special.ndtri(u.double())).sigmoid()
-        return (T * u).long()
+        return (T * u).long().clamp(max=T - 1)  # a sigmoid may be 1
 
     def forward(self, z0, cond=None, noise=None, t=None, drop=None, posterior=None):
         """The loss: mean of |eps - eps_theta|^2 for latents z0 (B,C,L) of the VAE, a scalar.
@@ -1056,18 +1056,19 @@ def translated_diffusion(state, args, config, first):
                 ldm_config=vars(about), ema=buffers(LDM, about, weights))
 
 
-def open_checkpoint(path, kind=None, device='cpu'):
+def open_checkpoint(path, kind=None):
     """`common.load_checkpoint` also of files of the authors' code, `translated`.
 
     Of files with both stages, `kind` 'vae' takes the first.
     """
-    state = load_checkpoint(path, None, device)
+    state = load_checkpoint(path)
     if state['kind'] == 'published':
         state = translated(state, path)
         if kind != 'ldm' and state['vae_config']['scale_injection']:  # else it was said of stage 1
             tqdm.write(f'note: {path}: the noise of its read-out is left out')
     if kind == 'vae' and state['kind'] == 'ldm':
-        state |= dict(kind='vae', args=state['vae_args'], step=state['vae_args']['steps'])
+        args = state['vae_args']
+        state |= dict(kind='vae', args=args, step=state.get('vae_step', args['steps']))
     if kind and state['kind'] != kind:
         raise ValueError(f'{path}: holds a {state["kind"]} checkpoint where {kind} is needed')
     return state

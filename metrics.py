@@ -1246,7 +1246,7 @@ class Run:
     def captioned(self):
         """Whether this measurement reads captions."""
         return self.args.command == 'text' or (
-            self.args.conditions != 'none' and bool(self.ldm.config.text))
+            self.args.conditions != 'none' and bool(self.ldm and self.ldm.config.text))
 
     def encoded(self, dataset, part):
         """Latents (B,C,L) of items: posterior means, or with --posterior sample a draw of each."""
@@ -1357,8 +1357,10 @@ class PictureRun(Run):
         return dataset.truth(i, R)
 
     def drawn(self, z, R, enlarged=False):
-        """Latents -> pictures in [-1, 1], `enlarged`: rendered at r and interpolated."""
-        return drawn(self.vae, z, R, enlarged)
+        """Latents -> pictures (B,3,R,R) in [-1, 1]: read at R or, `enlarged`, resized from r."""
+        xi, r = self.vae.decode(z), self.vae.config.resolution
+        return (bicubic(self.vae.signal(xi, r), R).clamp(-1, 1) if enlarged else
+                self.vae.signal(xi, R))
 
     def true(self, dataset, i):
         return quantise(self.truth(dataset, i, self.R))
@@ -1524,13 +1526,6 @@ def quantise(x, as_float=False):
     return (x * 127.5 + 127.5).clamp(0, 255) if as_float else data.to_uint8(x)
 
 
-def drawn(vae, z, R, enlarged=False):
-    """Latents -> pictures (B,3,R,R): the function read at R or, `enlarged`, resized from r."""
-    if enlarged:
-        return bicubic(vae.signal(vae.decode(z), vae.config.resolution), R).clamp(-1, 1)
-    return vae.signal(vae.decode(z), R)
-
-
 def logits(vae, xi, points):
     """Logits (B,N) of the occupancy at points (N,3), a part of them at a time."""
     values = torch.cat([vae.query(xi, part[None])[..., 0] for part in points.split(2 ** 15)], dim=1)
@@ -1614,6 +1609,9 @@ def real_and_fake(args):
     if command.thing == 'clip':
         require(not args.interval or not (a and b), '--interval: is for folders; runs have their '
                 'own')
+        lengths = {run.frames for run in (a, b) if run}
+        require(len(lengths) < 2, f'{args.a} and {args.b}: clips of '
+                f'{" and ".join(map(str, sorted(lengths)))} frames; give --frames')
         args.frames = args.frames or next((run.frames for run in (a, b) if run), 16)
         args.interval = args.interval or next((run.interval for run in (a, b) if run), 1)
 
@@ -2116,9 +2114,10 @@ def text_command(args):
         find_weights('classifier', args.classifier)  # before the data are read
     resolved('--captions', args.captions)
     dataset = run.data(args.split)
-    captioned = [i for i in range(len(dataset)) if dataset.captions[i]]
+    captioned = [i for i, texts in enumerate(dataset.captions or ()) if texts]
     index = [captioned[k] for k in evenly_spaced(len(captioned), args.num)]
-    require(index, f'{args.a}: no caption among its {args.split} shapes')
+    require(index, f'{args.a}: no caption among its {args.split} shapes; name '
+            'them with --captions')
     classifier = open_classifier(args, dataset.groups) if args.classifier else None
 
     def measure(i):

@@ -29,7 +29,6 @@ from typing import Callable
 if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -187,8 +186,10 @@ def encode_items(items, vae, device):
     items.verify()
     common.list_notes([], items.bad)
     good = items.readable(range(len(items)))
-    names = [file_name(items.names[i].replace('/', '__')) for i in good]
-    names = [n if names.count(n) == 1 else f'{n}_{k}' for k, n in enumerate(names)]
+    place = Path(items.place).resolve().name  # of a clip whose frames lie there: it has no name
+    names = [file_name(items.names[i].replace('/', '__') or place) for i in good]
+    if len({*names}) < len(names):  # a number in front makes each of them unique
+        names = [f'{k:06d}_{n}' for k, n in enumerate(names)]
     return names, (vae.encode(items.view(i, 0)[vae.reads][None].to(device)).mean[0] for i in good)
 
 
@@ -354,7 +355,9 @@ def check_videos(args, sizes):
 def encode_videos(path, vae, training, device):
     """Names and posterior means of the videos of a folder, a zip or an animated file."""
     options = {k: training[k] for k in ('resolution', 'frames', 'interval')}
-    videos = data.video_files('video', path, data.Selection('all', tolerant=True), **options)
+    files = data.find_files(path, data.VIDEO_SUFFIXES)
+    videos = data.FileVideos(files, data.find_videos(files), path,
+                             data.Selection('all', tolerant=True), **options)
     return *encode_items(videos, vae, device), None
 
 

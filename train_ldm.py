@@ -136,9 +136,6 @@ class Views(torch.utils.data.Dataset):
     def __init__(self, dataset):
         self.dataset = dataset
 
-    def __len__(self):
-        return len(self.dataset) * self.dataset.views
-
     def __getitem__(self, k):
         return self.dataset.view(*divmod(k, self.dataset.views))
 
@@ -238,17 +235,18 @@ def free_memory():
     return 1024 * int(found[1]) if found else 0
 
 
-def choose_cache(choice, size, folder):
+def choose_cache(choice, size, path):
     """--cache without 'auto' for latents of `size` bytes, by the memory and disk that are free.
 
     In memory each process of this machine has its own; a quarter of it, or half of the disk, may be
-    filled.
+    filled. What an earlier start keeps at `path` stays there.
     """
     if choice != 'auto':
         return choice
     free = dict(memory=free_memory() // (4 * common.local_processes()),
-                disk=shutil.disk_usage(folder).free // 2)
-    choice = [next((place for place in free if size < free[place]), 'none')]
+                disk=shutil.disk_usage(path.parent).free // 2)
+    fits = next((place for place in free if size < free[place]), 'none')
+    choice = ['disk' if path.is_file() else fits]
     if dist.is_initialized():
         dist.broadcast_object_list(choice)
     room = ', '.join(f'{place} has room for {n / 2 ** 20:.0f}' for place, n in free.items())
@@ -260,10 +258,12 @@ def choose_cache(choice, size, folder):
 def open_latents(dataset, encode, shape, args, process, path):
     """What to stream from: the data set's `Latents` or, without a cache, the data set itself.
 
-    path: the file of latents, if they are kept in one.
+    path: the file of latents, if they are kept in one; those of another first stage are removed.
     """
+    for old in {*path.parent.glob('latents_*.npy')} - {path} if process.is_first else ():
+        old.unlink()
     size = 4 * math.prod(shape) * len(dataset) * dataset.views
-    cache = choose_cache(args.cache, size, path.parent)
+    cache = choose_cache(args.cache, size, path)
     if cache == 'none':
         return dataset
     return Latents(dataset, encode, shape, args, process, path if cache == 'disk' else None)
@@ -322,7 +322,7 @@ def condition_of(batch, args, reader):
 def evaluate(model, vae, encode, held_out, args, reader, count=128, together=16):
     """Held-out loss at fixed noises and times, and pictures of 36 samples.
 
-    Their conditions are all classes in turn, or the first held-out texts. `together`: items that
+    Their conditions are all classes in turn, or texts of held-out items. `together`: items that
     are in memory at once.
     """
     device, total, conds = model.z_mean.device, 0, []
@@ -526,9 +526,9 @@ def main():
             guard.check()
             common.save_checkpoint(folder / 'ldm.pt', dict(
                 kind='ldm', step=step, args=vars(args), vae_args=first['args'],
-                splits=train.splits(), vae_hash=digest, vae_config=info['vae_config'],
-                vae=vae.state_dict(), ldm_config=asdict(config), model=model.state_dict(),
-                ema=ema.state_dict(), opt=opt.state_dict()))
+                vae_step=first['step'], vae_config=info['vae_config'], vae=vae.state_dict(),
+                vae_hash=digest, splits=train.splits(), ldm_config=asdict(config),
+                model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict()))
     bar.close()
 
 

@@ -626,7 +626,7 @@ class ShapeVAE(D2CVAE):
             points = self.in_box(part).requires_grad_()
             slope, = torch.autograd.grad(self.inside(xi, points[None]).sum(), points)
             parts.append(F.normalize(-slope, dim=1))
-        return torch.cat(parts) if parts else torch.zeros_like(vertices)
+        return torch.cat(parts)
 
 
 class FieldVAE(ShapeVAE):
@@ -759,13 +759,13 @@ class FieldVAE(ShapeVAE):
         return torch.cat(self.signal(xi, size or self.config.side, views).unbind(1), dim=3)
 
     @torch.no_grad()
-    def surface(self, xi, cells, level=10.0, coarse=64, chunk=None):
+    def surface(self, xi, cells, level=10.0):
         """Where the density, per half side of the box, is `level`: a coloured mesh of each sample.
 
         A list of (vertices (V,3), faces (F,3), colours (V,3) in [0,1]), in the units of the data;
-        colours are those of `field` without a direction. The rest as in `ShapeVAE.signal`.
+        colours are those of `field` without a direction.
         """
-        meshes = self.meshes(xi, cells, math.log1p(level), coarse, chunk)
+        meshes = self.meshes(xi, cells, math.log1p(level), 64, None)
         return [(vertices, faces, self.read_some(own, self.in_box(vertices))[1]
                  if len(vertices) else torch.zeros_like(vertices))
                 for own, (vertices, faces) in zip(one_by_one(xi), meshes)]

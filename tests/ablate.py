@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import sys
+import zlib
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -168,9 +169,10 @@ class Averages(common.EMA):
 
 def real_features(net, run, split):
     """Features (N,D) of up to 512 of a run's pictures, kept in a file for the other variants."""
-    path = FOLDER / f'{split}.pt'
+    about = run.args.data or run.info['args']['data'], run.R, run.info['splits'][split]
+    path = FOLDER / f'{split}-{zlib.crc32(json.dumps(about).encode()):08x}.pt'
     if not path.exists():
-        torch.save(metrics.features(net, run.reals(split, 512)), path)
+        common.save_checkpoint(path, metrics.features(net, run.reals(split, 512)))
     return torch.load(path)
 
 

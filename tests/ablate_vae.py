@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 import time
+import zlib
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -30,7 +31,7 @@ import common
 import metrics
 import train_vae
 import vae
-from ablate import parse, parser_of, rows_of
+from ablate import parse, parser_of, real_features, rows_of
 
 FOLDER, ROUNDS = common.RUNS / 'ablate_vae', 10
 
@@ -171,12 +172,9 @@ def cost(name, flags, path):
 # ---- measuring -----------------------------------------------------------------------------------
 
 def rfid(run, net):
-    """rFID of 512 training pictures, whose features are kept in a file for the other variants."""
-    path = FOLDER / 'real.pt'
-    if not path.exists():
-        torch.save(metrics.features(net, run.train()), path)
+    """rFID of 512 training pictures."""
     return metrics.frechet_distance_features(
-        torch.load(path), metrics.features(net, run.reconstructions()))
+        real_features(net, run, 'train'), metrics.features(net, run.reconstructions()))
 
 
 @torch.no_grad()
@@ -206,7 +204,8 @@ def ablate(name, args, flags):
     """Train a variant, or finish it, and print its row."""
     folder = FOLDER / f'{name}-{args.seed}-{args.steps}'
     flags = ['--dataset', 'image', '--data', args.data, *flags]
-    seconds = cost(name, flags, FOLDER / f'{name}.json')
+    digest = zlib.crc32(' '.join(flags).encode())
+    seconds = cost(name, flags, FOLDER / f'{name}-{digest:08x}.json')
     steps = args.steps if name == 'baseline' else round(args.steps * seconds[0] / seconds[1])
     command = ['train_vae.py', *combined(name)[1], *flags, '--seed', str(args.seed), '--steps',
                str(steps), '--name', str(folder.relative_to(common.RUNS))]

@@ -190,7 +190,7 @@ def grouped(self, x, style, gain=1.0):
     return y.view(len(x), -1, x.shape[1]).mT + self.bias * gain
 
 
-def separable(field, coords):
+def separable(field, coords, align_corners=False):
     """`inr.sample_field` on a strip of a grid by two matrix products."""
     width = int((coords[0, :, 1] == coords[0, 0, 1]).sum())
     return inr.sample_grid(field, coords[:1, :width, 0], coords[:1, ::width, 1])
@@ -206,7 +206,7 @@ ABLATION = {
     'x scaled, not the matrix': [UNFOLDED, (*LAYER, scaled_input)],
     'channels-first memory': [UNFOLDED, (*LAYER, channels_first)],
     'channels-first, grouped conv': [UNFOLDED, (*LAYER, grouped)],
-    'separable look-up': [(vae, 'sample_field', separable)],
+    'separable look-up': [(inr, 'sample_field', separable)],
     'activation not in place': [(F, 'leaky_relu', lambda x, slope, inplace: leaky_relu(x, slope))],
 }
 CHUNKS = {f'chunks of {n}': n for n in (1024, 2048, 4096, 8192, 16384, 32768)}
@@ -305,8 +305,9 @@ def vae_cases(table, device):
         weights = torch.tensor([0.1, 1.0], device=device)
         if not channels_last:
             model.to(memory_format=torch.contiguous_format)
-            for module in (model.encoder, model.decoder):
-                module.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())
+            model.encoder.register_forward_pre_hook(lambda _, x: x[0].contiguous())
+            model.decoder.register_forward_pre_hook(
+                lambda _, x: ([plane.contiguous() for plane in x[0]], *x[1:]))
         return training_step(model, lambda: model(batch, weights)['total'], device, bf16)
     return {'float32': partial(build, False, True), 'bfloat16': partial(build, True, True),
             'float32, contiguous': partial(build, False, False)}
@@ -663,7 +664,8 @@ def denoising(args, count=128):
     print(f'{"t":12s}', *(f'{t:6d}' for t in times))
     for split in ('train', 'test'):
         dataset = data.open_run_data(info, split, args.data,
-                                     captions=info['ldm_args'].get('captions', ''))
+                                     captions=info['ldm_args'].get('captions')
+                                     or info['args'].get('captions', ''))
         index = common.evenly_spaced(len(dataset), count)
         batch = common.move(torch.utils.data.default_collate(
             [dataset.view(i, 0) | dataset.known(i) for i in index]), torch.device(args.device))

@@ -386,12 +386,13 @@ def other_process(work):
                       'pass')
 @pytest.mark.mutation('common.py', 'if not process.is_first:\n        return\n    lock',
                       'if False:\n        return\n    lock')
-@pytest.mark.mutation('common.py', "folder.glob('*.tmp')", "folder.glob('*.pt.tmp')")
+@pytest.mark.mutation('common.py', "folder.glob('*.tmp')", "folder.glob('*.pt')")
+@pytest.mark.mutation('common.py', " *folder.glob('samples/*.tmp')", '')
 @pytest.mark.mutation('common.py', '    folder.mkdir(parents=True, exist_ok=True)  # by all',
                       '    if process.is_first:  folder.mkdir(parents=True, exist_ok=True)  #')
 def test_one_process_trains_a_run(tmp_path):
     run, second = tmp_path / 'runs' / 'a', processes(2)[1]
-    left = run / 'ldm.pt.0123abcd.tmp'
+    left = [run / 'ldm.pt.0123abcd.tmp', run / 'samples' / 'sample_7.png.0123abcd.tmp']
     common.lock_run(run.with_name('b'), second)  # the disk of its folder may be looked at now
     assert run.with_name('b').is_dir()
     with other_process(lambda: common.lock_run(run, ALONE)) as number:
@@ -404,9 +405,11 @@ def test_one_process_trains_a_run(tmp_path):
             common.lock_run(run, second)  # the others of a job do not write
         except ValueError as error:
             pytest.fail(str(error))
-        left.touch()
+        left[1].parent.mkdir()
+        for file in left:
+            file.touch()
     common.lock_run(run, ALONE)  # that of a process which was killed is no lock
-    assert not left.exists()
+    assert not any(file.exists() for file in left)
 
 
 def load_or_none(path):
@@ -1029,6 +1032,17 @@ def test_a_card_of_many_processes_is_refused(monkeypatch):
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
     with pytest.raises(ValueError, match='--device cuda:1: one for 2 processes'):
         common.start_process('cuda:1')
+
+
+@pytest.mark.mutation('common.py', "require('LOCAL_RANK' in os.environ", 'require(True')
+def test_processes_that_torchrun_did_not_start(monkeypatch):
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    try:
+        with pytest.raises(ValueError, match='torchrun'):
+            common.start_process('cuda')
+    except KeyError:
+        pytest.fail('a traceback')
 
 
 class Fixed:

@@ -538,6 +538,13 @@ def test_loss_is_the_mean_squared_error_of_the_noise():
     assert model(z0, **given).item() == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.mutation('ldm.py', '.clamp(max=T - 1)', '')
+def test_no_time_is_past_the_last():
+    """The sigmoid of 40 is 1 in double precision."""
+    times = tiny(t_mean=40.0, t_std=1.0).times(torch.tensor([0.1, 0.5, 0.9]))
+    assert times.tolist() == [999] * 3
+
+
 @pytest.mark.mutation('ldm.py', 'return (T * u).long()', 'return ((T - 9) * u).long()')
 @pytest.mark.mutation('ldm.py', 'drop=u[:, 1] < self', 'drop=u[:, 1] > self')
 @pytest.mark.mutation('ldm.py', 'drop=u[:, 1]', 'drop=u[:, 0]')

@@ -331,12 +331,13 @@ def test_what_is_written_is_read_back(tmp_path):
 @pytest.mark.mutation('data.py', 'max(corners) < len(vertices)', 'True')
 @pytest.mark.mutation('data.py', 'finite_extent(vertices[used], path)',
                       'finite_extent(vertices, path)')
+@pytest.mark.mutation('data.py', 'require(np.cross(b - a, c - a).any()', 'require(True')
 def test_files_that_are_no_mesh(tmp_path):
     bad = {'cut.ply': FILES['b.ply'][:-60], 'cut.stl': FILES['b.stl'][:-60],
            'cut.off': FILES['a.off'][:60], 'word.obj': b'v 0 0 zero', 'none.obj': b'v 0 0 0\n',
            'far.obj': FILES['a.obj'] + b'\nf 1 2 99', 'point.obj': b'v 1 1 1\nf 1 1 1',
            'nan.obj': b'v nan 0 0\nv 0 1 0\nv 0 0 1\nf 1 2 3', 'empty.off': b'',
-           'a.gltf': b'', 'empty.npy': b'', 'headless.ply': b'end_header\n'}
+           'line.obj': b'v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3', 'a.gltf': b'', 'empty.npy': b'', 'headless.ply': b'end_header\n'}
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         try:
@@ -570,6 +571,7 @@ def test_a_kill_leaves_no_points_of_another_mesh(meshes, capsys, monkeypatch):
 @pytest.mark.mutation('data.py', "and entry.get('folder') == source", '')
 @pytest.mark.mutation('data.py', 'kept | made', 'made')
 @pytest.mark.mutation('data.py', "for n in listed})", "for n in self.folders})")
+@pytest.mark.mutation('data.py', "not path or rows and {'id'", "not rows or {'id'")
 def test_classes_come_and_go(meshes, capsys):
     """A class that is renamed is not there twice; one made of another folder stays."""
     prepare(capsys)
@@ -586,6 +588,9 @@ def test_classes_come_and_go(meshes, capsys):
     assert shapes.groups == shapes.titles == ['lamp', 'stool', 'table']
     about = json.loads(Path('o/metadata.yaml').read_text())
     assert {*about} == {'stool', 'table', 'lamp'}
+    Path('c.csv').write_text('name,kind\n')
+    with pytest.raises(ValueError, match='--classes c.csv: not a CSV with'):
+        prepare(capsys, '--classes', 'c.csv')
 
 
 @pytest.mark.mutation('data.py', 'sorted(first_names(there, root.joinpath).values(), key=natural)',

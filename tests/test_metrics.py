@@ -1146,6 +1146,7 @@ def test_fid_of_a_run(capsys, toy_run, colour_network):
                       'config.text_length)', 'self.args.device)')
 @pytest.mark.mutation('metrics.py', "reader(known['text'])", "reader(sorted(known['text']))")
 @pytest.mark.mutation('metrics.py', "guidance=self.args.guidance)", 'guidance=1.0)')
+@pytest.mark.mutation('metrics.py', 'bool(self.ldm and self', 'bool(self')
 @pytest.mark.mutation('metrics.py', 'require(config.num_classes or config.text', 'require(True')
 @pytest.mark.mutation('metrics.py', 'require(there, f', 'require(True, f')
 @pytest.mark.mutation('metrics.py', 'require(self.args.guidance == 1', 'require(True')
@@ -1168,6 +1169,12 @@ def test_samples_have_the_conditions_of_items(monkeypatch):
     assert conditions(9, text='bytes')([4, 5, 6, 7]) == dict(
         cond=('40 bytes', ['5', '4', '9', '8']), guidance=2.5)
     assert conditions(3, split='none', w=1, text='bytes')([0, 1]) == {}
+    reals = metrics.Run(Model(), None, {}, 'run', SimpleNamespace(command='fid', conditions='test',
+                                                                  res=8))
+    try:
+        assert not reals.captioned()  # of a run that gives no samples
+    except AttributeError:
+        pytest.fail('a traceback')
     for options, word in ((dict(), '--conditions'), (dict(split='none', text='bytes'), '--guidance'),
                           (dict(known=[dict(label=1)], text='bytes'), 'no captions.*--captions'),
                           (dict(known=[dict(text='')], num_classes=3), 'no labels')):
@@ -1285,13 +1292,14 @@ def test_no_other_picture_stands_in_for_a_broken_one(capsys, toy_run, colour_net
     assert manifest['n'] == 4
 
 
-@pytest.mark.mutation('metrics.py', '    if enlarged:\n', '    if not enlarged:\n')
+@pytest.mark.mutation('metrics.py', 'if enlarged else\n', 'if not enlarged else\n')
 def test_bicubic_baseline_is_pillows_enlargement_of_the_render_at_r():
     pictures = {n: torch.rand(1, 3, n, n) for n in (5, 12)}
     vae = SimpleNamespace(decode=lambda z: z, signal=lambda xi, R: pictures[R],
                           config=SimpleNamespace(resolution=5))
-    assert torch.equal(metrics.drawn(vae, None, 12), pictures[12])
-    enlarged = metrics.drawn(vae, None, 12, enlarged=True)
+    run = metrics.PictureRun(vae)
+    assert torch.equal(run.drawn(None, 12), pictures[12])
+    enlarged = run.drawn(None, 12, enlarged=True)
     for c in range(3):
         pillow = Image.fromarray(pictures[5][0, c].numpy()).resize((12, 12), Image.BICUBIC)
         close(enlarged[0, c], torch.from_numpy(np.array(pillow)).clamp(-1, 1), 1e-5)
@@ -1413,6 +1421,7 @@ def videos(tmp_path, monkeypatch):
                       'args.interval = args.interval or next((1')
 @pytest.mark.mutation('metrics.py', 'require(not args.interval or not (a and b), ', 'require(True, ')
 @pytest.mark.mutation('metrics.py', "self.info['args'].get('interval', 1) if self.info", '1 if self.info')
+@pytest.mark.mutation('metrics.py', 'require(len(lengths) < 2, ', 'require(True, ')
 def test_folders_of_clips_are_read_as_the_run_is(monkeypatch):
     config = SimpleNamespace(frames=5, resolution=20)
     run = metrics.VideoRun(SimpleNamespace(config=config), info=dict(args=dict(interval=2)))
@@ -1431,6 +1440,11 @@ def test_folders_of_clips_are_read_as_the_run_is(monkeypatch):
     for both in (['run'], ['run', 'run']):
         with pytest.raises(ValueError, match='--interval: is for folders'):
             parsed(*both, '--interval', '3')
+    longer = metrics.VideoRun(SimpleNamespace(config=SimpleNamespace(frames=7, resolution=20)))
+    longer.conditions = None
+    monkeypatch.setattr(metrics, 'open_run', lambda path, args, stage: run if stage == 1 else longer)
+    with pytest.raises(ValueError, match='clips of 5 and 7 frames; give --frames'):
+        parsed('run', 'run')
 
 
 @pytest.mark.mutation('data.py', 'image.seek(k)', 'image.seek(0)')

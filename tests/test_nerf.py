@@ -598,7 +598,7 @@ def test_the_grid_of_a_latent_is_made_once():
     assert len(made) == 1
 
 
-@pytest.mark.mutation('vae.py', 'math.log1p(level), coarse', 'math.log1p(level / 2), coarse')
+@pytest.mark.mutation('vae.py', 'math.log1p(level), 64', 'math.log1p(level / 2), 64')
 @pytest.mark.mutation('vae.py', ' + points.new_tensor(self.config.centre)', '')
 @pytest.mark.mutation('vae.py', 'points * self.config.extent', 'points')
 @pytest.mark.mutation('vae.py', '(own, self.in_box(vertices))[1]', '(own, vertices)[1]')

@@ -232,8 +232,8 @@ def test_rays_of_items_have_the_colours_of_the_scene():
     assert turned == {1, -1}
 
 
-@pytest.mark.mutation('data.py', "common.seeded('cloud', self.names[i], k))[0])\n\n    def held",
-                      "common.seeded('cloud', self.names[i]))[0])\n\n    def held")
+@pytest.mark.mutation('data.py', "self.cloud(i, common.seeded('cloud', self.names[i], k))",
+                      "self.cloud(i, common.seeded('cloud', self.names[i]))")
 @pytest.mark.mutation('data.py', "rng = rng or common.seeded('scene', self.names[i])",
                       "rng = rng or np.random.default_rng()")
 def test_items_without_a_generator_and_views():
@@ -281,7 +281,7 @@ def test_truth_is_exact_at_any_resolution():
     assert items.picture(2, 20).equal(pictures[0]) and items.preview(2, 8).shape == (3, 8, 32)
 
 
-@pytest.mark.mutation('data.py', 'os.replace(own, path)', 'os.remove(own)')
+@pytest.mark.mutation('data.py', 'save_npz(path, **arrays)\n    except', 'pass\n    except')
 @pytest.mark.mutation('data.py', 'range(self.toy_views))).round()', 'range(self.toy_views)))')
 def test_renders_are_kept(tmp_path):
     items, again = toy(), toy()
@@ -426,6 +426,7 @@ def folders(tmp_path, scene_views):
 @pytest.mark.mutation('data.py', 'side / 2 / math.tan(number(angle) / 2)',
                       'side / math.tan(number(angle) / 2)')
 @pytest.mark.mutation('data.py', 'rows[-1][::-1], size)', '(1, 1), size)')
+@pytest.mark.mutation('data.py', "(255 if images.dtype.kind == 'f' else 1)", '255')
 def test_layouts_show_the_same_scenes(folders, scene_views):
     """Points fall on the object in all; rays are those of the toy; the box is what cameras see."""
     sets = [opened(folders / kind) for kind in ('srn', 'json', 'npz')]
@@ -444,11 +445,15 @@ def test_layouts_show_the_same_scenes(folders, scene_views):
             np.testing.assert_allclose(o[0] * items.extent + torch.tensor(items.centre).float(), a,
                                        atol=1e-3)
             np.testing.assert_allclose(d[0], b, atol=1e-6)
-    npz = sets[2]
+    npz, bytes_of = sets[2], sets[2].shot(1, 3)
     assert npz.names == [f'cars/sampled/0{k}_car{k}' for k in range(3)]
     np.testing.assert_allclose(npz.cameras(1).poses, scene_views[1][0], atol=1e-6)
     focal = 0.5 * 32 / math.tan(0.5 * 0.6911112070083618)
     assert npz.cameras(1).lenses[0].tolist() == [focal, focal, 16, 16, 0, 0, 0, 0]
+    poses, shots = scene_views[1]
+    for dtype, scale in (('int64', 1), ('float32', 1 / 255)):
+        write_npz(folders / 'other/a.npz', poses, (shots * scale).astype(dtype), np.zeros((1, 6)))
+        assert np.array_equal(opened(folders / 'other').shot(0, 3), bytes_of)
     item = npz.item(0, common.seeded('test', 0))
     p = item['points'][:, :3].double().numpy() * npz.extent + npz.centre
     assert np.abs(data.toy_distance(data.toy_scene(0), p.astype('float32'))).max() < 1e-4

@@ -569,10 +569,11 @@ def test_cached_latents_change_nothing(photos, tmp_path, repo):
     memory, disk = (trained(folder / 'runs' / cache / 'ldm.pt') for cache in ('memory', 'disk'))
     assert all(torch.equal(memory[k], disk[k]) for k in memory if torch.is_tensor(memory[k]))
     file, = (folder / 'runs' / 'disk').glob('latents_*.npy')
-    written = file.stat().st_mtime_ns
+    written, former = file.stat().st_mtime_ns, file.with_name('latents_of_another.npy')
     assert np.load(file).shape[1:] == (2, 4, 16)
+    former.touch()
     done(folder, 'train_ldm.py', LDM, '--name disk --cache disk --restart --steps 1')
-    assert file.stat().st_mtime_ns == written  # read, not made again
+    assert file.stat().st_mtime_ns == written and not former.exists()  # read, not made again
 
 
 @pytest.mark.mutation('train_ldm.py', "'posterior'] = moments if args", "'posterior'] = () if args")
@@ -644,18 +645,25 @@ def test_a_file_of_latents_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
 
 @pytest.mark.mutation('train_ldm.py', '(4 * common.local_processes())', '4')
-@pytest.mark.mutation('train_ldm.py', "shutil.disk_usage(folder).free // 2", '10 ** 20')
+@pytest.mark.mutation('train_ldm.py', "shutil.disk_usage(path.parent).free // 2", '10 ** 20')
 @pytest.mark.mutation('train_ldm.py', "if choice != 'auto':", "if False:")
+@pytest.mark.mutation('train_ldm.py', "'disk' if path.is_file() else fits", 'fits')
 def test_where_latents_are_kept(monkeypatch, capsys, tmp_path):
-    """A quarter of the memory, shared by the processes of a machine, then half of the disk."""
+    """A quarter of the memory, shared by a machine's processes, then half of the disk.
+
+    What an earlier start began to fill no longer needs to fit.
+    """
+    path = tmp_path / 'latents.npy'
     monkeypatch.setattr(train_ldm, 'free_memory', lambda: 800)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=600))
     for local, size, place in ((1, 199, 'memory'), (1, 200, 'disk'), (2, 99, 'memory'),
                                (2, 100, 'disk'), (1, 299, 'disk'), (1, 300, 'none')):
         monkeypatch.setenv('LOCAL_WORLD_SIZE', str(local))
-        assert train_ldm.choose_cache('auto', size, tmp_path) == place
+        assert train_ldm.choose_cache('auto', size, path) == place
         assert f'--cache auto: {place}, for' in capsys.readouterr().out
-        assert train_ldm.choose_cache('disk', size, tmp_path) == 'disk'
+        assert train_ldm.choose_cache('disk', size, path) == 'disk'
+    path.touch()
+    assert train_ldm.choose_cache('auto', 10 ** 6, path) == 'disk'
     monkeypatch.undo()
     assert train_ldm.free_memory() > 2 ** 20 or not Path('/proc/meminfo').exists()
 
@@ -818,6 +826,22 @@ def test_reconstructions(photos, tmp_path, repo):
     assert 'skipped: 5.png' in result.out
     names = {f'16x16/{k}_png.png' for k in range(12) if k != 5}
     assert set(pictures(tmp_path, 'b')) == names | {'grid_16x16.png'}
+
+
+@pytest.mark.mutation('sample.py', "f'{k:06d}_{n}'", "f'{n}_{k}'")
+@pytest.mark.mutation('sample.py', "'__') or place)", "'__'))")
+def test_reconstructions_have_names_of_their_own(tmp_path):
+    class Named(data.Items):
+        place, bad = tmp_path / 'a clip', []
+
+        def __init__(self, names):
+            self.names = names
+
+        def verify(self):
+            pass
+    for names, files in ((['a/b', 'c'], ['a__b', 'c']), ([''], ['a_clip']),
+                         (['a b', 'a_b', 'a_b_1'], ['000000_a_b', '000001_a_b', '000002_a_b_1'])):
+        assert sample.encode_items(Named(names), None, None)[0] == files
 
 
 @pytest.mark.mutation('sample.py', 'zip(z, names)', 'zip(list(z), names)')
@@ -1758,7 +1782,8 @@ def test_a_changed_stage_1_is_noticed(copy, repo):
     assert_refused(call(copy, 'train_ldm.py', LDM, repo=repo), 'changed', '--restart')
 
 
-@pytest.mark.mutation('ldm.py', "step=state['vae_args']['steps'])", 'step=0)')
+@pytest.mark.mutation('ldm.py', "step=state.get('vae_step', args['steps']))", 'step=0)')
+@pytest.mark.mutation('ldm.py', "state.get('vae_step', args['steps'])", "args['steps']")
 @pytest.mark.mutation('train_ldm.py', 'args.slim or not own.exists()', 'not own.exists()')
 @pytest.mark.mutation('train_ldm.py', "both = own and 'ldm_config' in first",
                       "both = 'ldm_config' in first")
@@ -1772,6 +1797,10 @@ def test_a_second_stage_on_the_first_of_another(copy, repo):
         state = common.load_checkpoint(copy / f'runs/new{k}/ldm.pt')
         assert {k: state[k] for k in ('vae_args', 'vae_config', 'splits')} == {
             k: old[k] for k in ('vae_args', 'vae_config', 'splits')}
+    common.save_checkpoint(copy / 'part.pt', old | dict(vae_step=3))
+    done(copy, 'train_ldm.py', LDM, '--vae part.pt --name part', repo=repo)
+    result = done(copy, 'train_ldm.py', LDM, '--vae runs/part/ldm.pt --name more', repo=repo)
+    assert 'stage 1 at step 3 of 6' in result.out
     assert_same(copy / 'runs/new1/ldm.pt', copy / 'runs/toy_image/ldm.pt')
     for flags, run in (('--vae small.pt --name new0', 'new0'), ('--vae runs/new0/ldm.pt', 'new0'),
                        ('--vae runs/toy_image/ldm.pt', 'toy_image')):

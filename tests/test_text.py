@@ -413,6 +413,7 @@ class Captioned(data.Items):
 
 @pytest.mark.mutation('metrics.py', 'v * to_cube, f', 'v, f')
 @pytest.mark.mutation('metrics.py', 'captions[i][0], range', 'captions[0][0], range')
+@pytest.mark.mutation('metrics.py', 'enumerate(dataset.captions or ())', 'enumerate(dataset.captions)')
 def test_metrics_of_text(tmp_path, merges, monkeypatch, capsys):
     """TMD, accuracy and CLIP-S of balls whose radius the caption decides, by CLIP's own parts."""
     torch.save(random_clip(vision=64), tmp_path / 'clip.pt')
@@ -460,6 +461,12 @@ def test_metrics_of_text(tmp_path, merges, monkeypatch, capsys):
         pictures = torch.cat([metrics.drawn_views((0.55 * v, f), 'even') for v, f in meshes])
         best.append(metrics.clip_score(clip, pictures, caption))
     assert row['clip_s'] == pytest.approx(np.mean(best), abs=1e-4)
+    monkeypatch.setattr(Captioned, 'captions', None)
+    try:
+        with pytest.raises(ValueError, match='no caption .* --captions'):
+            metrics.main(['text', 'run', '--device', 'cpu'])
+    except TypeError:
+        pytest.fail('a traceback')
 
 
 # ---- conditions --------------------------------------------------------------------------------
