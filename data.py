@@ -3357,7 +3357,7 @@ class ArrayScene(SceneFiles):
     def pictures(self, numbers):
         images = self.array('images')
         for k in numbers:
-            im = (images[k] * (255 if images.dtype.kind == 'f' else 1)).round().clip(0, 255)
+            im = (images[k] * (1 if images.dtype.kind in 'ui' else 255)).round().clip(0, 255)
             yield with_opacity(Image.fromarray(im.astype('uint8')), None, f'images[{k}]')
 
     def cloud(self):

@@ -426,7 +426,7 @@ def folders(tmp_path, scene_views):
 @pytest.mark.mutation('data.py', 'side / 2 / math.tan(number(angle) / 2)',
                       'side / math.tan(number(angle) / 2)')
 @pytest.mark.mutation('data.py', 'rows[-1][::-1], size)', '(1, 1), size)')
-@pytest.mark.mutation('data.py', "(255 if images.dtype.kind == 'f' else 1)", '255')
+@pytest.mark.mutation('data.py', "(1 if images.dtype.kind in 'ui' else 255)", '255')
 def test_layouts_show_the_same_scenes(folders, scene_views):
     """Points fall on the object in all; rays are those of the toy; the box is what cameras see."""
     sets = [opened(folders / kind) for kind in ('srn', 'json', 'npz')]
