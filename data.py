@@ -3805,9 +3805,9 @@ class ToyScenes(Computed, Scenes):
     seeds = TOY_SCENES
     options_of_run = Items.options_of_run
 
-    def __init__(self, name, root, selection, **options):
+    def __init__(self, name, root, selection, box=(), axes='', **options):
+        require(not (box or axes), f'--box, --axes: {name} has its own')
         super().__init__(name, root, selection, **options)
-        require(not (self.box or self.axes), f'--box, --axes: {name} has its own')
         require(self.toy_views > self.test_views, f'--test_views {self.test_views}: leaves none of '
                 f'{self.toy_views} views to train on')
         self.scenes = [toy_scene(s) for s in self.numbers]
