@@ -4048,12 +4048,18 @@ def make_dataset(name, root=None, split='train', holdout=None, group=None, seed=
     return DATASETS[name][1](name, Path(root or Path('data') / name), selection, **options)
 
 
-def open_run_data(info, split, root=None, **options):
-    """The data set of a run, by its info (see `ldm.load_vae`); root: where it is, if it moved."""
+def open_run_data(info, split, root=None, captions=None, **options):
+    """The data set of a run, by its info (see `ldm.load_vae`); root: where it is, if it moved.
+
+    captions: '' for none, None for those of stage 2 or, if it names none, of stage 1.
+    """
     args = info['args']
+    if captions is None:
+        captions = info.get('ldm_args', {}).get('captions') or args.get('captions', '')
     settled = DATASETS[args['dataset']][0].options_of_run(info)
     listed = info['splits'] if any(info['splits'].values()) else None  # some runs know of no data
-    options = {**options_of(args), **settled, 'flip': args['flip'] and split == 'train', **options}
+    options = {**options_of(args), **settled, 'flip': args['flip'] and split == 'train',
+               'captions': captions, **options}
     try:
         return make_dataset(args['dataset'], root or args['data'], split, listed,
                             **options)

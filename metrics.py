@@ -1237,11 +1237,9 @@ class Run:
         return {}
 
     def data(self, split):
-        """'train' or 'test' of its data set; captions, stage 2's if it has any, only if need be."""
-        stages = self.info.get('ldm_args', {}), self.info['args']
-        captions = self.args.captions or stages[0].get('captions') or stages[1].get('captions', '')
-        return data.open_run_data(self.info, split, self.args.data or None,
-                                  captions=captions if self.captioned() else '')
+        """'train' or 'test' of its data set; captions only if need be."""
+        captions = (self.args.captions or None) if self.captioned() else ''
+        return data.open_run_data(self.info, split, self.args.data or None, captions=captions)
 
     def captioned(self):
         """Whether this measurement reads captions."""

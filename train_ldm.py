@@ -260,8 +260,9 @@ def open_latents(dataset, encode, shape, args, process, path):
 
     path: the file of latents, if they are kept in one; those of another first stage are removed.
     """
-    for old in {*path.parent.glob('latents_*.npy')} - {path} if process.is_first else ():
-        old.unlink()
+    if process.is_first:
+        for old in {*path.parent.glob('latents_*.npy')} - {path}:
+            old.unlink()
     size = 4 * math.prod(shape) * len(dataset) * dataset.views
     cache = choose_cache(args.cache, size, path)
     if cache == 'none':
@@ -383,10 +384,8 @@ def parse(argv=None):
 
 def open_data(info, args):
     """The training and held-out data of stage 1, by its info, with what conditions stage 2."""
-    options = dict(data.DATASETS[args.dataset][0].encoder_only)
-    if args.captions:
-        options['captions'] = args.captions
-    train, held_out = (data.open_run_data(info, split, args.data, **options)
+    options = data.DATASETS[args.dataset][0].encoder_only
+    train, held_out = (data.open_run_data(info, split, args.data, args.captions or None, **options)
                        for split in ('train', 'test'))
     common.require(not args.num_classes or train.labels is not None,
                    f'--num_classes {args.num_classes}: {args.dataset} has no labels')

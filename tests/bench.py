@@ -663,9 +663,7 @@ def denoising(args, count=128):
     reader = config.text and encoders.text_reader(config.text, args.device, config.text_length)
     print(f'{"t":12s}', *(f'{t:6d}' for t in times))
     for split in ('train', 'test'):
-        dataset = data.open_run_data(info, split, args.data,
-                                     captions=info['ldm_args'].get('captions')
-                                     or info['args'].get('captions', ''))
+        dataset = data.open_run_data(info, split, args.data)
         index = common.evenly_spaced(len(dataset), count)
         batch = common.move(torch.utils.data.default_collate(
             [dataset.view(i, 0) | dataset.known(i) for i in index]), torch.device(args.device))

@@ -966,6 +966,8 @@ def test_an_empty_part_is_an_error(folder):
 
 
 @pytest.mark.mutation('data.py', "args['data'], split, listed,", "args['data'], split, args['split'],")
+@pytest.mark.mutation('data.py', "info.get('ldm_args', {}).get('captions') or args", 'args')
+@pytest.mark.mutation('data.py', "get('captions') or args.get('captions', '')", "get('captions')")
 def test_a_finished_run_gets_its_split_back(folder):
     args = dict(dataset='image', data=str(folder), resolution=16, scales=(1.0,), scale_probs=(),
                 continuous=False, flip=False, split='0.3', group=None, seed=4)
@@ -975,7 +977,15 @@ def test_a_finished_run_gets_its_split_back(folder):
     for k in range(30):  # pictures added later are in neither part
         shutil.copy(folder / 'p0.png', folder / f'new{k}.png')
     again = data.open_run_data(dict(args=args, splits=splits), 'test', scales=(2.0,))
-    assert again.names == test.names and again.sizes == [32]
+    assert again.names == test.names and again.sizes == [32] and again.captions is None
+    for stage in (1, 2):
+        (folder / f'{stage}.csv').write_text(f'file,text\n{test.names[0]},of stage {stage}\n')
+    captioned = dict(args, captions=str(folder / '1.csv'))
+    for later, texts in ((dict(ldm_args=dict(captions=str(folder / '2.csv'))), ['of stage 2']),
+                         (dict(ldm_args=dict(captions='')), ['of stage 1']), ({}, ['of stage 1'])):
+        again = data.open_run_data(dict(later, args=captioned, splits=splits), 'test')
+        assert again.captions and again.captions[0] == texts
+    assert data.open_run_data(dict(args=captioned, splits=splits), 'test', captions='').captions is None
     with pytest.raises(FileNotFoundError, match='trained on are gone'):
         data.open_run_data(dict(args=dict(args, data='/nowhere'), splits=splits), 'test')
     toy = dict(args, dataset='toy_image', data='')

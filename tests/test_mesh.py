@@ -337,7 +337,8 @@ def test_files_that_are_no_mesh(tmp_path):
            'cut.off': FILES['a.off'][:60], 'word.obj': b'v 0 0 zero', 'none.obj': b'v 0 0 0\n',
            'far.obj': FILES['a.obj'] + b'\nf 1 2 99', 'point.obj': b'v 1 1 1\nf 1 1 1',
            'nan.obj': b'v nan 0 0\nv 0 1 0\nv 0 0 1\nf 1 2 3', 'empty.off': b'',
-           'line.obj': b'v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3', 'a.gltf': b'', 'empty.npy': b'', 'headless.ply': b'end_header\n'}
+           'line.obj': b'v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3', 'a.gltf': b'', 'empty.npy': b'',
+           'headless.ply': b'end_header\n'}
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         try:

@@ -1152,8 +1152,8 @@ def test_metrics_of_shapes(shapes, tmp_path):
     assert json.loads(again[-1]) == result
 
 
-@pytest.mark.mutation('metrics.py', 'captions if self.captioned() else', 'captions if True else')
-@pytest.mark.mutation('metrics.py', 'self.args.captions or stages[0]', 'stages[0]')
+@pytest.mark.mutation('metrics.py', 'if self.captioned() else', 'if True else')
+@pytest.mark.mutation('metrics.py', '(self.args.captions or None)', 'None')
 @pytest.mark.mutation('metrics.py', "are read\n    resolved('--captions', args.captions)\n",
                       'are read\n')
 def test_captions_that_have_moved(shapes, tmp_path, repo):
