@@ -3873,6 +3873,7 @@ class FileScenes(FileItems, Scenes):
 
     def __init__(self, name, root, selection, **options):
         super().__init__(**options)
+        require(self.toy_views == NerfConfig.toy_views, f'--toy_views: {name} has its own views')
         self.scenes, official = find_scenes(root)
         self.shares, self.digests = {}, {}  # index -> of the silhouettes, that the hull lies in
         known = sorted(self.scenes, key=natural)

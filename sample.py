@@ -513,7 +513,8 @@ MOST = 1_000_000  # names of one call, and files of a folder
 ONE = '--export: writes one sample; give --num 1, or one thing to --reconstruct'
 
 
-SAMPLING = 'text', 'label', 'guidance', 'interpolate', 'sampler', 'steps', 'eta', 'tol', 'amp'
+SAMPLING = ('num', 'seed', 'batch', 'text', 'label', 'guidance', 'interpolate', 'sampler', 'steps',
+            'eta', 'tol', 'amp')
 
 
 def check_flags(args):

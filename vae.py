@@ -134,6 +134,8 @@ class VAEConfig:
         require(0 < self.threshold < 1, f'--threshold {self.threshold}: between 0 and 1')
         require(self.coord_input or not self.coord_octaves,
                 f'--coord_octaves {self.coord_octaves}: has no effect without --coord_input')
+        require(self.view_dirs or self.view_octaves == VAEConfig.view_octaves,
+                f'--view_octaves {self.view_octaves}: has no effect without --view_dirs')
         require(self.up in UPWARDS, f'up {self.up}: one of {", ".join(UPWARDS)}')
         DOMAINS[self.domain].check(self)
         self.n_ref = self.n_ref or DOMAINS[self.domain].values_of_signal(self)

@@ -461,11 +461,13 @@ def test_every_parameter_learns():
 
 @pytest.mark.mutation('vae.py', "'nerf', 6\n    allowed", "'nerf', 6\n    refused")
 @pytest.mark.mutation('vae.py', 'self.coord_input or not self.coord_octaves', 'True')
+@pytest.mark.mutation('vae.py', 'self.view_dirs or self.view_octaves', 'True or self.view_octaves')
 @pytest.mark.mutation('vae.py', 'require(self.up in UPWARDS', 'require(True')
 def test_impossible_field_configurations_are_refused():
     for changes, word in ((dict(loss='bce'), '--loss'), (dict(up='w'), 'up w'),
                           (dict(scale_injection=True), '--scale_injection'),
                           (dict(coord_input=False), '--coord_octaves'),
+                          (dict(view_dirs=False, view_octaves=2), '--view_octaves'),
                           (dict(threshold=0.2), '--threshold')):
         with pytest.raises(ValueError, match=word):
             tiny(**changes)

@@ -1046,8 +1046,8 @@ def test_shapes_resume_bit_by_bit(shapes, tmp_path, repo):
     'vertices.double().cpu().numpy()')
 def test_meshes_out_of_samples_and_reconstructions(shapes, tmp_path, repo):
     """Every format, all resolutions from the same latents, and a mesh back in its own place."""
-    run = f'--run {shapes.run} --device cpu --num 2 --threshold 0.1'
-    done(tmp_path, 'sample.py', run, '--steps 3 --sweep 12,24 --format ply --turntable', repo=repo)
+    run = f'--run {shapes.run} --device cpu --threshold 0.1'
+    done(tmp_path, 'sample.py', run, '--num 2 --steps 3 --sweep 12,24 --format ply --turntable', repo=repo)
     for size in (12, 24):
         assert Image.open(tmp_path / 'out' / f'grid_{size}.png').size[0] > 256
         assert {p.name for p in (tmp_path / 'out' / str(size)).iterdir()} == {
@@ -1345,6 +1345,7 @@ def test_misuse_of_fields_is_one_line(scenes):
             ('metrics.py', f'spectrum {scenes.run}', 'no pictures to measure', 'fid, rfid, nfe, pr'),
             ('train_vae.py', f'{SCENES} --name new --box 1,2', '--box'),
             ('train_vae.py', f'{SCENES} --name new --axes opengl', '--axes'),
+            ('train_vae.py', f'{SCENES} --name new --toy_views 9', '--toy_views'),
             ('train_vae.py', f'{SCENES} --name new --focus 2', '--focus'),
             ('train_vae.py', f'{SCENES} --name new --near 0.5', '--near'),
             ('train_vae.py', f'{SCENES} --name new --threshold 0.2', '--threshold'),
@@ -1525,6 +1526,8 @@ MISUSE = [
     ('sample.py', '--run toy_image --reconstruct photo.png --sampler ddim --amp',
      'leave --sampler, --amp out'),
     ('sample.py', '--run toy_image --reconstruct photo.png --eta 0', 'leave --eta out'),
+    ('sample.py', '--run toy_image --reconstruct photo.png --num 4 --seed 1 --batch 2',
+     'leave --num, --seed, --batch out'),
     ('sample.py', '--run toy_image --guidance nan --text x', '--guidance'),
     ('train_vae.py', f'{NEW} --seed 100000000000000000000', '--seed'),
     ('sample.py', '--run nowhere', 'nowhere'),
