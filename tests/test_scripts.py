@@ -1047,7 +1047,8 @@ def test_shapes_resume_bit_by_bit(shapes, tmp_path, repo):
 def test_meshes_out_of_samples_and_reconstructions(shapes, tmp_path, repo):
     """Every format, all resolutions from the same latents, and a mesh back in its own place."""
     run = f'--run {shapes.run} --device cpu --threshold 0.1'
-    done(tmp_path, 'sample.py', run, '--num 2 --steps 3 --sweep 12,24 --format ply --turntable', repo=repo)
+    done(tmp_path, 'sample.py', run, '--num 2 --steps 3 --sweep 12,24 --format ply --turntable',
+         repo=repo)
     for size in (12, 24):
         assert Image.open(tmp_path / 'out' / f'grid_{size}.png').size[0] > 256
         assert {p.name for p in (tmp_path / 'out' / str(size)).iterdir()} == {
@@ -1331,6 +1332,7 @@ def test_scenes_are_reconstructed_in_the_box_of_the_run(scenes, tmp_path, repo):
     assert (tmp_path / 'out/8x8/s0/01.png').is_file()
 
 
+@pytest.mark.mutation('data.py', 'self.toy_views == NerfConfig.toy_views', 'True')
 def test_misuse_of_fields_is_one_line(scenes):
     run = f'--run {scenes.run} --num 1 --steps 2'
     (scenes.folder / 'nothing').mkdir()
