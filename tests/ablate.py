@@ -78,6 +78,46 @@ class Z0(Weighted):
         return (z_t.float() - alpha * super().eps(z_t, t, cond)) / sigma
 
 
+class ByLoss(ldm.LDM):
+    """Times drawn in proportion to the root of the mean square of their loss; weighted, unbiased.
+
+    Nichol & Dhariwal (2021). The square is a moving average for each of BINS spans of time.
+    """
+    BINS, SHARE = 50, 0.1  # of a new square in the average of its span
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer('square', torch.ones(self.BINS))
+
+    def probability(self):
+        """(BINS,) float32; a hundredth of the draws are of all times alike."""
+        root = self.square.sqrt()
+        return 0.99 * root / root.sum() + 0.01 / self.BINS
+
+    def times(self, u):
+        if not self.training:
+            return super().times(u)
+        ends = F.pad(self.probability().double().cumsum(0), (1, 0))
+        span = torch.searchsorted(ends[1:-1], u.double(), right=True)
+        place = (u - ends[span]) / (ends[span + 1] - ends[span])
+        return super().times(((span + place) / self.BINS).clamp(max=1))
+
+    def error_scale(self, t):
+        if not self.training:
+            return super().error_scale(t)
+        span = t * self.BINS // ldm.T
+        weight = 1 / (self.BINS * self.probability()[span])
+        scale = weight.sqrt().requires_grad_()
+        # Of a loss sum_i scale_i^2 loss_i / B the derivative by scale_i tells loss_i.
+        scale.register_hook(lambda slope: self.note(span, len(t) * slope / (2 * scale.detach())))
+        return scale[:, None, None] * super().error_scale(t)
+
+    def note(self, spans, losses):
+        """Take the losses (B,) of spans (B,) into their averages, one after another."""
+        for span, loss in zip(spans, losses):
+            self.square[span].lerp_(loss.square(), self.SHARE)
+
+
 def dropout(p):
     """Dropout before the second convolution of each ResBlock, in training."""
     def __init__(self, config):
@@ -92,7 +132,7 @@ def dropout(p):
 
 UNMIXED = '--mixed', 'off'
 VARIANTS = {  # name -> class, or none for LDM itself, and flags of train_ldm.py
-    'baseline': (None, ()), 'dropout': (dropout(0.1), ()),
+    'baseline': (None, ()), 'dropout': (dropout(0.1), ()), 'by-loss': (ByLoss, ()),
     **{f'min-snr:{gamma}': (min_snr(gamma), ()) for gamma in (1, 5)},
     **{f'sigmoid:{bias}': (sigmoid(bias), ()) for bias in (-3, -1, 2)},
     **{f'logit-normal:{mean}': (None, (f'--t_mean={mean}', '--t_std=1'))

@@ -98,6 +98,35 @@ def test_the_sigmoid_weighs_a_uniform_log_snr(ablate):
     assert weight.mean() == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.mutation(FILE, 'weight = 1 / (self.BINS * self.probability()[span])',
+                      'weight = self.probability()[span] ** 0')
+@pytest.mark.mutation(FILE, 'root = self.square.sqrt()', 'root = self.square')
+@pytest.mark.mutation(FILE, '(span + place) / self.BINS', 'span / self.BINS')
+def test_times_drawn_by_loss_are_weighted_back(ablate):
+    """A tenth of the times has nine times the loss, and so half of the draws less a hundredth."""
+    model, u = small(ablate, 'by-loss'), (torch.arange(100_000) + 0.5) / 100_000
+    model.square[:5] = 9.0 ** 2
+    t = model.times(u)
+    assert (t < 100).float().mean() == pytest.approx(0.99 / 2 + 0.01 / 10, abs=1e-3)
+    weight = model.error_scale(t).square().flatten().detach()
+    for power in (0, 1, 2):  # the weighted mean is that over all times alike
+        alike = ((torch.arange(1000) / 1000) ** power).mean().item()
+        assert (weight * (t / 1000) ** power).mean().item() == pytest.approx(alike, abs=2e-3)
+    assert model.eval().times(u).bincount().unique().tolist() == [100]
+    assert model.error_scale(t) == 1
+
+
+@pytest.mark.mutation(FILE, 'len(t) * slope / (2', 'slope / (2')
+@pytest.mark.mutation(FILE, '.lerp_(loss.square(), self.SHARE)', '.lerp_(loss, self.SHARE)')
+def test_the_loss_of_each_time_is_noted(ablate, diffused):
+    z0, noise, t, _, _ = diffused
+    model = small(ablate, 'by-loss', torch.zeros_like(z0))
+    model(z0, None, noise, t).backward()
+    expected = torch.ones(model.BINS)
+    expected[t // 20] = 0.9 + 0.1 * noise.square().mean((1, 2)) ** 2
+    torch.testing.assert_close(model.square, expected)
+
+
 def test_dropout_is_of_training_alone(ablate):
     model, z = small(ablate, 'dropout'), torch.randn(2, 3, 16)
     torch.nn.init.normal_(model.unet.out.weight)
