@@ -27,7 +27,7 @@ import tempfile
 import typing
 import warnings
 import zlib
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +211,8 @@ def cure_of(error):
     text = str(error)
     if any(s in text for s in ('DataLoader worker (pid', 'shared memory', '/torch_')):
         return '--workers 0, or give /dev/shm more room'
+    if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
+        return '--compile off'
     too_large = not isinstance(error, RuntimeError) or 'allocate' in text or 'overflow' in text
     return 'a smaller size, --batch or, in training, --micro_batch' if too_large else ''
 
@@ -351,8 +353,20 @@ def agree(**values):
     if dist.is_initialized():
         found = [None] * dist.get_world_size()
         dist.all_gather_object(found, values)
-        require(all(other == found[0] for other in found), 'the processes differ: '
-                + '; '.join(sorted({' '.join(f'{k} {v}' for k, v in f.items()) for f in found})))
+        other = [k for k, v in values.items() if any(f[k] != found[0][k] for f in found)]
+        require(not other, 'the processes differ: '
+                + '; '.join(sorted({' '.join(f'{k} {f[k]}' for k in other) for f in found})))
+
+
+def agree_on_flags(args, **values):
+    """The same for `values` and for all flags, but for those that say where something lies."""
+    agree(**values, **{f'--{k}': Path(v).name if k in MAY_MOVE and v else v
+                       for k, v in vars(args).items() if k not in PLACES})
+
+
+def agree_on_data(dataset):
+    """The same for the items of a data set, which the stream numbers."""
+    agree(items=len(dataset), digest=zlib.crc32(repr(dataset.names).encode()))
 
 
 def resolve(choice, auto):
@@ -404,7 +418,8 @@ def check_run_flags(args, world):
 
 def seeded(*key):
     """numpy Generator that depends on `key` (integers and strings) alone."""
-    numbers = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in key]
+    numbers = [zlib.crc32(k.encode('utf-8', 'surrogatepass')) if isinstance(k, str) else int(k)
+               for k in key]  # a file's name may hold surrogates
     return np.random.default_rng([len(key), *numbers])  # numpy ignores zeros at the end
 
 
@@ -513,7 +528,9 @@ def fits(process, model, loss_of):
         loss.backward()
         del room
         return True
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # on the CPU it has no type of its own
+        if not isinstance(error, torch.OutOfMemoryError) and 'allocate' not in str(error):
+            raise
         return False
     finally:
         model.zero_grad(set_to_none=True)
@@ -609,8 +626,9 @@ class EMA:
 RUNS = Path('runs')
 SUFFIXES = ('.pt', '.pth', '.ckpt')  # of checkpoints
 STOPPED = 'stopped; the same command continues from the last checkpoint'
-MAY_CHANGE = {'steps', 'log_every', 'eval_every', 'save_every', 'workers', 'micro_batch', 'restart',
-              'slim', 'device', 'data', 'vae', 'name'}  # the last four say where, not what
+PLACES = {'workers', 'device', 'data', 'vae', 'name'}  # flags that say where, not what
+MAY_CHANGE = {'steps', 'log_every', 'eval_every', 'save_every', 'micro_batch', 'restart', 'slim',
+              *PLACES}
 MAY_MOVE = {'captions', 'text', 'init', 'split'}  # of files, the folder may change
 STAGE_1 = dict(dataset=str, preset=str, data=str, flip=bool, steps=int, resolution=int)  # flags
 MODEL = dict(step=int, args=dict, vae_config=dict, vae=dict, splits=dict(train=list, test=list))
@@ -811,7 +829,8 @@ def load_checkpoint(path, kind=None, device='cpu'):
         raise FileNotFoundError(f'{path}: no such checkpoint')
     try:
         with torch.serialization.safe_globals(HARMLESS):
-            state = torch.load(path, map_location=device, weights_only=True, mmap=True)
+            state = torch.load(path, map_location=device, weights_only=True,
+                               mmap=os.name == 'posix')  # Windows replaces no mapped file
     except Exception as error:  # torch raises half a dozen types here; all mean the same to a user
         raise ValueError(f'{path}: truncated or not a checkpoint ({type(error).__name__}); '
                          'name another, or train it again with --restart') from None
@@ -1032,6 +1051,10 @@ def start_run(folder, stage, args, process, step, facts):
     if not process.is_first:
         return None
     lock_run(folder, process)
+    saved = folder / f'{stage}.pt'
+    there = load_checkpoint(saved, stage)['step'] if saved.exists() and not args.restart else 0
+    require(there == step, f'{saved} has changed since it was read: another process has trained '
+            'there; repeat the command')
     (folder / 'samples').mkdir(parents=True, exist_ok=True)
     path, stages = folder / 'args.json', read_stages(folder)
     if path.exists() and not stages:
@@ -1085,10 +1108,22 @@ def clip_gradients(model, limit):
     return torch.nn.utils.clip_grad_norm_(model.parameters(), limit or float('inf'))
 
 
+@cache
+def compiles(device):
+    """Whether torch.compile works for the device in all processes: it needs a C compiler, .."""
+    works = 1.0
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:
+        print(f'note: torch.compile does not work here ({one_line(error)[:200]}); going on without')
+        works = 0.0
+    return mean_over_ranks(dict(works=torch.tensor(works)))['works'] == 1
+
+
 def compiled(network, args, process):
-    """A module or function, compiled if --compile says so."""
-    on = resolve(args.compile, process.device.type == 'cuda')
-    return torch.compile(network) if on else network
+    """A module or function, compiled if --compile says so; `auto`: on CUDA, where it works."""
+    auto = args.compile == 'auto' and process.device.type == 'cuda' and compiles(process.device)
+    return torch.compile(network) if resolve(args.compile, auto) else network
 
 
 def parallel(model, args, process):

@@ -1158,9 +1158,15 @@ def upright(im):
     return im.transpose(TURNS[turn]) if isinstance(turn, int) and turn in TURNS else im
 
 
+def stored_as(im):
+    """How the file has the pixels of a PIL picture, not yet loaded: Pillow's raw mode, or ''."""
+    stored = im.tile[0][3] if getattr(im, 'tile', 0) else ''
+    return stored[0] if isinstance(stored, tuple) else stored
+
+
 def clear_colour(im):
     """What a PIL picture, not yet loaded, calls transparent, in the numbers of its pixels."""
-    clear, stored = im.info.get('transparency'), im.tile[0][3] if getattr(im, 'tile', 0) else ''
+    clear, stored = im.info.get('transparency'), stored_as(im)
     if isinstance(clear, bytes):  # opacities of a palette's colours
         return clear
     if isinstance(clear, tuple) and stored == 'RGB;16B':
@@ -1168,16 +1174,16 @@ def clear_colour(im):
     return clear if clear is None else clear * {'L;2': 85, 'L;4': 17}.get(stored, 1)
 
 
-def eight_bit(im, clear):
+def eight_bit(im, clear, stored=''):
     """A PIL picture of mode I;16*, I or F, which Pillow would clip at 255, as L or LA.
 
-    clear: the value that is transparent, or None.
+    clear: the value that is transparent, or None; stored: see `stored_as`.
     """
     values = np.nan_to_num(np.asarray(im, 'float64'))
     peak = values.max()
-    scale = 255 if im.mode == 'F' and peak <= 1 else 1
+    scale = 255 if im.mode == 'F' and peak < 2 else 1  # of [0, 1], which resampling overshoots
     if im.mode.startswith('I;16') or peak > 255:
-        scale = 1 / 257  # 65535 -> 255
+        scale = 255 / (2 ** 12 - 1 if stored == 'I;12' else 2 ** 16 - 1)
     grey = Image.fromarray((values * scale).round().clip(0, 255).astype('uint8'))
     if clear is not None:
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype('uint8')))
@@ -1186,10 +1192,10 @@ def eight_bit(im, clear):
 
 def to_rgb(im):
     """Any PIL picture -> RGB: EXIF turned, transparency over white, 16 bit and float to 8 bit."""
-    clear = clear_colour(im)
+    clear, stored = clear_colour(im), stored_as(im)
     im = upright(im)
     if im.mode[0] in 'IF':
-        im = eight_bit(im, clear)
+        im = eight_bit(im, clear, stored)
     elif clear is not None:
         im.info['transparency'] = clear
     im = whitened(im.convert('RGBA')) if has_opacity(im) else im.convert('RGB')
@@ -1306,17 +1312,23 @@ def look_picture(files, name):
     """
     with files.open(name) as image:
         count = getattr(image, 'n_frames', 1) if image.format in ANIMATED else 1
+        count -= first_frame(image)
         if count > 1:
             image.load()  # WebP tells the duration of a frame with its pixels
         duration = image.info.get('duration')
         return count, image.size, Fraction(1000) / Fraction(duration) if duration else None
 
 
+def first_frame(image):
+    """Number of an animation's first frame for Pillow: 0 of an APNG is what old viewers show."""
+    return int(getattr(image, 'default_image', False))
+
+
 def moving_frames(files, video, numbers):
     """Yields the frames of these numbers of an animated file, PIL pictures."""
     with files.open(video.name) as image:
         for k in numbers:
-            image.seek(k)
+            image.seek(k + first_frame(image))
             yield image.copy()
 
 
@@ -2145,7 +2157,8 @@ class FileVideos(FileItems, Videos):
         videos = self.select([*self.found], place, selection, official)
         long = [k for k, v in enumerate(videos) if len(v) >= self.span]
         short = [(v.name, f'only {len(v)} frames') for v in videos if len(v) < self.span]
-        require(long, f'{place}: no {self.kind} of {self.span} frames; try a smaller --frames')
+        require(long, f'{place}: no {self.kind} of {self.span} frames'
+                + '; try a smaller --frames' * (not selection.tolerant))
         self.bad, self.spared = self.bad + short, len(short)
         self.names, self.videos = ([of[k] for k in long] for of in (self.names, videos))
         self.captions = self.captions and [self.captions[k] for k in long]
@@ -2905,7 +2918,7 @@ def telling_parts(paths):
         telling[depth] = [k for k, column in enumerate(zip(*alike))
                           if stray or len({*column}) > 1] or [0]
     ids = ['__'.join(parts[k] for k in telling[len(parts)]) for parts in paths]
-    return [re.sub(r'[\r\n]', '_', i) for i in ids]  # they become the lines of lists
+    return [re.sub(r'[\r\n\ud800-\udfff]', '_', i) for i in ids]  # they become lines of lists
 
 
 def doubt(inside, ambiguous):
@@ -3097,7 +3110,8 @@ def find_shapes(root, classes=None):
         root, classes = root.resolve().parent, [root.resolve().name]
     groups = [g for g in sorted(root.iterdir())
               if g.is_dir() and (not classes or g.name in classes)]
-    found = {f'{g.name}/{p.name}': p for g in groups for p in g.iterdir() if p.is_dir()}
+    found = {f'{g.name}/{p.name}': p for g in groups for p in sorted(g.iterdir())
+             if p.is_dir()}
     require(found, f'{root}: no folders {"/".join(classes or ["CLASS"])}/ID in it, each with '
             'points.npz and pointcloud.npz; python data.py mesh makes them of meshes')
     return root, found
@@ -3370,22 +3384,30 @@ class ArrayScene(SceneFiles):
 
 
 class JsonScene(SceneFiles):
-    """SCENE/transforms.json, as instant-ngp, nerfstudio and Blender's data sets write it."""
+    """SCENE/transforms.json, as instant-ngp and nerfstudio write it."""
 
     pattern, axes = 'transforms.json', 'opengl'
     FOCAL = ('fl_x', 'camera_angle_x', 'fl_y', 'camera_angle_y')
     REFUSED = ('k3', 'k4', 'k5', 'k6', 'is_fisheye')
 
-    def cameras(self, axes):
+    def read(self, file):
+        """The dict in a JSON file, with a list `frames` of dicts; ValueError otherwise."""
         try:
-            about = json.loads(common.read_text(self.file))
+            about = json.loads(common.read_text(file))
         except (OSError, ValueError) as error:
-            raise ValueError(f'{self.pattern}: not JSON ({reason(error)}); export it again'
-                             ) from None
+            raise ValueError(f'{file.name}: not JSON ({reason(error)}); export it again') from None
         frames = about.get('frames') if isinstance(about, dict) else None
         require(isinstance(frames, list) and frames and all(isinstance(f, dict) for f in frames),
-                f'{self.pattern}: no list `frames`; export it again')
-        views, once = [], {}
+                f'{file.name}: no list `frames`; export it again')
+        return about
+
+    def about(self):
+        """What is known of all frames, and the list of them, `frames`."""
+        return self.read(self.file)
+
+    def cameras(self, axes):
+        about, views, once = self.about(), [], {}
+        frames = about['frames']
         for k, frame in enumerate(frames):  # a picture that is listed again adds nothing
             file = self.find(frame.get('file_path'), k)
             once.setdefault(identity(file), (k, frame, file))
@@ -3453,7 +3475,25 @@ class JsonScene(SceneFiles):
                 'folds the picture over and cannot be undone; undistort the pictures first')
 
 
-LAYOUTS = JsonScene, SrnScene, ArrayScene
+class BlenderScene(JsonScene):
+    """SCENE/transforms_{train,val,test}.json, as the scenes that NeRF was shown on have them.
+
+    Their views in this order are one list, of which --test_views are the last.
+    """
+
+    pattern, SIDES = 'transforms_train.json', ('train', 'val', 'test')
+
+    @staticmethod
+    def applies(path):
+        return not (path.parent / JsonScene.pattern).is_file()
+
+    def about(self):
+        files = (self.folder / f'transforms_{side}.json' for side in self.SIDES)
+        parts = [self.read(file) for file in files if file.is_file()]
+        return dict(frames=[part | frame for part in parts for frame in part['frames']])
+
+
+LAYOUTS = JsonScene, BlenderScene, SrnScene, ArrayScene
 
 
 def scenes_at(root, glance=False):
@@ -3478,8 +3518,9 @@ def find_scenes(root):
         raise FileNotFoundError(f'{root}: no such folder; put the scenes there or name the place '
                                 'with --data PATH')
     found = {root.resolve().name if name == '.' else name: s for name, s in scenes_at(root)}
-    require(found, f'{root}: no scenes; each is a folder with transforms.json, or with rgb, pose '
-            'and intrinsics.txt, or an .npz of images, cam_poses and data')
+    require(found, f'{root}: no scenes; each is a folder with transforms.json, or '
+            'transforms_train.json and its likes, or with rgb, pose and intrinsics.txt, or an .npz '
+            'of images, cam_poses and data')
     names = sorted(found, key=natural)
     sides = {side: [n for n in names if n.split('/')[0].endswith(f'_{side}')]
              for side in ('train', 'test')}

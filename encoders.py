@@ -802,10 +802,14 @@ class StoredReader:
         self.features, self.device = torch.from_numpy(features), device  # as stored: maybe large
         self.channels = features.shape[2]
 
-    def __call__(self, texts):
+    def check(self, texts):
+        """ValueError if there are no features of one of these texts."""
         unknown = [t for t in texts if t not in self.row]
         require(not unknown, f'{self.path}: no features of {unknown[:1]}; it can say nothing of '
                 'other texts')
+
+    def __call__(self, texts):
+        self.check(texts)
         return self.features[[self.row[t] for t in texts]].float().to(self.device)
 
 

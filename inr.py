@@ -446,6 +446,11 @@ class Function(nn.Module):
         self.about, self.xi, self.mlp, self.extent = about, xi, mlp, about['extent']
         self.centre = about.get('centre', (0.0, 0.0, 0.0))
 
+    def _apply(self, fn, recurse=True):
+        """What moves or converts the MLP does so with the fields."""
+        self.xi = [{name: fn(field) for name, field in level.items()} for level in self.xi]
+        return super()._apply(fn, recurse)
+
     def forward(self, coords, scale=None, dirs=None):
         points = coords.reshape(1, -1, coords.shape[-1])
         scale = None if scale is None else points.new_tensor([scale])

@@ -1599,11 +1599,13 @@ def real_and_fake(args):
     sampled = b and stage == 2
     require(sampled or args.conditions == 'none' and args.guidance == 1, '--conditions and '
             '--guidance are for the samples of a run; leave them out')
+    refuse_unused(args, [] if b else OF_FAKES + ['res'] * (command.thing == 'cloud'))
+    divided = a or b and (paired or b.thing == 'view')  # the latter have cameras of their data
+    refuse_unused(args, [] if divided else OF_DATA if args.conditions == 'none' else ['split'])
     if sampled:
         resolved('--captions', args.captions)
         b.conditions  # what is wrong with them is found out before anything is measured
     R = args.res or next((run.R for run in (a, b) if run), 0)
-    refuse_unused(args, [] if b else OF_FAKES + ([] if a else OF_DATA))
     if command.thing == 'clip':
         require(not args.interval or not (a and b), '--interval: is for folders; runs have their '
                 'own')
@@ -1629,7 +1631,8 @@ def real_and_fake(args):
 
 
 OF_DATA = ['data', 'split']  # flags that say what is taken of a run's data, and how fakes are made
-OF_FAKES = ['amp', 'interpolated', 'posterior', 'sampler', 'samplers', 'reader', 'captions']
+OF_FAKES = ['amp', 'interpolated', 'posterior', 'sampler', 'samplers', 'reader', 'captions',
+            'threshold', 'coarse']
 
 
 def refuse_unused(args, names):
@@ -1638,7 +1641,7 @@ def refuse_unused(args, names):
     usual.sampler, usual.samplers = parse_sampler(usual.sampler), [parse_sampler(usual.samplers)]
     for name in names:
         require(getattr(args, name) == getattr(usual, name),
-                f'--{name}: is for runs, and has no effect on folders')
+                f'--{name}: is for runs, and has no effect on what is compared here')
 
 
 # ---- results -----------------------------------------------------------------------------------

@@ -184,8 +184,10 @@ def file_name(name):
 def encode_items(items, vae, device):
     """Unique file names of the items that can be read, and an iterator over posterior means."""
     items.verify()
-    common.list_notes([], items.bad)
     good = items.readable(range(len(items)))
+    encoded = {items.names[i] for i in good}  # some of which are doubtful
+    common.list_notes([f'{name}: {why}' for name, why in items.bad if name in encoded],
+                      [(name, why) for name, why in items.bad if name not in encoded])
     place = Path(items.place).resolve().name  # of a clip whose frames lie there: it has no name
     names = [file_name(items.names[i].replace('/', '__') or place) for i in good]
     if len({*names}) < len(names):  # a number in front makes each of them unique
@@ -420,6 +422,7 @@ def encode_scenes(path, vae, training, device):
     """Names and posterior means of the scenes at a folder or .npz, in the box of the run."""
     options = {f.name: training[f.name] for f in fields(data.NerfConfig)}
     options['box'] = (*vae.config.centre, vae.config.extent)
+    options['toy_views'] = data.NerfConfig.toy_views  # files have theirs
     scenes = data.FileScenes('nerf', Path(path), data.Selection('all', tolerant=True), **options)
     return *encode_items(scenes, vae, device), None
 

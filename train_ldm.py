@@ -29,7 +29,7 @@ import torch.distributed as dist
 import common
 import data
 from common import flag
-from encoders import text_reader
+from encoders import StoredReader, text_reader
 from ldm import LDM, LDMConfig, STRUCTURE, first_stage, generate, open_checkpoint
 
 # Differences from LDMConfig, LatentConfig and RunConfig only, by the name of stage 1's preset. What
@@ -162,6 +162,15 @@ class Latents:
             self.table[rows.start:rows.stop] = values
         if process.world > 1:
             dist.all_reduce(torch.from_numpy(self.table))
+
+    def __getstate__(self):  # processes that do not fork map the file themselves
+        mapped = isinstance(self.table, np.memmap)
+        return dict(vars(self), table=Path(self.table.filename) if mapped else self.table)
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        if isinstance(self.table, Path):
+            self.table = np.load(self.table, mmap_mode='c')
 
     def __len__(self):
         return len(self.dataset)
@@ -382,19 +391,22 @@ def parse(argv=None):
     return args, path, state
 
 
-def open_data(info, args):
+def open_data(info, args, reader=None):
     """The training and held-out data of stage 1, by its info, with what conditions stage 2."""
     options = data.DATASETS[args.dataset][0].encoder_only
     train, held_out = (data.open_run_data(info, split, args.data, args.captions or None, **options)
                        for split in ('train', 'test'))
     common.require(not args.num_classes or train.labels is not None,
                    f'--num_classes {args.num_classes}: {args.dataset} has no labels')
-    common.require(not args.num_classes or max(train.labels) < args.num_classes,
-                   f'--num_classes {args.num_classes}: there are labels up to '
-                   f'{max(train.labels or [0])}')
+    last = max(train.labels + held_out.labels) if args.num_classes else -1
+    common.require(last < args.num_classes, f'--num_classes {args.num_classes}: there are labels '
+                   f'up to {last}')
     cure = 'leave it out' if train.computed else 'name them with --captions'
     common.require(not args.text or train.captions, f'--text {args.text}: {args.dataset} has no '
                    f'captions; {cure}')
+    if isinstance(reader, StoredReader):
+        for texts in train.captions + held_out.captions:
+            reader.check(texts)
     if train.captions and not args.text:
         train.notes.append('captions are not used without --text')
     return train, held_out
@@ -420,7 +432,7 @@ def main():
         args.text = str(Path(args.text).resolve())
     state = common.resume(folder / 'ldm.pt', args, 'ldm')
     step = state['step'] if state else 0
-    common.agree(step=step)
+    common.agree_on_flags(args, step=step, stage_1=digest)
     common.require(not state or state['vae_hash'] == digest, f'{vae_path} is not what stage 2 '
                    f'in {folder} began on, or has changed; give another --name, or --restart')
     if common.finished(folder / 'ldm.pt', state, args, process):
@@ -447,7 +459,8 @@ def main():
             opt.load_state_dict(state['opt'])
     elif args.init:
         common.load_weights(model, start['ema'], path)
-    train, held_out = open_data(info, args)
+    train, held_out = open_data(info, args, reader)
+    common.agree_on_data(train)
 
     # 2. continue, or measure the latents
     common.lock_run(folder, process)

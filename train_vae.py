@@ -182,7 +182,7 @@ def main():
     folder = common.run_folder(args.name)
     state = common.resume(folder / 'vae.pt', args, 'vae')
     step, init = state['step'] if state else 0, None
-    common.agree(step=step)
+    common.agree_on_flags(args, step=step)
     if args.init and not state:
         path = common.the_checkpoint(args.init, 'vae.pt', 'ldm.pt')
         init = open_checkpoint(path, 'vae')
@@ -190,6 +190,7 @@ def main():
     with torch.device('meta'):  # what cannot be is refused before the data are read
         D2CVAE(common.from_flags(args, VAEConfig, domain=base.domain, channels=base.channels))
     train, held_out = open_data(args, 'train'), open_data(args, 'test')
+    common.agree_on_data(train)
     config = common.from_flags(args, VAEConfig, **train.settles(), **structure_of(state or init))
     torch.manual_seed(args.seed)
     model = D2CVAE(config).to(process.device)
@@ -198,7 +199,9 @@ def main():
 
     # 2. continue if there is something to continue
     if state:
-        common.require(state['splits'] == train.splits(), f'{folder}/vae.pt was made with other '
+        before, now = ([{*names} for names in splits.values()]  # listed in any order
+                       for splits in (state['splits'], train.splits()))
+        common.require(before == now, f'{folder}/vae.pt was made with other '
                        'data: files have come or gone; start over with --restart or another --name')
         if common.finished(folder / 'vae.pt', state, args, process):
             return

@@ -11,9 +11,9 @@ what a whole signal is. `DOMAINS` at the foot of the file lists them.
 
 The paper averages the reconstruction and the KL, the authors' code sums both; this is the code's
 balance divided by the constant N_ref, the number of values of a full training signal, so the number
-of coordinates drawn a step does not matter. `kl_mode='paper'` is Table 10, but for the spectral
-term. Unlike the code there is no LPIPS (inert at its weight) and no adversarial phase (not in the
-paper).
+of coordinates drawn a step does not matter. `kl_mode='paper'` with `kl_weight=0.001` is Table 10,
+but for the spectral term. Unlike the code there is no LPIPS (inert at its weight) and no
+adversarial phase (not in the paper).
 """
 import math
 from dataclasses import dataclass, field, fields
@@ -115,7 +115,8 @@ class VAEConfig:
     n_ref: int = flag(0, 'N_ref, values of a full training signal; 0 = the usual of the domain')
     kl_weight: float = flag(0.5, 'lambda_kl at the end of its annealing')
     kl_start: float = flag(1e-4, 'lambda_kl at the start')
-    kl_mode: str = flag('code', 'code: sum KL over N_ref; paper: mean KL',
+    kl_mode: str = flag('code', 'code: sum KL over N_ref; paper: mean KL (Table 10: with '
+                        '--kl_weight 0.001)',
                         choices=('code', 'paper'))
     sn_start: float = flag(10.0, 'weight of the spectral regularisation at the start, 0 = off')
     sn_end: float = flag(0.1, 'the same at the end of its log-linear annealing')

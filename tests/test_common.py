@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +60,7 @@ class Numbers:
 # ---- randomness by position --------------------------------------------------------------------
 
 @pytest.mark.mutation('common.py', 'isinstance(k, str) else int(k)', 'isinstance(k, str) else 0')
-@pytest.mark.mutation('common.py', 'zlib.crc32(k.encode()) if', '0 if')
+@pytest.mark.mutation('common.py', "zlib.crc32(k.encode('utf-8', 'surrogatepass')) if", '0 if')
 @pytest.mark.mutation('common.py', '[len(key), *numbers]', 'numbers')
 def test_seeded_depends_on_its_key_alone():
     keys = [(name, i, j) for name in ('order', 'item') for i in (0, 1, 2 ** 31) for j in (0, 1)]
@@ -68,6 +69,7 @@ def test_seeded_depends_on_its_key_alone():
     np.random.default_rng(1).random(5)
     assert draws == [common.seeded(*k).random() for k in keys] and len(set(draws)) == len(keys)
     assert common.seeded('a', 3).random() == common.seeded('a', np.int64(3)).random()
+    assert common.seeded('\udce9').random() != common.seeded('\udce8').random()  # no UTF-8
     # golden: a change here would change every run and every sample
     assert common.seeded('item', 0, 7).random() == pytest.approx(0.5577051452911159, abs=1e-15)
 
@@ -171,6 +173,7 @@ def test_workers_share_the_cores(monkeypatch):
     assert common.loading_workers(arguments(workers=3), cpu) == 3
 
 
+@pytest.mark.mutation('common.py', "and 'allocate' not in str(error)", '')
 @pytest.mark.mutation('common.py', 'n = -(-n // 2)', 'n = n // 2')
 @pytest.mark.mutation('common.py', 'for _ in range(3)]', 'for _ in range(2)]')
 @pytest.mark.mutation('common.py', 'model.zero_grad(set_to_none=True)\n        if', 'if')
@@ -182,15 +185,22 @@ def test_micro_batch_is_found_by_trying(monkeypatch):
 
     def loss_of(n):
         tried.append(n)
+        if n > 20:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         if n > 7:
             raise torch.OutOfMemoryError('CUDA out of memory')
         return model(torch.ones(n, 3)).sum()
 
     def found(micro, process=ALONE):
         return common.micro_batch(arguments(batch=50, micro_batch=micro), process, model, loss_of)
-    assert found('auto') == 7 and tried == [50, 25, 13, 7]
+    try:
+        assert found('auto') == 7 and tried == [50, 25, 13, 7]
+    except RuntimeError as error:
+        pytest.fail(str(error))
     assert sum(room) == 4 * 3 * 4 and model.weight.grad is None
     assert [found(m, processes(2)[1]) for m in (0, 10, 99)] == [25, 10, 25]
+    with pytest.raises(RuntimeError, match='a fault'):
+        common.fits(ALONE, model, mock.Mock(side_effect=RuntimeError('a fault')))
 
 
 # ---- optimisation ------------------------------------------------------------------------------
@@ -507,7 +517,7 @@ def test_whatever_does_not_fit_is_one_line_with_the_file():
 
 
 @pytest.mark.mutation('common.py', "'data', 'vae', 'name'}", "'data', 'vae'}")
-@pytest.mark.mutation('common.py', 'k in MAY_MOVE and', 'False and')
+@pytest.mark.mutation('common.py', 'not (k in MAY_MOVE and', 'not (False and')
 @pytest.mark.mutation('common.py', 'Path(str(saved[k])).name == Path(v).name', 'True')
 def test_runs_and_files_may_move(tmp_path):
     path, args = tmp_path / 'vae.pt', arguments(name='a', captions='/old/c.csv', restart=False)
@@ -1014,7 +1024,11 @@ def test_only_success_waits_for_other_processes(monkeypatch, capsys):
     assert left.call_count == 1
 
 
-@pytest.mark.mutation('common.py', 'all(other == found[0] for other in found)', 'True')
+@pytest.mark.mutation('common.py', 'any(f[k] != found[0][k] for f in found)', 'False')
+@pytest.mark.mutation('common.py', 'zlib.crc32(repr(dataset.names).encode())', '0')
+@pytest.mark.mutation('common.py', 'for k, v in vars(args).items() if k not in PLACES',
+                      'for k, v in vars(args).items()')
+@pytest.mark.mutation('common.py', 'Path(v).name if k in MAY_MOVE and v else v', 'v')
 def test_processes_that_differ_are_refused(monkeypatch):
     def gather(found, values):
         found[:] = [values, others]
@@ -1025,6 +1039,46 @@ def test_processes_that_differ_are_refused(monkeypatch):
     common.agree(step=0)
     with pytest.raises(ValueError, match='the processes differ: step 0; step 400'):
         common.agree(step=400)
+    others = dict(step=0, **{'--lr': 2e-4, '--captions': 'rows.csv'})
+    try:
+        common.agree_on_flags(SimpleNamespace(lr=2e-4, captions='/here/rows.csv', data='here'),
+                              step=0)
+    except (KeyError, ValueError) as error:
+        pytest.fail(str(error))
+    with pytest.raises(ValueError, match='the processes differ: --lr 0.0001; --lr 0.0002$'):
+        common.agree_on_flags(SimpleNamespace(lr=1e-4, captions='rows.csv'), step=0)
+    files = mock.MagicMock(names=['a', 'b'], __len__=lambda self: 2)
+    others = dict(items=2, digest=zlib.crc32(b"['a', 'b']"))
+    try:
+        common.agree_on_data(files)
+    except ValueError as error:
+        pytest.fail(str(error))
+    files.names = ['a', 'c']
+    with pytest.raises(ValueError, match='the processes differ: digest'):
+        common.agree_on_data(files)
+
+
+@pytest.mark.mutation('common.py', "and compiles(process.device)", '')
+@pytest.mark.mutation('common.py', 'works = 0.0', 'pass')
+@pytest.mark.mutation('common.py', "        return '--compile off'\n", '        pass\n')
+def test_where_nothing_can_be_compiled_it_is_left_out(monkeypatch, capsys):
+    def compile(network):
+        def fails(x):
+            raise torch._dynamo.exc.InternalTorchDynamoError('Failed to find\nC compiler')
+        return fails
+    monkeypatch.setattr(torch, 'compile', compile)
+    monkeypatch.setattr(torch, 'ones', lambda *shape, device: None)
+    cuda, network = common.Process(0, 1, torch.device('cuda'), False), nn.Linear(1, 1)
+    assert common.compiled(network, arguments(compile='auto'), cuda) is network
+    assert capsys.readouterr().out.startswith('note: torch.compile does not work here (Failed to ')
+    assert common.compiled(network, arguments(compile='off'), cuda) is network
+    forced = common.compiled(network, arguments(compile='on'), cuda)
+    with pytest.raises(SystemExit):
+        try:
+            common.run(lambda: forced(None))
+        except RuntimeError:
+            pytest.fail('a traceback')
+    assert capsys.readouterr().err == 'error: Failed to find C compiler; try --compile off\n'
 
 
 @pytest.mark.mutation('common.py', "require(':' not in device or local == 1", 'require(True')

@@ -231,8 +231,8 @@ PICTURES = {  # what is written, how, and the RGB that must come back
 
 
 @pytest.mark.mutation('data.py', "im.size, 'white'", "im.size, 'black'")
-@pytest.mark.mutation('data.py', 'scale = 1 / 257', 'scale = 1 / 256')
-@pytest.mark.mutation('data.py', "scale = 255 if im.mode == 'F' and peak <= 1 else 1", 'scale = 1')
+@pytest.mark.mutation('data.py', 'else 2 ** 16 - 1)', 'else 255 * 256)')
+@pytest.mark.mutation('data.py', "scale = 255 if im.mode == 'F' and peak < 2 else 1", 'scale = 1')
 @pytest.mark.mutation('data.py', "or 'transparency' in im.info", '')
 def test_every_mode_becomes_rgb(tmp_path):
     for name, (picture, options, expected) in PICTURES.items():
@@ -241,6 +241,25 @@ def test_every_mode_becomes_rgb(tmp_path):
         image.save(tmp_path / name / name, **options)
         got = only(tmp_path / name / name)
         assert np.abs(got - np.array(expected)).max() <= name.endswith('jpg'), (name, got[0, 0])
+
+
+def tiff(bits, row):
+    """A grey TIFF of one row of two pixels."""
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: 1, 273: 8 + 2 + 12 * 8 + 4, 278: 1,
+            279: len(row)}
+    entries = b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in tags.items())
+    return b'II*\0' + struct.pack('<IH', 8, len(tags)) + entries + bytes(4) + row
+
+
+@pytest.mark.mutation('data.py', "2 ** 12 - 1 if stored == 'I;12' else", '')
+@pytest.mark.mutation('data.py', 'stored[0] if isinstance(stored, tuple) else stored', 'stored')
+@pytest.mark.mutation('data.py', 'peak < 2', 'peak <= 1')
+def test_greys_of_more_than_8_bits_keep_their_range(tmp_path):
+    for bits, row in ((8, b'\x40\xff'), (12, b'\x40\x4f\xff'), (16, b'\x40\x40\xff\xff')):
+        got = tried(tmp_path / f'{bits}.tif', tiff(bits, row))
+        assert got[..., 0].tolist() == [[64, 255]], bits
+    above = Image.fromarray(np.array([[0.4, 1.004]], 'float32'))  # as resampling leaves it
+    assert np.asarray(data.eight_bit(above, None)).tolist() == [[102, 255]]
 
 
 @pytest.mark.mutation('data.py', 'turn = im.getexif().get(0x112)', 'turn = None')
@@ -279,7 +298,7 @@ def tried(path, content):
 
 
 @pytest.mark.mutation('data.py', 'values == clear, 0, 255', 'values < clear, 0, 255')
-@pytest.mark.mutation('data.py', 'im = eight_bit(im, clear)', 'im = eight_bit(im, None)')
+@pytest.mark.mutation('data.py', 'im = eight_bit(im, clear, stored)', 'im = eight_bit(im, None, stored)')
 @pytest.mark.mutation('data.py', "'L;2': 85, 'L;4': 17", "'L;2': 85")
 @pytest.mark.mutation('data.py', 'value >> 8 for value in clear', 'value for value in clear')
 def test_the_colour_that_a_png_calls_transparent_is_white(tmp_path):

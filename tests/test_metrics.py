@@ -1447,7 +1447,7 @@ def test_folders_of_clips_are_read_as_the_run_is(monkeypatch):
         parsed('run', 'run')
 
 
-@pytest.mark.mutation('data.py', 'image.seek(k)', 'image.seek(0)')
+@pytest.mark.mutation('data.py', 'image.seek(k + first_frame(image))', 'image.seek(0)')
 @pytest.mark.mutation('metrics.py', '0 if paired else 1)', '1)')
 @pytest.mark.mutation('metrics.py', 'all_files(folder, data.VIDEO_SUFFIXES)', 'all_files(folder)')
 @pytest.mark.mutation('metrics.py', 'FVD_DEFAULTS, num_real=2048)', 'FVD_DEFAULTS)')
@@ -1770,7 +1770,10 @@ def test_what_cannot_end_well_is_refused_before_anything_is_read(toy_run, monkey
 
 
 @pytest.mark.mutation('metrics.py', '[] if b else OF_FAKES', '[] if True else OF_FAKES')
-@pytest.mark.mutation('metrics.py', '([] if a else OF_DATA)', '[]')
+@pytest.mark.mutation('metrics.py', 'divided = a or', 'divided = True or')
+@pytest.mark.mutation('metrics.py', "else ['split'])", 'else [])')
+@pytest.mark.mutation('metrics.py', "['res'] * (command.thing == 'cloud')", '[]')
+@pytest.mark.mutation('metrics.py', "'threshold', 'coarse']", ']')
 @pytest.mark.mutation('metrics.py', 'refuse_unused(args, OF_FAKES + OF_DATA)', 'pass')
 @pytest.mark.mutation('metrics.py', 'getattr(args, name) == getattr(usual, name)', 'True')
 def test_flags_of_runs_are_refused_for_folders(toy_run, folders, colour_network, capsys):
@@ -1779,8 +1782,15 @@ def test_flags_of_runs_are_refused_for_folders(toy_run, folders, colour_network,
                  'psnr A B --posterior sample', 'psnr A B --split train', 'nn A B --captions c.csv'):
         with pytest.raises(ValueError, match=f'{argv.split()[3]}: is for runs'):
             metrics.main(argv.split())
-    with pytest.raises(ValueError, match='--interpolated: is for runs'):
-        metrics.main(['fid', str(toy_run), 'B', '--interpolated'])
+    for argv in (f'fid {toy_run} B --interpolated', f'fid A {toy_run} --split test',
+                 f'fid A {toy_run} --data X', f'fid A {toy_run} --conditions test --split test',
+                 'shapes A B --res 9', 'shapes A B --threshold 0.2', 'shapes A B --coarse 9'):
+        flag, why = [word for word in argv.split() if word.startswith('--')][-1], ''
+        try:
+            metrics.main(argv.split())
+        except Exception as error:
+            why = str(error)
+        assert f'{flag}: is for runs' in why
     assert result(capsys, 'fid', toy_run, 'B', '--split', 'test', '--res', 8)[0]['n_real'] == 5
 
 

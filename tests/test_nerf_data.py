@@ -476,6 +476,30 @@ def test_official_splits(folders, tmp_path):
     assert [n[-4:] for n in sides['test']] == ['car4']
 
 
+@pytest.mark.mutation('data.py', "'transforms_train.json', ('train', 'val', 'test')",
+                      "'transforms_train.json', ('train', 'test')")
+@pytest.mark.mutation('data.py', 'return not (path.parent / JsonScene.pattern).is_file()',
+                      'return True')
+@pytest.mark.mutation('data.py', 'frames=[part | frame', 'frames=[parts[0] | frame')
+def test_blenders_three_files_are_one_scene(tmp_path, scene_views):
+    poses, shots = scene_views[0]
+    write_json(tmp_path / 's', poses, shots)
+    whole = opened(tmp_path / 's', box=(1.0,)).cameras(0)
+    about = json.loads((tmp_path / 's/transforms.json').read_text())
+    for side, part in (('test', slice(8, 10)), ('val', slice(6, 8)), ('train', slice(0, 6))):
+        own = about | dict(frames=about['frames'][part])
+        own |= dict(camera_angle_x=1.0) if side == 'val' else {}
+        (tmp_path / f's/transforms_{side}.json').write_text(json.dumps(own))
+    assert len(opened(tmp_path / 's', box=(1.0,)).cameras(0)) == 10
+    (tmp_path / 's/transforms.json').write_text(json.dumps(about | dict(frames=about['frames'][:7])))
+    assert len(opened(tmp_path / 's', box=(1.0,)).cameras(0)) == 7  # which goes before the others
+    (tmp_path / 's/transforms.json').unlink()
+    joined = opened(tmp_path / 's', box=(1.0,)).cameras(0)
+    np.testing.assert_allclose(joined.poses, whole.poses)
+    assert joined.lenses[:, 0].tolist() == [16 / math.tan(0.5) if k in (6, 7) else focal
+                                            for k, focal in enumerate(whole.lenses[:, 0])]
+
+
 @pytest.mark.mutation('data.py', 'if key not in self.FOCAL[first:]}', '}')
 @pytest.mark.mutation('data.py', "return resized_lens(lens, (width, height), size)", 'return lens')
 def test_intrinsics_in_every_way(tmp_path, scene_views):

@@ -926,8 +926,8 @@ def refused(path, *words):
             assert word in str(error.value)
 
 
-@pytest.mark.mutation('common.py', 'map_location=device, weights_only=True, mmap=True',
-                      'map_location=device, weights_only=False, mmap=True')
+@pytest.mark.mutation('common.py', 'map_location=device, weights_only=True',
+                      'map_location=device, weights_only=False')
 @pytest.mark.parametrize('function', [os.system, exec, Path.touch, getattr])
 def test_nothing_in_a_file_is_executed(pictures, tmp_path, function):
     marker = tmp_path / 'executed'

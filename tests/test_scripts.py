@@ -781,17 +781,19 @@ def test_interpolation_ends_at_the_samples(toy, tmp_path, repo):
 
 @pytest.mark.mutation('train_ldm.py', 'ddp(z, cond, **drawn)', 'ddp(z, None, **drawn)')
 @pytest.mark.mutation('sample.py', 'cond, guidance, sampler', 'None, 1.0, sampler')
+@pytest.mark.mutation('train_ldm.py', 'train.labels + held_out.labels', 'train.labels')
 def test_class_labels_reach_the_samples(tmp_path, repo):
     """CIFAR-10's labels train their embedding in stage 2, and --label, --guidance use it."""
     place = tmp_path / 'data' / 'cifar10' / 'cifar-10-batches-py'
     place.mkdir(parents=True)
     for name in [f'data_batch_{k}' for k in range(1, 6)] + ['test_batch']:
         pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), 'uint8')
-        (place / name).write_bytes(pickle.dumps(dict(data=pixels, labels=[0, 1, 0, 1])))
+        last = 2 if name == 'test_batch' else 1  # which no training picture has
+        (place / name).write_bytes(pickle.dumps(dict(data=pixels, labels=[0, 1, 0, last])))
     done(tmp_path, 'train_vae.py', VAE, '--dataset cifar10 --resolution 8 --fields 1,2 --steps 1',
          repo=repo)
-    assert_refused(call(tmp_path, 'train_ldm.py', LDM, '--num_classes 1'),
-                   'labels up to 1')
+    assert_refused(call(tmp_path, 'train_ldm.py', LDM, '--num_classes 2', repo=repo),
+                   'labels up to 2')
     done(tmp_path, 'train_ldm.py', LDM, '--num_classes 3 --lr 1e-2', repo=repo)
     vae, model, _ = ldm.load(tmp_path / 'runs/cifar10')
     torch.manual_seed(0)  # as the script begins
@@ -1318,15 +1320,25 @@ def test_fields_are_seen_from_anywhere(scenes, tmp_path, repo):
 
 
 @pytest.mark.mutation('sample.py', "options['box'] = (*vae.config.centre, vae.config.extent)", '')
+@pytest.mark.mutation('sample.py', "options['toy_views'] = data.NerfConfig.toy_views", '')
+@pytest.mark.mutation('sample.py', 'if name not in encoded', '')
+@pytest.mark.mutation('sample.py', 'if name in encoded', 'if False')
 def test_scenes_are_reconstructed_in_the_box_of_the_run(scenes, tmp_path, repo):
     shutil.copytree(scenes.folder / 'set/s0', tmp_path / 'more/s0')
     lens = tmp_path / 'more/s0/intrinsics.txt'
     lens.write_text(f'{2 * float(lens.read_text().split()[0])} 6 6 0\n12 12\n')  # they see less
-    made, find_box = [], data.FileScenes.find_box
-    with mock.patch.object(data.FileScenes, 'find_box', lambda *args: made.append(
-            find_box(*args)) or made[-1]):
-        done(tmp_path, 'sample.py', f'--run {scenes.run} --reconstruct more --res 8 --views 2',
-             repo=repo)
+    made, find_box, hull, load = [], data.FileScenes.find_box, data.FileScenes.hull, ldm.load_vae
+
+    def of_toys(*args):  # with as many views as its flags say
+        vae, info = load(*args)
+        info['args']['toy_views'] = 9
+        return vae, info
+    with (mock.patch.object(data.FileScenes, 'find_box', lambda *args: made.append(
+            find_box(*args)) or made[-1]), mock.patch.object(ldm, 'load_vae', of_toys),
+          mock.patch.object(data.FileScenes, 'hull', lambda *args: dict(hull(*args), share=0.2))):
+        out = done(tmp_path, 'sample.py', f'--run {scenes.run} --reconstruct more --res 8 '
+                   '--views 2', repo=repo).out
+    assert 'note: s0: no place of the box is in more than 20%' in out and 'skipped' not in out
     config = ldm.load_vae(scenes.run)[0].config
     assert made == [(tuple(config.centre), config.extent, 'y')]
     assert (tmp_path / 'out/8x8/s0/01.png').is_file()
@@ -1717,7 +1729,7 @@ def test_runs_are_copied_renamed_and_nested(toy, copy, repo):
     assert_refused(missing, 'exp or runs/exp', 'ldm.pt')
 
 
-@pytest.mark.mutation('common.py', '    lock_run(folder, process)\n    (folder', '    (folder')
+@pytest.mark.mutation('common.py', '    lock_run(folder, process)\n    saved', '    saved')
 @pytest.mark.mutation('common.py', 'HELD.close()\n    gc', 'pass\n    gc')
 def test_a_run_that_is_trained_is_left_alone(copy, repo):
     run = copy / 'runs' / 'toy_image'
@@ -1738,6 +1750,44 @@ def test_a_run_that_is_trained_is_left_alone(copy, repo):
     with open(run / 'lock', 'a') as lock:  # this process has let go of it
         free = 'import fcntl, sys; fcntl.lockf(sys.stdin, fcntl.LOCK_EX | fcntl.LOCK_NB)'
         assert not subprocess.run([sys.executable, '-c', free], stdin=lock).returncode
+
+
+@pytest.mark.mutation('common.py', 'require(there == step', 'require(True')
+@pytest.mark.mutation('common.py', 'saved.exists() and not args.restart', 'saved.exists()')
+def test_what_was_trained_while_a_start_read_is_not_lost(copy, mutation):
+    run, alone = copy / 'runs' / 'toy_image', common.Process(0, 1, torch.device('cpu'), False)
+    args = SimpleNamespace(restart=False, dataset='toy_image', steps=9)
+    for stage in ('vae', 'ldm'):
+        before = snapshot(run)
+        with pytest.raises(ValueError, match=f'{stage}.pt has changed since it was read'):
+            common.start_run(run, stage, args, alone, 4, [])
+        assert {k: v for k, v in snapshot(run).items() if k != 'lock'} == {
+            k: v for k, v in before.items() if k != 'lock'}
+        try:
+            common.start_run(run, stage, args, alone, 6, [])
+            common.start_run(run, stage, SimpleNamespace(**vars(args) | dict(restart=True)), alone,
+                             0, [])
+        except ValueError as error:
+            pytest.fail(str(error))
+
+
+@pytest.mark.mutation('train_ldm.py', "table=Path(self.table.filename) if mapped else", 'table=')
+def test_a_process_that_does_not_fork_maps_the_latents_itself(tmp_path):
+    np.save(tmp_path / 'table.npy', np.random.randn(50, 2, 8, 16).astype('float16'))
+    latents = train_ldm.Latents.__new__(train_ldm.Latents)
+    vars(latents).update(dataset=None, views=1, table=np.load(tmp_path / 'table.npy', mmap_mode='c'))
+    sent = pickle.dumps(latents)
+    assert len(sent) < 2000
+    assert np.array_equal(pickle.loads(sent).table, latents.table)
+
+
+@pytest.mark.mutation('train_ldm.py', '            reader.check(texts)', '            pass')
+def test_features_of_all_captions_are_needed_before_training(shapes, repo):
+    np.savez(shapes.folder / 'few.npz', texts=['', 'thing number 0'], features=np.zeros((2, 3, 5)))
+    flags = WORDS.replace('--text bytes --text_length 20', '--text few.npz')
+    result = call(shapes.folder, 'train_ldm.py', f'{flags} --vae things --name few', repo=repo)
+    assert_refused(result, 'no features of')
+    assert not (shapes.folder / 'runs/few').exists()
 
 
 @pytest.mark.mutation('train_ldm.py', 'common.require(end < free', 'common.require(True')
@@ -1845,11 +1895,16 @@ def test_captions_are_advised_where_they_can_be_given(photos, repo):
                         repo=repo), '--text bytes', 'has no captions', 'name them with --captions')
 
 
-@pytest.mark.mutation('train_vae.py', "state['splits'] == train.splits()", 'True')
+@pytest.mark.mutation('train_vae.py', 'before == now', 'True')
+@pytest.mark.mutation('train_vae.py', '[{*names} for names', '[names for names')
 def test_other_data_is_noticed(photos, tmp_path, repo):
     folder = Path(shutil.copytree(photos, tmp_path / 'copy'))
     flags = (f'{VAE} --preset toy_image --dataset image --data set --flip --name photos --steps 2 '
              '--split 0.3')
+    file = folder / 'runs/photos/vae.pt'
+    state = torch.load(file)
+    state['splits'] = {side: names[::-1] for side, names in state['splits'].items()}
+    torch.save(state, file)  # as another file system may list a folder
     assert 'is at step 2' in done(folder, 'train_vae.py', flags, repo=repo).out
     shutil.copy(folder / 'set' / '3.png', folder / 'set' / 'new.png')
     assert_refused(call(folder, 'train_vae.py', flags, repo=repo), 'other data', '--restart')

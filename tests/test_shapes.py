@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -343,8 +344,14 @@ def shapenet(tmp_path):
 @pytest.mark.mutation('data.py', 'p = p + 1e-4 * rng', 'p = p + 1e-1 * rng')
 @pytest.mark.mutation('data.py', "{side: lists[side] for side in ('train', 'test')}",
                       "dict(train=lists['train'] + lists['val'], test=lists['test'])")
-def test_shapes_as_published(shapenet):
+@pytest.mark.mutation('data.py', 'in sorted(g.iterdir())', 'in g.iterdir()')
+def test_shapes_as_published(shapenet, monkeypatch):
     root, radii = shapenet
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, 'iterdir', lambda path: sorted(iterdir(path), reverse=True))
+    assert [*data.find_shapes(root)[1]] == [f'{g}/m{k}' for g, part in (
+        ('03001627', range(4)), ('04379243', range(4, 8))) for k in part]
+    monkeypatch.undo()
     train, test = (data.make_dataset('shapenet', root, s, points=40, queries=50, noise=0.0)
                    for s in ('train', 'test'))
     assert train.names == ['03001627/m0', '03001627/m1', '04379243/m4', '04379243/m5']

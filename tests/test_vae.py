@@ -418,6 +418,8 @@ def test_an_exported_function_is_the_sample(tmp_path):
         inr.save_function(tmp_path / 'f.pt', model.function(xi))
         f = inr.load_function(tmp_path / 'f.pt')
         assert torch.equal(f.xi[0]['xy'], xi[0]['xy'].half().float()) and f.extent == 0.55
+        assert {f.to('meta').xi[0]['xy'].device.type, next(f.mlp.parameters()).device.type} == {'meta'}
+        f = inr.load_function(tmp_path / 'f.pt')
         points, grid = torch.rand(7, D) * 2 - 1, inr.make_grid(*[5, 9, 8][-D:])
         for c, scale in ((points, None), (grid, None), (grid, 0.3)):
             try:
