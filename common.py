@@ -862,7 +862,8 @@ def lacking(found, wanted, name=''):
 def fitting(path):
     """Whatever loading parts of a checkpoint raises becomes a ValueError that names `path`."""
     try:
-        with warnings.catch_warnings(action='ignore'):  # of layers without weights
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of layers without weights
             yield
     except Exception as error:
         reason = (str(error).splitlines() or [''])[-1].strip()[:200]
@@ -872,8 +873,11 @@ def fitting(path):
 
 def file_digest(path):
     """sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+        while part := file.read(2 ** 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def find_checkpoint(text, *files):

@@ -13,6 +13,7 @@ extent of a crop of the frame [-1, 1]^2, y down.
 import codecs
 import copy
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -683,6 +684,18 @@ def resized_lens(lens, size, new, corner=(0, 0), part=None):
                            lens[..., 4:]], axis=-1)
 
 
+def fitted_lens(lens, told, size):
+    """The lens of a picture of `told` pixels, (w, h), as it is stored; ValueError if that was cut.
+
+    Sides may be off by one and a half pixels and 2 %, by rounding.
+    """
+    width = told[0] * size[1] / told[1]
+    require(abs(width - size[0]) <= 1.5 + 0.02 * size[0], f'the cameras are of {told[0]:g} x '
+            f'{told[1]:g} pixels, a picture has {size[0]} x {size[1]}: it was cropped, or turned '
+            'by its EXIF orientation; store it as the cameras saw it')
+    return resized_lens(lens, told, size)
+
+
 @dataclass
 class Cameras:
     """The views of one scene: poses (V,4,4), lenses (V,8) (see pixel_rays), sizes (V,2) (w, h).
@@ -882,6 +895,15 @@ class Files:
         hint = ' (to read a zip, name the zip itself)' if '.zip' in self.passed else ''
         return text and f'passed over: {text}{hint}'
 
+    def refuse_lost(self):
+        """OSError if there may be more in folders that cannot be listed."""
+        for inner, why in self.lost:
+            raise OSError(f'{self.root / inner}: {why}; make it readable, or move it elsewhere')
+
+    def digest(self, names):
+        """Of these names and what their files weigh, in hexadecimal."""
+        return f'{zlib.crc32(repr([(n, self.weight(n)) for n in names]).encode()):08x}'
+
     def look(self, name):
         """((width, height), mode) of a picture, by its header."""
         with self.open(name) as im:
@@ -928,6 +950,10 @@ class Folder(Files):
     def stream(self, name):
         return open(common.regular(self.root / name), 'rb')
 
+    def weight(self, name):
+        path = self.root / name
+        return path.stat().st_size if path.is_file() else None
+
 
 class Zip(Files):
     """Pictures in a zip, at any depth; every process opens the file anew."""
@@ -957,6 +983,9 @@ class Zip(Files):
 
     def stream(self, name):
         return self.file().open(self.entries[name])
+
+    def weight(self, name):
+        return self.file().getinfo(self.entries[name]).CRC
 
 
 PACKED = b'DDMIpak1'  # how a packed file begins and ends
@@ -988,7 +1017,7 @@ class Packed(Files):
     """
 
     def __init__(self, root):
-        self.root, self.mapped = root, None
+        self.root, self.mapped, self.seen = root, None, identity(root)
         about = self.read_about()
         entries = about['entries']
         self.names = [e['name'] for e in entries]
@@ -1028,13 +1057,18 @@ class Packed(Files):
     def __getstate__(self):
         return dict(vars(self), mapped=None)
 
+    def weight(self, name):
+        return self.sides[name]
+
     def others(self):
         return f'packed with at most {self.size} pixels a side'
 
     def square(self, name, k=0):
         """The picture, or frame k of the video, of this name, PIL RGB."""
-        if self.mapped is None:
+        if self.mapped is None:  # each process has to do it, later than the entries were read
             self.mapped = np.asarray(np.memmap(self.root, 'uint8', 'r'))
+            require(self.seen == identity(self.root), f'{self.root}: has been packed anew, or '
+                    'changed, since it was opened; repeat the command')
         side = self.sides[name]
         start = self.starts[name] + k * 3 * side ** 2
         return Image.fromarray(self.mapped[start:start + 3 * side ** 2].reshape(side, side, 3))
@@ -1264,7 +1298,8 @@ def find_videos(files):
     """The videos in `Files`, in order; a file that cannot be opened has no frames.
 
     A folder where one of the first three files moves holds animated files (GIF, WebP, APNG), any
-    other that holds pictures is one video. ValueError if ffmpeg is needed and not there.
+    other that holds pictures is one video; what moves beside a folder of its name is that video
+    again, and left out. ValueError if ffmpeg is needed and not there.
     """
     if files.clips is not None:
         return files.clips
@@ -1285,7 +1320,7 @@ def find_videos(files):
     for group, names in groups.items():
         size = next((seen[n].size for n in names[:3] if seen[n].size), None)
         videos += ([VideoFile(group, names, False, size)] if group in still else
-                   [seen[n] for n in names])
+                   [seen[n] for n in names if os.path.splitext(n)[0] not in still])
     return videos
 
 
@@ -1679,6 +1714,7 @@ class FileItems(Items):
         self.bad = [*self.files.lost, *((n, h) for n, h in headers.items() if isinstance(h, str))]
         self.names = [n for n, h in headers.items() if not isinstance(h, str)]
         self.total, self.last, self.spared = len(wanted) + len(self.files.lost), (None, None), 0
+        self.broken = torch.zeros(len(self.names), dtype=torch.bool).share_memory_()
         self.notes += filter(None, [self.files.others()])
         self.sound = {}  # index -> whether the file could be read, of those that were tried
         self.refuse_bad()
@@ -1724,7 +1760,10 @@ class FileItems(Items):
 
     def refuse_bad(self):
         """ValueError if too many of the files are of no use."""
-        bad, total = len(self.bad) - self.spared, self.total - self.spared
+        broken = self.broken.nonzero().flatten().tolist()  # first: threads add to `bad` before
+        known = [name for name, _ in self.bad]
+        others = {self.names[i] for i in broken} - {*known}
+        bad, total = len(known) + len(others) - self.spared, self.total - self.spared
         if bad == total or not self.tolerant and bad >= 3 and bad > total / 100:
             name, why = self.bad[0]
             raise ValueError(f'{self.place}: {bad} of {total} {self.kind} cannot be used, '
@@ -1758,8 +1797,12 @@ class FileItems(Items):
         return self.sound[i]
 
     def skip(self, i, why):
-        """Count item i as bad and say so; ValueError if that makes too many."""
+        """Count item i as bad and say so; ValueError if that makes too many.
+
+        What other workers found counts, too: `broken` is in memory that they share.
+        """
         self.bad.append((self.names[i], why))
+        self.broken[i] = True
         tqdm.write(common.printable(f'skipped: {self.names[i]}: {why}'))
         self.refuse_bad()
 
@@ -2142,7 +2185,7 @@ class ToyVideos(Computed, Videos):
         coords = rng.uniform(-1, 1, (self.pixels, 3)).astype('float32')
         return torch.from_numpy(coords), toy_colours(self.numbers[i], coords)
 
-    def truth(self, i, R, frames=None):
+    def truth(self, i, R, frames=None, start=None):
         """Video i at R x R cells and T or other `frames` times, all of it: (3,frames,R,R)."""
         frames = frames or self.frames
         return toy_video([self.numbers[i]], R, (2 * np.arange(frames) + 1) / frames - 1)[0]
@@ -2225,13 +2268,14 @@ class FileVideos(FileItems, Videos):
     def largest(self, i):
         return min(self.videos[i].size)
 
-    def truth(self, i, R, frames=None):
-        """The middle clip at R x R, enlarged if need be, float32 (3,T,R,R).
+    def truth(self, i, R, frames=None, start=None):
+        """The clip from a start, or the middle one, at R x R, enlarged if need be: (3,T,R,R).
 
         With `frames` that many over the same time, if its video has them, see `frame_numbers`.
         """
         i = self.stand_in(i)
-        return as_video(self.read(i, self.frame_numbers(i, self.start(i, 0), frames), R))
+        start = self.start(i, 0) if start is None else start
+        return as_video(self.read(i, self.frame_numbers(i, start, frames), R))
 
     def facts(self):
         sizes, rates = [v.size for v in self.videos], [v.rate for v in self.videos if v.rate]
@@ -2830,7 +2874,10 @@ def save_npz(path, compressed=False, **arrays):
 
 
 def sample_mesh(path, folder, recipe):
-    """Write pointcloud.npz, near.npz (if any) and points.npz of one mesh, see `mesh_recipe`."""
+    """Write pointcloud.npz, near.npz (if any) and points.npz of one mesh, see `mesh_recipe`.
+
+    Returns the shares of points inside and of ambiguous ones.
+    """
     vertices, faces = read_mesh(path)
     vertices, loc, scale = unit_cube(vertices)
     n, near = recipe['points'], recipe['near']
@@ -2846,9 +2893,10 @@ def sample_mesh(path, folder, recipe):
              normals=normals.astype('float16'), loc=loc, scale=scale)
     if near:
         save_npz(folder / 'near.npz', points=close, occupancies=np.packbits(w_near > 0.5))
-    save_npz(folder / 'points.npz', points=volume, occupancies=np.packbits(w > 0.5), loc=loc,
-             scale=scale, ambiguous=np.mean((w > 0.1) & (w < 0.9)),
-             recipe=json.dumps(recipe))  # last: the others are there
+    inside, ambiguous = w > 0.5, np.mean((w > 0.1) & (w < 0.9))
+    save_npz(folder / 'points.npz', points=volume, occupancies=np.packbits(inside), loc=loc,
+             scale=scale, ambiguous=ambiguous, recipe=json.dumps(recipe))  # last: all are there
+    return inside.mean(), float(ambiguous)
 
 
 def mesh_recipe(path, args):
@@ -2892,6 +2940,7 @@ def find_meshes(root, classes):
     names = sorted(first_names(there, root.joinpath).values(), key=natural)
     files.passed += {'links that lead nowhere, or pipes': len(files.names) - len(there),
                      'other names (links) of those there': len(there) - len(names)}
+    files.refuse_lost()
     require(names, f'{root}: no meshes ({" ".join(MESH_READERS)}) in it')
     found = {}
     for name, key in zip(names, telling_parts([n.split('/') for n in names])):
@@ -2955,9 +3004,13 @@ def write_lists(out, keys, args):
     about, source = out / 'metadata.yaml', str(Path(args.folder).resolve())
     before = common.parse_json(common.salvaged(about))
     for group, entry in before.items():
-        if group not in groups and isinstance(entry, dict) and entry.get('folder') == source:
+        place = entry.get('folder') if isinstance(entry, dict) else None
+        if group not in groups and place == source:
             for side in sides:
                 (out / group / f'{side}.lst').unlink(missing_ok=True)
+        elif group in groups and place not in (None, source):
+            print(common.printable(f'note: {out / group} was made of {place} before, whose meshes '
+                                   'are in no list any more'))
     made = {g: dict(id=g, name=SHAPENET.get(g, g), folder=source) for g in groups}
     kept = {g: entry for g, entry in before.items() if [*(out / g).glob('*.lst')]}
     common.write_text(about, json.dumps(kept | made, indent=1))
@@ -2979,9 +3032,7 @@ def mesh(args):
         except OSError as error:  # those of writing, below, are no fault of the mesh
             return str(error)
         try:
-            if not solid_shares(folder, recipe):
-                sample_mesh(path, folder, recipe)
-            return solid_shares(folder, recipe)
+            return solid_shares(folder, recipe) or sample_mesh(path, folder, recipe)
         except ValueError as error:
             return str(error)
     common.keep_freed_memory()
@@ -3162,6 +3213,9 @@ class FileShapes(FileItems, Shapes):
         given = lists['train'] and lists['test']
         listed = {*sum(lists.values(), [])} or self.folders
         official = {side: lists[side] for side in ('train', 'test')} if given else None
+        told = selection.holdout if isinstance(selection.holdout, dict) else {}
+        if 'train' in told:  # of a run, which has its labels whatever has come since
+            listed = {*sum(told.values(), [])}
         self.groups = sorted({n.split('/')[0] for n in listed})
         try:  # metadata.yaml if it is JSON, as ours
             known = json.loads(common.read_text(place / 'metadata.yaml'))
@@ -3334,7 +3388,7 @@ class SrnScene(SceneFiles):
                 and min(rows[-1]) > 0, 'intrinsics.txt: not `focal cx cy 0.` and `height width`')
         focal, cx, cy = rows[0][:3]
         size = open_picture(self.files[0], attrgetter('size'))
-        lens = resized_lens(np.array([focal, focal, cx, cy, 0, 0, 0, 0]), rows[-1][::-1], size)
+        lens = fitted_lens(np.array([focal, focal, cx, cy, 0, 0, 0, 0]), rows[-1][::-1], size)
         texts = [self.folder / 'pose' / f'{f.stem}.txt' for f in self.files]
         poses = [as_pose(sum(self.numbers(t), []), axes, f'pose/{t.name}') for t in texts]
         return Cameras(np.stack(poses), lens, size)
@@ -3464,7 +3518,7 @@ class JsonScene(SceneFiles):
         lens = np.array([fx, fy, number('cx', width / 2), number('cy', height / 2),
                          *(number(key, 0) for key in ('k1', 'k2', 'p1', 'p2'))], float)
         self.check_bend(lens, (width, height))
-        return resized_lens(lens, (width, height), size)
+        return fitted_lens(lens, (width, height), size)
 
     def check_bend(self, lens, size):
         """ValueError unless `straight` finds the corners' directions."""
@@ -3517,6 +3571,9 @@ def find_scenes(root):
     if not root.exists():
         raise FileNotFoundError(f'{root}: no such folder; put the scenes there or name the place '
                                 'with --data PATH')
+    for folder in (root, *root.glob('*/'), *root.glob('*/*/')):
+        require(not folder.is_dir() or os.access(folder, os.R_OK | os.X_OK), f'{folder}: cannot be '
+                'listed; make it readable, or move it elsewhere')
     found = {root.resolve().name if name == '.' else name: s for name, s in scenes_at(root)}
     require(found, f'{root}: no scenes; each is a folder with transforms.json, or '
             'transforms_train.json and its likes, or with rgb, pose and intrinsics.txt, or an .npz '
@@ -4204,6 +4261,9 @@ def pack(args):
     base, _ = DATASETS[name]
     require(base.packing, f'{args.dataset}: only pictures and videos in files are packed')
     common.try_file('--out', args.out)
+    for left in Path(args.out).parent.glob(f'{glob.escape(Path(args.out).name)}.*.tmp'):
+        print(f'note: {left}, {left.stat().st_size / 2 ** 20:.1f} MiB: another process writes it, '
+              'or one that was killed left it; then remove it')
     require(not Path(args.out).exists() or is_packed(args.out),
             f'--out {args.out}: a file that data.py did not pack is there; name another')
     dataset = make_dataset(name, root, 'all', args.split, args.group, captions=args.captions,

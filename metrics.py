@@ -733,7 +733,8 @@ class I3D(nn.Module):
     @torch.no_grad()
     def forward(self, x):
         require(x.ndim == 5 and x.shape[1] == 3 and x.shape[2] >= 9,
-                f'clips {tuple(x.shape)}: expected (B, 3, T, H, W) with at least 9 frames')
+                f'clips {tuple(x.shape)}: expected (B, 3, T, H, W) with at least 9 frames; give '
+                '--frames 16')
         x = self.frames(x.float()) / 127.5 - 1
         for name, layer in I3D_LAYERS.items():  # zeros change no pool: it comes after a ReLU
             x = F.max_pool3d(same(x, *layer), *layer) if 'pool' in name else getattr(self, name)(x)
@@ -1038,8 +1039,8 @@ def measured(source, work):
     if calls:
         about['nfe'] = float(np.mean(calls))
     if bad and ranks()[0] == 0:
-        print(f'skipped {len(bad)} unreadable {about["kind"]}: {", ".join(bad[:3])}',
-              file=sys.stderr)
+        print(f'skipped {len(bad)} unreadable {about["kind"]}: {", ".join(bad[:20])}'
+              + ', ..' * (len(bad) > 20), file=sys.stderr)
     require(len(bad) < total and (len(bad) < 3 or len(bad) <= total / 100),
             f'{about["source"]}: {len(bad)} of {total} {about["kind"]} cannot be read')
     return [x for part in found for x in part]
@@ -1085,10 +1086,11 @@ def file_source(items, load, name, about, failure=OSError, **options):
     return source
 
 
-def about_files(folder, kind, resolution, **more):
+def about_files(files, names, folder, kind, resolution, **more):
     """What a manifest says of pictures in files."""
-    return dict(source=str(folder), kind=kind, resolution=resolution or 'as stored', resized=(
-        'centre square, Pillow bicubic, antialiased' if resolution else 'no'), **more)
+    resized = 'centre square, Pillow bicubic, antialiased' if resolution else 'no'
+    return dict(source=str(folder), kind=kind, resolution=resolution or 'as stored',
+                resized=resized, files=files.digest(names), **more)
 
 
 def read_picture(files, name, resolution=0):
@@ -1107,8 +1109,7 @@ def read_picture(files, name, resolution=0):
 def all_files(folder, suffixes=data.SUFFIXES):
     """`data.find_files`; OSError if there may be more in folders that cannot be listed."""
     files = data.find_files(folder, suffixes)
-    for inner, why in files.lost:
-        raise OSError(f'{folder}/{inner}: {why}; make it readable, or move it elsewhere')
+    files.refuse_lost()
     return files
 
 
@@ -1126,21 +1127,23 @@ def folder_pictures(folder, args, resolution, limit, key):
     sizes = {(resolution, resolution)} if resolution else {
         *data.threaded(size, names, 'reading headers')} - {None}
     return file_source(range(len(names)), lambda k: read_picture(files, names[k], resolution),
-                       names.__getitem__, about_files(folder, 'pictures', resolution),
+                       names.__getitem__, about_files(files, names, folder, 'pictures', resolution),
                        batch=args.batch, sizes=sizes)
 
 
 def folder_pairs(args):
     """Pictures (B,2,3,H,W) in [0, 1] of two folders, paired by sorted name, as a Source."""
     sets = [all_files(folder) for folder in (args.a, args.b)]
+    m, n = (len(files.names) for files in sets)
+    require(m == n, f'{args.a} has {m} pictures, {args.b} has {n}: no pairs')
     a, b = (files.names[:args.num] for files in sets)
-    require(len(a) == len(b), f'{args.a} has {len(a)} pictures, {args.b} has {len(b)}: no pairs')
 
     def load(pair):
         x, y = (read_picture(files, name, args.res) / 255 for files, name in zip(sets, pair))
         require(x.shape == y.shape, f'{pair[0]} and {pair[1]} have different sizes; try --res')
         return torch.stack([x, y])
-    about = about_files(args.a, 'pairs', args.res, beside=str(args.b), pairs='by sorted name')
+    about = about_files(sets[0], a, args.a, 'pairs', args.res, beside=str(args.b),
+                        pairs='by sorted name')
     return file_source(list(zip(a, b)), load, ' and '.join, about, batch=args.batch)
 
 
@@ -1154,6 +1157,8 @@ def draw_clips(lengths, frames, interval, num, key):
               for v, n in enumerate(lengths) if n > span}
     clips = []
     for turn in range(max(map(len, firsts.values()), default=0)):
+        if len(clips) == num:
+            break
         ready = [(v, int(s[turn])) for v, s in firsts.items() if turn < len(s)]
         clips += [ready[k] for k in evenly_spaced(len(ready), num - len(clips))]
     return clips
@@ -1166,15 +1171,18 @@ def folder_clips(folder, args, resolution, limit, key):
     clips = draw_clips([len(v) for v in videos], args.frames, args.interval, limit,
                        (args.seed, key))
     span = (args.frames - 1) * args.interval + 1
-    require(clips, f'{folder}: {len(videos)} videos, none of {span} frames')
+    require(clips, f'{folder}: {len(videos)} videos, none of {span} frames; --frames '
+            f'{args.frames}, --interval {args.interval}')
 
     def load(clip):
         video, first = clip
         numbers = range(first, first + span, args.interval)
         frames = data.read_frames(files, videos[video], numbers, resolution)
         return torch.from_numpy(frames).permute(3, 0, 1, 2)
+    used = sorted({v for v, _ in clips})
+    names = [name for v in used for name in dict.fromkeys(videos[v].frames)]  # of a film one
     about = about_files(
-        folder, 'clips', resolution, videos=len(videos), used=len({v for v, _ in clips}),
+        files, names, folder, 'clips', resolution, videos=len(videos), used=len(used),
         too_short=sum(0 < len(v) < span for v in videos), frames=args.frames,
         interval=args.interval, seed=args.seed, codec=Path(videos[clips[0][0]].frames[0]).suffix)
     return file_source(clips, load, lambda clip: videos[clip[0]].name, about, batch=args.batch,
@@ -1261,12 +1269,17 @@ class Run:
                      **about, **self.settings())
         return Source(items, read, about, batch, {(self.R, self.R)})
 
+    def fitting(self, dataset):
+        """Numbers of the items that have R pixels a side; ValueError if there are none."""
+        found = [i for i in range(len(dataset)) if self.fits(dataset, i, self.R)]
+        require(found, f'{self.path}: none of its {len(dataset)} items has {self.R} pixels a '
+                'side; try a smaller --res')
+        return found
+
     def items(self, split, limit, kind, work):
         """A Source of work(dataset, part) for up to `limit` readable items, evenly spaced."""
         dataset = self.data(split)
-        fitting = [i for i in range(len(dataset)) if self.fits(dataset, i, self.R)]
-        require(fitting, f'{self.path}: none of its {len(dataset)} items has {self.R} pixels a '
-                         'side; try a smaller --res')
+        fitting = self.fitting(dataset)
 
         def read(part):
             part = dataset.readable(part)
@@ -1340,7 +1353,7 @@ class Run:
             source.calls.append(nfe)
             return [(made or self.made)(z, numbers)]
         source = self.source(range(self.args.num), read, 'samples', self.args.batch,
-                             **self.args.sampler)
+                             **told_of(self.args.sampler, self.args.batch))
         return source
 
 
@@ -1436,6 +1449,25 @@ class VideoRun(PictureRun):
 
     def truth(self, dataset, i, R):
         return dataset.truth(i, R, self.frames)
+
+    def reals(self, split, limit):
+        """Up to `limit` clips of a split, drawn by `draw_clips`; of those rebuilt, the very ones."""
+        if self.args.fakes == 'reconstructions':
+            return super().reals(split, limit)
+        dataset = self.data(split)
+        fitting = self.fitting(dataset)
+        clips = [(fitting[k], start) for k, start in draw_clips(
+            [dataset.starts(i) for i in fitting], 1, 1, limit, (self.args.seed, 0))]
+
+        def read(part):
+            good = {*dataset.readable({i for i, _ in part})}
+            found = [quantise(dataset.truth(i, self.R, self.frames, start))
+                     for i, start in part if i in good]
+            return [torch.stack(found)] if found else []
+        first = '.computed' if dataset.computed else dataset.videos[0].frames[0]
+        return self.source(clips, read, 'data', self.args.batch, split=split,
+                           videos=len(fitting), used=len({i for i, _ in clips}),
+                           interval=self.interval, seed=self.args.seed, codec=Path(first).suffix)
 
     def drawn(self, z, R, enlarged=False):
         if not enlarged:
@@ -1699,6 +1731,11 @@ def real_stats(net, real, args):
         except OSError as error:  # the number is worth more than what is kept of it
             print(f'note: --reference {error}', file=sys.stderr)
     return stats
+
+
+def told_of(sampler, batch):
+    """What a manifest says of a sampler: rk45 takes the steps that the worst of a batch needs."""
+    return sampler | (dict(samples_of_equal_steps=batch) if 'rtol' in sampler else {})
 
 
 def sampler_name(about):
@@ -2143,7 +2180,8 @@ def text_command(args):
                   forwards=values['nfe'] * (1 + (args.guidance != 1)))
     ends = classifier and ('ends' if classifier[2] else 'centres')
     report(args, f'{values_line(values)}   w {args.guidance:g}, {args.each} samples each', dict(
-        **values, source=run.path, step=run.info['step'], **args.sampler, text=config.text,
+        **values, source=run.path, step=run.info['step'], **told_of(args.sampler, args.each),
+        text=config.text,
         threshold=run.vae.config.threshold, clip=clip and clip.source, classifier_grid=ends,
         classifier=classifier and classifier[0].source))
 

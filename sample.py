@@ -433,11 +433,12 @@ def poses(vae, args, count):
             for k in range(count)]
 
 
-def write_views(vae, xi, size, args, folder):
-    """Views of a field as FOLDER/00.png, its depths and opacities as pictures and in views.npz.
+def write_views(vae, xi, size, args, place, name):
+    """Views of a field as PLACE/NAME/00.png, what else is known of them in views.npz beside them.
 
-    The latter also has the cameras: poses (V,4,4), camera to world in OpenCV axes, and focal length
-    in pixels. Places and depths are in the units of the data. Returns the pictures (V,3,h,w).
+    That has depths, opacities and the cameras: poses (V,4,4), camera to world in OpenCV axes, and
+    focal length in pixels. Places and depths are in the units of the data. Pictures of depths and
+    opacities go to PLACE_depth and PLACE_opacity. Returns the views (V,3,h,w).
     """
     around, c = poses(vae, args, args.views), vae.config
     seen = vae.render_views(xi, around, size, args.fov)
@@ -445,10 +446,11 @@ def write_views(vae, xi, size, args, folder):
     near = opacity * (1 - (depth - args.distance + math.sqrt(3)) / math.sqrt(12))  # 1: nearest
     for k, maps in enumerate(zip(rgb, near[:, None], opacity[:, None])):
         for kind, x in zip(('', '_depth', '_opacity'), maps):
-            data.save_png(folder / f'{k:02d}{kind}.png', x.expand(3, -1, -1) * 2 - 1)
+            file = place.with_name(place.name + kind) / name / f'{k:02d}.png'
+            data.save_png(file, x.expand(3, -1, -1) * 2 - 1)
     places = torch.stack(around)
     places[:, :3, 3] = vae.in_data(places[:, :3, 3])
-    data.save_npz(folder / 'views.npz', compressed=True, depth=depth * c.extent, opacity=opacity,
+    data.save_npz(place / name / 'views.npz', True, depth=depth * c.extent, opacity=opacity,
                   poses=places, focal=focal_length(args.fov, size))
     return rgb * 2 - 1
 
@@ -466,6 +468,8 @@ def turning(vae, shown, size, args, frames=36):
 def write_fields(vae, items, sizes, args, place):
     """Views of each latent at each size to OUT/HxW/NAME/, and a grid with a row for each of 16.
 
+    See `write_views` for what else there is.
+
     With --mesh, surfaces in the units of the data to OUT/NAME.ply.
     """
     out, shown, first = Path(args.out), {size: [] for size in sizes}, []
@@ -474,7 +478,7 @@ def write_fields(vae, items, sizes, args, place):
         if args.turntable and len(first) < 16:
             first.append(xi)
         for (h, w), rows in shown.items():
-            pictures = write_views(vae, xi, (h, w), args, out / f'{h}x{w}' / name)
+            pictures = write_views(vae, xi, (h, w), args, out / f'{h}x{w}', name)
             if len(rows) < 16:
                 rows.append(F.interpolate(pictures[:8], within(128, h, w), mode='area'))
         if args.mesh:
@@ -528,8 +532,8 @@ def check_flags(args):
     common.require(args.eta is None or args.sampler in ('', 'sde-dpmpp'),
                    f'--eta {args.eta}: for sde-dpmpp alone')
     common.require(args.tol is None or args.sampler == 'rk45', f'--tol {args.tol}: for rk45 alone')
-    common.require(args.steps is None or args.sampler != 'rk45', f'--steps {args.steps}: rk45 takes '
-                   'as many as --tol needs')
+    common.require(args.steps is None or args.sampler != 'rk45', f'--steps {args.steps}: rk45 '
+                   'takes as many as --tol needs')
     common.require(not args.interpolate or args.num > 1 and args.eta is None and
                    args.sampler not in ('sde-dpmpp', 'ddpm'),
                    '--interpolate K: needs --num of at least 2 and a deterministic sampler')

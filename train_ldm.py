@@ -464,6 +464,7 @@ def main():
 
     # 2. continue, or measure the latents
     common.lock_run(folder, process)
+    print(f'{folder}: stage 2 on {vae_path}')
     encode = encoder(vae, args, process)
     latents = open_latents(train, encode, model.shape, args, process,
                            folder / f'latents_{digest[:16]}.npy')

@@ -4,8 +4,8 @@
     python tests/ablate.py logit-normal:-1+min-snr:5 --vae RUN --seed 1 --steps 3000
     python tests/ablate.py baseline --vae RUN --sigma_rel 0.05,0.15     # averages beside its own
 
-Names come before flags; those joined by + act together. A run is ablate/NAME-SEED below runs/ and
-continues where it was stopped. Every row is of 512 samples, against as many training pictures and,
+Names come before flags; those joined by + act together. A run is ablate/NAME-SEED below runs/, with
+the averages beside it in its name, and continues where it was stopped. Every row is of 512 samples, against as many training pictures and,
 the first of them, against all held-out ones. The held-out loss is without the weights of a variant,
 but that of `v` is of v, and that of `expected` of the expected noise. One JSON line follows each
 row.
@@ -239,7 +239,7 @@ def measure(folder, args):
 def ablate(name, args, flags):
     """Train a variant, or finish it, and print its rows."""
     cls, own = combined(name)
-    folder = FOLDER / f'{name}-{args.seed}'
+    folder = FOLDER / '-'.join(map(str, (name, args.seed, *args.sigma_rel)))
     command = ['train_ldm.py', '--vae', args.vae, '--data', args.data, '--seed', str(args.seed),
                '--name', str(folder.relative_to(common.RUNS)), *own, *flags]
     averages = partial(Averages, folder / AVERAGES, args.sigma_rel)

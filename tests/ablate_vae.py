@@ -138,29 +138,41 @@ def variant(name):
 # ---- cost of a step ------------------------------------------------------------------------------
 
 def a_step(name, flags):
-    """A function that makes a step of a variant, always on the same items: its seconds of CPU."""
+    """A function that makes a step of a variant, always on the same items: its seconds.
+
+    Of the CPU, for which other work does not count, or of CUDA.
+    """
     args = train_vae.build_parser().parse_preset(train_vae.PRESETS, 'image',
                                                  [*combined(name)[1], *flags])
     process, train = common.start_process(args.device, args.amp), train_vae.open_data(args, 'train')
     with variant(name):
         model = vae.D2CVAE(common.from_flags(args, vae.VAEConfig, **train.settles()))
+    device = process.device
+    model = model.to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    batch = default_collate([train.item(i, common.seeded('cost', i)) for i in range(args.batch)])
+    batch = common.move(default_collate(
+        [train.item(i, common.seeded('cost', i)) for i in range(args.batch)]), device)
+
+    def now():
+        if device.type != 'cuda':
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     def step():
-        since = time.process_time()
+        since = now()
         with variant(name):
             with process.autocast():
                 total = model(batch)['total']
             opt.zero_grad()
             total.backward()
             opt.step()
-        return time.process_time() - since
+        return now() - since
     return step
 
 
 def cost(name, flags, path):
-    """Seconds of CPU of a step of the baseline and of a variant, in turn; kept in a file."""
+    """Seconds of a step of the baseline and of a variant, in turn; kept in a file."""
     if not path.exists():
         steps = [a_step(n, flags) for n in ('baseline', name)]
         pairs = [[step() for step in steps] for _ in range(ROUNDS)][2:]

@@ -717,6 +717,9 @@ def main():
     if not args.trim:
         common.keep_freed_memory()
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # as for matrix products, with which it is compared
+    if torch.device(args.device).index is not None:
+        torch.cuda.set_device(args.device)
     unknown = set(args.names) - set(BENCHES)
     common.require(not unknown, f'no bench {", ".join(unknown)}; one of {", ".join(BENCHES)}')
     if args.child:

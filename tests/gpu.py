@@ -492,6 +492,8 @@ def layout(args, process):
             stage.model.to(memory_format=order)
             if kind is FirstStage and order == torch.contiguous_format:  # it is fed the other
                 stage.model.encoder.register_forward_pre_hook(lambda _, x: x[0].contiguous())
+                stage.model.decoder.register_forward_pre_hook(
+                    lambda _, x: ([plane.contiguous() for plane in x[0]], *x[1:]))
             stage.load(4)
             for part in stage.parts[:-2]:
                 getattr(stage, part)()

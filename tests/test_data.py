@@ -554,7 +554,7 @@ def test_an_entry_that_a_zip_lists_twice_is_one_picture(folder):
 @pytest.mark.mutation('data.py', "self.lost.append((inner, f'cannot be listed", "str((inner, f'")
 @pytest.mark.mutation('data.py', '[*self.files.lost, *((n, h)', '[*((n, h)')
 @pytest.mark.mutation('data.py', 'for folder, why in files.lost:', 'for folder, why in ():')
-@pytest.mark.mutation('metrics.py', 'for inner, why in files.lost:', 'for inner, why in ():')
+@pytest.mark.mutation('data.py', 'for inner, why in self.lost:', 'for inner, why in ():')
 def test_a_folder_that_cannot_be_listed_is_said(folder, monkeypatch):
     write(folder / 'sub' / 'x.png', noise(16, 16))
     listed = os.scandir
@@ -567,7 +567,7 @@ def test_a_folder_that_cannot_be_listed_is_said(folder, monkeypatch):
     assert pictures(folder).bad == [('sub/', 'cannot be listed: Permission denied')]
     with pytest.raises(ValueError, match='sub: cannot be listed: Permission denied'):
         pictures(folder / 'sub')
-    with pytest.raises(OSError, match='sub/: cannot be listed: Permission denied'):
+    with pytest.raises(OSError, match='sub: cannot be listed: Permission denied; make it'):
         metrics.all_files(folder)
 
 

@@ -462,10 +462,10 @@ def meshes(tmp_path, monkeypatch):
     (tmp_path / 'set' / 'table' / 'deep' / 'm12.stl').write_bytes(b'not a mesh')
 
 
-def prepare(capsys, *flags):
+def prepare(capsys, *flags, folder='set'):
     """What `python data.py mesh set` prints."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('sys.argv', 'data.py mesh set --out o --points 4000'.split() + [*flags])
+        patch.setattr('sys.argv', f'data.py mesh {folder} --out o --points 4000'.split() + [*flags])
         data.main()
     return capsys.readouterr().out.splitlines()
 
@@ -475,7 +475,7 @@ def lists(group):
             for side in ('train', 'val', 'test')}
 
 
-@pytest.mark.mutation('data.py', 'np.packbits(w > 0.5)', 'np.packbits(w > 0.5, bitorder="little")')
+@pytest.mark.mutation('data.py', 'np.packbits(inside)', 'np.packbits(inside, bitorder="little")')
 @pytest.mark.mutation('data.py', 'np.split(w.abs().numpy(), [n])', 'np.split(w.numpy(), [n])')
 @pytest.mark.mutation('data.py', '(args.keep or k not in doubts)', 'True')
 @pytest.mark.mutation('data.py', 'AMBIGUOUS, HOLLOW = 0.05', 'AMBIGUOUS, HOLLOW = 1')
@@ -502,7 +502,41 @@ def test_a_folder_of_meshes_becomes_the_occupancy_layout(meshes, capsys):
             assert np.abs(on.max(1) - 1).max() < 2e-3 and stored['normals'].shape == (4000, 3)
 
 
-@pytest.mark.mutation('data.py', 'if not solid_shares(folder, recipe):', 'if True:')
+@pytest.mark.mutation('data.py', 'files.refuse_lost()\n    require(names', 'require(names')
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_removed(meshes, capsys, monkeypatch):
+    prepare(capsys)
+    before, scandir = lists('chair'), os.scandir
+
+    def refusing(place):
+        if Path(place).name == 'chair':
+            raise PermissionError(13, 'Permission denied')
+        return scandir(place)
+    monkeypatch.setattr(os, 'scandir', refusing)
+    with pytest.raises(OSError, match='chair: cannot be listed: Permission denied; make it'):
+        prepare(capsys)
+    assert lists('chair') == before
+
+
+@pytest.mark.mutation('data.py', 'return solid_shares(folder, recipe) or sample_mesh',
+                      'return sample_mesh(path, folder, recipe) and solid_shares(folder, recipe) or sample_mesh')
+def test_another_process_may_remove_what_this_one_made(meshes, capsys, monkeypatch):
+    first, calls = prepare(capsys), []
+    sample_mesh = data.sample_mesh
+    monkeypatch.setattr(data, 'solid_shares', lambda *_: None)
+    monkeypatch.setattr(data, 'sample_mesh', lambda *args: calls.append(args) or sample_mesh(*args))
+    assert prepare(capsys) == first
+    assert len(calls) == 13
+
+
+@pytest.mark.mutation('data.py', 'place not in (None, source)', 'False')
+def test_a_class_of_another_folder_is_pointed_out(meshes, capsys):
+    assert not any('note' in line for line in prepare(capsys) + prepare(capsys))
+    Path('set').rename('moved')
+    notes = [line for line in prepare(capsys, folder='moved') if 'note' in line]
+    assert any(n.startswith('note: o/chair was made of ') and 'set before' in n for n in notes)
+
+
+@pytest.mark.mutation('data.py', 'return solid_shares(folder, recipe) or sample', 'return sample')
 def test_a_second_call_goes_on_where_the_first_stopped(meshes, capsys, monkeypatch):
     first = prepare(capsys)
     monkeypatch.setattr(data, 'read_mesh', lambda path: pytest.fail(f'{path} read again')
@@ -569,7 +603,7 @@ def test_a_kill_leaves_no_points_of_another_mesh(meshes, capsys, monkeypatch):
 
 
 @pytest.mark.mutation('data.py', "(out / group / f'{side}.lst').unlink(missing_ok=True)", 'pass')
-@pytest.mark.mutation('data.py', "and entry.get('folder') == source", '')
+@pytest.mark.mutation('data.py', 'and place == source', '')
 @pytest.mark.mutation('data.py', 'kept | made', 'made')
 @pytest.mark.mutation('data.py', "for n in listed})", "for n in self.folders})")
 @pytest.mark.mutation('data.py', "not path or rows and {'id'", "not rows or {'id'")
@@ -654,8 +688,8 @@ def test_flags_are_refused_before_meshes_are_read(meshes, capsys, monkeypatch, t
 
 @pytest.mark.mutation('data.py', '        except OSError as error:  # those of writing',
                       '        except KeyError as error:  # those of writing')
-@pytest.mark.mutation('data.py', '            return solid_shares(folder, recipe)\n        except ValueError',
-                      '            return solid_shares(folder, recipe)\n        except (ValueError, OSError)')
+@pytest.mark.mutation('data.py', 'sample_mesh(path, folder, recipe)\n        except ValueError',
+                      'sample_mesh(path, folder, recipe)\n        except (ValueError, OSError)')
 def test_a_full_disk_is_no_fault_of_the_meshes(meshes, capsys, monkeypatch, tmp_path):
     def full(path, **arrays):
         raise OSError(f'{path}: not written, the disk is full')

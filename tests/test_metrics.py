@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -919,7 +920,15 @@ def test_fid_of_folders(capsys, folders, random_file):
     close(again['fid'], metrics.frechet_distance_features(x, y), 1e-3 * golden)
 
 
+@pytest.mark.mutation('metrics.py', "if 'rtol' in sampler", 'if False')
+def test_results_tell_which_samples_share_their_steps():
+    told = [metrics.told_of(metrics.parse_sampler(text), 8) for text in ('rk45:1e-3', 'ddim:9')]
+    assert told == [dict(sampler='rk45', rtol=1e-3, atol=1e-3, samples_of_equal_steps=8),
+                    dict(sampler='ddim', steps=9)]
+
+
 @pytest.mark.mutation('metrics.py', 'own.get(name) == value', 'True')
+@pytest.mark.mutation('data.py', 'repr([(n, self.weight(n)) for n in names])', 'repr(names)')
 @pytest.mark.mutation('metrics.py', "stats.load_state_dict(saved['stats'])", 'pass')
 def test_statistics_of_reals_are_kept_in_a_file(capsys, folders, colour_network):
     """Written if it is absent, else read and not computed again; refused for another set."""
@@ -938,6 +947,11 @@ def test_statistics_of_reals_are_kept_in_a_file(capsys, folders, colour_network)
             metrics.main([*command, *change.split()])
     with pytest.raises(ValueError, match='made with source A, not B'):
         metrics.main(['fid', 'B', 'A', '--reference', 'kept/A.pt'])
+    before = Path('A/3.png').read_bytes()
+    data.save_png(Path('A/3.png'), torch.zeros(3, 75, 75, dtype=torch.uint8))
+    with pytest.raises(ValueError, match='made with files [0-9a-f]{8}, not'):
+        metrics.main([*command])
+    Path('A/3.png').write_bytes(before)
     colour_network.source = dict(colour_network.source, sha256='t')
     with pytest.raises(ValueError, match='made with sha256 s, not t'):
         metrics.main([*command])
@@ -1382,6 +1396,9 @@ def test_clips_are_one_of_each_video_and_then_more():
     assert clips[:4] == metrics.draw_clips(lengths, 16, 1, 100, (0, 0))[:4]
     assert [v for v, _ in metrics.draw_clips(lengths, 16, 1, 2, (0, 0))] == [0, 1]
     assert {v for v, _ in metrics.draw_clips(lengths, 9, 2, 9, (0, 0))} == {0, 3}
+    with mock.patch.object(metrics, 'evenly_spaced', side_effect=metrics.evenly_spaced) as turns:
+        assert len(metrics.draw_clips([5, 10 ** 5], 1, 1, 2, (0, 0))) == 2
+    assert turns.call_count == 1
     starts = [metrics.draw_clips([100], 16, 1, 1, (0, side))[0][1] for side in range(20)]
     assert len(set(starts)) > 10 and min(starts) < 25 and max(starts) > 60
 
@@ -1720,6 +1737,7 @@ common.run(lambda: None)
 
 def test_two_processes_give_the_numbers_of_one(repo, folders, random_file, tmp_path, capsys):
     (tmp_path / 'A/broken.png').write_bytes(b'none')
+    shutil.copy(tmp_path / 'B/deep/5.png', tmp_path / 'B/deep/broken.png')
     common = ['--weights', str(random_file), '--resize', 'none', '--batch', '2']
     jobs = [[*command, 'A', 'B', '--out', 'two.jsonl', *flags] for command, flags in (
         (['fid'], common), (['fid', '--reference', 'A.pt'], common),

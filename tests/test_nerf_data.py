@@ -1,8 +1,10 @@
 """Posed pictures: cameras, the coloured toy and its exact renders, hulls, layouts, bad files."""
 import json
 import math
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -476,6 +478,32 @@ def test_official_splits(folders, tmp_path):
     assert [n[-4:] for n in sides['test']] == ['car4']
 
 
+@pytest.mark.mutation('data.py', 'abs(width - size[0]) <= 1.5 + 0.02 * size[0]', 'True')
+def test_pictures_of_another_shape_than_the_cameras_saw_are_refused(tmp_path, scene_views):
+    poses, shots = scene_views[0]
+    for name, size, good in (('a', (96, 96), True), ('b', (64, 128), False), ('c', (64, 65), True),
+                             ('d', (65, 71), False)):
+        write_json(tmp_path / name, poses, shots, w=size[0], h=size[1])  # 32 x 32 are stored
+        write_srn(tmp_path / f'{name}/srn', poses, shots)
+        intrinsics = tmp_path / f'{name}/srn/intrinsics.txt'
+        first = intrinsics.read_text().split('\n')[0]
+        intrinsics.write_text(f'{first}\n{size[1]} {size[0]}\n')
+        for layout, path in ((data.JsonScene, 'transforms.json'), (data.SrnScene, 'srn/intrinsics.txt')):
+            try:
+                layout(tmp_path / name / path).cameras(layout.axes)
+                assert good, (name, layout)
+            except ValueError as error:
+                assert not good and 'it was cropped, or turned' in str(error)
+
+
+@pytest.mark.mutation('data.py', 'require(not folder.is_dir() or os.access(folder,',
+                      'require(True or os.access(folder,')
+def test_scenes_that_cannot_be_listed_are_not_passed_over(folders, monkeypatch):
+    monkeypatch.setattr(os, 'access', lambda path, mode: Path(path).name != 'car1')
+    with pytest.raises(ValueError, match='car1: cannot be listed'):
+        opened(folders / 'json')
+
+
 @pytest.mark.mutation('data.py', "'transforms_train.json', ('train', 'val', 'test')",
                       "'transforms_train.json', ('train', 'test')")
 @pytest.mark.mutation('data.py', 'return not (path.parent / JsonScene.pattern).is_file()',
@@ -501,7 +529,7 @@ def test_blenders_three_files_are_one_scene(tmp_path, scene_views):
 
 
 @pytest.mark.mutation('data.py', 'if key not in self.FOCAL[first:]}', '}')
-@pytest.mark.mutation('data.py', "return resized_lens(lens, (width, height), size)", 'return lens')
+@pytest.mark.mutation('data.py', "return fitted_lens(lens, (width, height), size)", 'return lens')
 def test_intrinsics_in_every_way(tmp_path, scene_views):
     poses, shots = scene_views[0]
     focal = data.toy_lens(32)[0]

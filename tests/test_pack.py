@@ -137,6 +137,27 @@ def test_larger_pictures_are_reduced_once(folder, pack, capsys):
     assert capsys.readouterr().out.endswith('come out equal to unpacked ones\n')
 
 
+def test_a_file_that_was_packed_anew_is_not_read_by_the_old_index(folder, pack):
+    files = data.Packed(pack(folder))
+    sent = pickle.dumps(files)
+    (folder / 'a/p1.png').unlink()
+    pack(folder)
+    for reader in (files, pickle.loads(sent)):
+        with pytest.raises(ValueError, match='has been packed anew'):
+            reader.square('a/p2.png')
+
+
+@pytest.mark.mutation('data.py', "left in Path(args.out).parent.glob(", "left in (")
+def test_what_a_killed_call_left_is_pointed_out(folder, pack, capsys):
+    path = Path(pack(folder))
+    assert 'another process writes it' not in capsys.readouterr().out
+    path.with_name(f'{path.name}.0123abcd.tmp').write_bytes(bytes(2 ** 20))
+    path.with_name(f'{path.name}x.0123abcd.tmp').write_bytes(b'')
+    pack(folder)
+    told = [line for line in capsys.readouterr().out.splitlines() if 'another process writes it' in line]
+    assert len(told) == 1 and f'{path.name}.0123abcd.tmp, 1.0 MiB' in told[0]
+
+
 def test_packed_files_can_be_packed_again(folder, pack, tmp_path):
     file = pack(folder, '--split', 0.4)
     again = pack(file, size=20, out=tmp_path / 'again')

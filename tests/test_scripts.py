@@ -1306,7 +1306,7 @@ def test_fields_are_seen_from_anywhere(scenes, tmp_path, repo):
     for kind, x in (('', seen['rgb'][0, 1]), ('_opacity', seen['opacity'][0, 1]),
                     ('_depth', seen['opacity'][0, 1] * (
                         0.5 - (seen['depth'][0, 1] - 3) / math.sqrt(12)))):
-        shown = np.asarray(Image.open(tmp_path / f'out/8x10/000000/01{kind}.png')) / 255
+        shown = np.asarray(Image.open(tmp_path / f'out/8x10{kind}/000000/01.png')) / 255
         np.testing.assert_allclose(shown, x.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1),
                                    atol=4e-3)
     assert Image.open(tmp_path / 'out/grid_6x6.png').size == (3 * 8 + 2, 2 * 8 + 2)

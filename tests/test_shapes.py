@@ -340,6 +340,18 @@ def shapenet(tmp_path):
     return tmp_path, radii
 
 
+@pytest.mark.mutation('data.py', "if 'train' in told:", 'if False:')
+def test_a_run_keeps_its_labels_when_classes_come(shapenet):
+    root, _ = shapenet
+    before = data.make_dataset('shapenet', root, 'train', points=40, queries=50)
+    write_shape(root / '02691156' / 'new', 9)
+    (root / '02691156' / 'train.lst').write_text('new\n')
+    after = data.make_dataset('shapenet', root, 'train', before.splits(), points=40, queries=50)
+    assert after.names == before.names and after.labels == before.labels == [0, 0, 1, 1]
+    assert after.groups == before.groups
+    assert max(data.make_dataset('shapenet', root, 'train', points=40, queries=50).labels) == 2
+
+
 @pytest.mark.mutation('data.py', '>> (7 - k % 8) & 1', '>> k % 8 & 1')
 @pytest.mark.mutation('data.py', 'p = p + 1e-4 * rng', 'p = p + 1e-1 * rng')
 @pytest.mark.mutation('data.py', "{side: lists[side] for side in ('train', 'test')}",

@@ -159,12 +159,15 @@ def test_equal_planes_of_a_clip_are_told_apart():
 class Clips(data.Items):
     """Clip i is 0.1 i + t in the cell of time t, everywhere."""
 
-    names, resolution = list('abcd'), 8
+    names, resolution, computed = list('abcd'), 8, True
 
     def __init__(self):
         pass
 
-    def truth(self, i, R, frames=None):
+    def starts(self, i):
+        return 1
+
+    def truth(self, i, R, frames=None, start=None):
         t = times(frames or 5)
         return (0.1 * i + 0.5 * t)[None, :, None, None].expand(3, -1, R, R)
 

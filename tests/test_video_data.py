@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 import common
 import data
 import inr
+import metrics
 
 
 def clip(T=20, H=24, W=32, seed=0):
@@ -294,6 +296,50 @@ def test_every_kind_of_file_gives_back_its_frames(tmp_path):
         assert 'rates     25.0 min, 25.0 median, 25.0 max frames a second' in [*items.facts()]
 
 
+@pytest.mark.mutation('metrics.py', "if self.args.fakes == 'reconstructions':", 'if False:')
+@pytest.mark.mutation('metrics.py', 'dataset.truth(i, self.R, self.frames, start)',
+                      'dataset.truth(i, self.R, self.frames)')
+def test_real_clips_of_a_run_are_of_all_times(folder):
+    """But those of which there are reconstructions."""
+    items = opened(folder)
+    run = metrics.VideoRun(SimpleNamespace(config=SimpleNamespace(frames=4, resolution=24)),
+                           info=dict(args={}, step=1), args=SimpleNamespace(
+                               fakes='samples', seed=0, batch=3, frames=0, res=0))
+    run.data = lambda split: items
+    source = run.reals('train', 50)
+    assert len({*source.items}) == 50 and len({start for _, start in source.items}) > 10
+    assert (source.about['used'], source.about['codec']) == (6, '.png')
+    clips, = source.read(source.items[:3])
+    for (i, start), x in zip(source.items, clips):
+        frames = centre(clip(seed=int(items.names[i][1])))[start:start + 4]
+        assert np.array_equal(x.permute(1, 2, 3, 0).numpy(), frames)
+    run.args.fakes = 'reconstructions'
+    assert list(run.reals('train', 50).items) == [*range(6)]
+
+
+@pytest.mark.mutation('data.py', 'if os.path.splitext(n)[0] not in still]', ']')
+def test_an_animation_beside_its_frames_is_that_video_again(folder):
+    """As sample.py writes them; metrics.py would count each of them twice."""
+    for k in (0, 1):
+        write_animated(folder / f'v{k}.webp', clip(seed=k), lossless=True)
+    write_animated(folder / 'more.webp', clip(seed=7), lossless=True)
+    assert opened(folder).names == ['more.webp', *(f'v{k}' for k in range(6))]
+
+
+@pytest.mark.mutation('data.py', 'dtype=torch.bool).share_memory_()', 'dtype=torch.bool)')
+@pytest.mark.mutation('data.py', 'len(known) + len(others)', 'len(known)')
+def test_broken_files_of_all_workers_count(folder):
+    items = opened(folder)
+    items.skip(0, 'broken')
+    child = os.fork()
+    if not child:
+        items.skip(1, 'broken')
+        os._exit(0)
+    os.waitpid(child, 0)
+    with pytest.raises(ValueError, match='3 of 6 videos cannot be used'):
+        items.skip(2, 'broken')
+
+
 @pytest.mark.mutation('data.py', 'kept.get((i, n, R))', 'kept.get((i, n, 24))')
 def test_frames_are_read_once_for_each_size(folder, monkeypatch):
     items = opened(folder)
@@ -304,7 +350,7 @@ def test_frames_are_read_once_for_each_size(folder, monkeypatch):
     assert all(torch.equal(items.truth(0, R), x) for R, x in zip((24, 12, 24, 12), kept))
 
 
-@pytest.mark.mutation('data.py', 'len(self.bad) - self.spared,', 'len(self.bad),')
+@pytest.mark.mutation('data.py', 'len(others) - self.spared, self', 'len(others), self')
 @pytest.mark.mutation('data.py', 'self.captions and [self.captions[k] for k in long]',
                       'self.captions')
 @pytest.mark.mutation('data.py', 'if len(v) >= self.span]\n', ']\n')
