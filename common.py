@@ -267,7 +267,8 @@ class RunConfig:
     seed: int = flag(0, 'of everything random')
     amp: str = flag('auto', 'bfloat16 autocast; auto = where that is faster by the hardware',
                     choices=('auto', 'on', 'off'))
-    compile: str = flag('auto', 'torch.compile; auto = on CUDA', choices=('auto', 'on', 'off'))
+    compile: str = flag('auto', 'torch.compile; auto = on CUDA, if it works',
+                        choices=('auto', 'on', 'off'))
     device: str = flag('auto', 'cpu, cuda, cuda:1, ...; auto = CUDA if there is one')
     workers: str = flag('auto', 'data loading processes for each training process; auto = none on '
                         'CPU, else the cores over the processes, at most 8', auto=True, high=1024)
@@ -360,8 +361,9 @@ def agree(**values):
 
 def agree_on_flags(args, **values):
     """The same for `values` and for all flags, but for those that say where something lies."""
+    told = vars(args) | dict(micro_batch=args.micro_batch == 'auto')  # as numbers they may differ
     agree(**values, **{f'--{k}': Path(v).name if k in MAY_MOVE and v else v
-                       for k, v in vars(args).items() if k not in PLACES})
+                       for k, v in told.items() if k not in PLACES})
 
 
 def agree_on_data(dataset):
@@ -626,7 +628,7 @@ class EMA:
 RUNS = Path('runs')
 SUFFIXES = ('.pt', '.pth', '.ckpt')  # of checkpoints
 STOPPED = 'stopped; the same command continues from the last checkpoint'
-PLACES = {'workers', 'device', 'data', 'vae', 'name'}  # flags that say where, not what
+PLACES = {'workers', 'device', 'data', 'vae', 'name'}  # flags that say where and how, not what
 MAY_CHANGE = {'steps', 'log_every', 'eval_every', 'save_every', 'micro_batch', 'restart', 'slim',
               *PLACES}
 MAY_MOVE = {'captions', 'text', 'init', 'split'}  # of files, the folder may change
@@ -862,8 +864,7 @@ def lacking(found, wanted, name=''):
 def fitting(path):
     """Whatever loading parts of a checkpoint raises becomes a ValueError that names `path`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of layers without weights
+        with warnings.catch_warnings(action='ignore'):  # of layers without weights
             yield
     except Exception as error:
         reason = (str(error).splitlines() or [''])[-1].strip()[:200]
@@ -873,11 +874,8 @@ def fitting(path):
 
 def file_digest(path):
     """sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        while part := file.read(2 ** 20):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def find_checkpoint(text, *files):
@@ -1114,14 +1112,20 @@ def clip_gradients(model, limit):
 
 @cache
 def compiles(device):
-    """Whether torch.compile works for the device in all processes: it needs a C compiler, .."""
-    works = 1.0
+    """Whether torch.compile works for the device in all processes, by trying; says so if not.
+
+    It needs a C compiler, for example.
+    """
+    why = ''
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:
-        print(f'note: torch.compile does not work here ({one_line(error)[:200]}); going on without')
-        works = 0.0
-    return mean_over_ranks(dict(works=torch.tensor(works)))['works'] == 1
+        why = one_line(error)[:200]
+    share = mean_over_ranks(dict(works=torch.tensor(0.0 if why else 1.0)))['works']
+    if share < 1:
+        print(f'note: torch.compile does not work ({why or "in another process"}); going on '
+              'without')
+    return share == 1
 
 
 def compiled(network, args, process):

@@ -11,6 +11,7 @@ Pictures are uint8 outside and float32 in [-1, 1] inside; a box ((x_lo, x_hi), (
 extent of a crop of the frame [-1, 1]^2, y down.
 """
 import codecs
+import contextlib
 import copy
 import csv
 import glob
@@ -768,7 +769,7 @@ def natural(name):
 
 def is_hidden(name):
     """Whether a relative path is one of .thumbs/x.png, __MACOSX/x.png and the like."""
-    return re.search(r'(^|/)(\.|__MACOSX/)', name)
+    return re.search(r'(^|/)(\.|__MACOSX/|lost\+found/)', name)
 
 
 def picture_names(names, suffixes=SUFFIXES):
@@ -901,8 +902,9 @@ class Files:
             raise OSError(f'{self.root / inner}: {why}; make it readable, or move it elsewhere')
 
     def digest(self, names):
-        """Of these names and what their files weigh, in hexadecimal."""
-        return f'{zlib.crc32(repr([(n, self.weight(n)) for n in names]).encode()):08x}'
+        """Of these names and the fingerprints of their files, in hexadecimal."""
+        found = threaded(self.fingerprint, names, 'looking at files')
+        return f'{zlib.crc32(repr([*zip(names, found)]).encode()):08x}'
 
     def look(self, name):
         """((width, height), mode) of a picture, by its header."""
@@ -950,9 +952,11 @@ class Folder(Files):
     def stream(self, name):
         return open(common.regular(self.root / name), 'rb')
 
-    def weight(self, name):
-        path = self.root / name
-        return path.stat().st_size if path.is_file() else None
+    def fingerprint(self, name):
+        try:
+            return os.stat(self.root / name).st_size
+        except OSError:
+            return None
 
 
 class Zip(Files):
@@ -984,7 +988,7 @@ class Zip(Files):
     def stream(self, name):
         return self.file().open(self.entries[name])
 
-    def weight(self, name):
+    def fingerprint(self, name):
         return self.file().getinfo(self.entries[name]).CRC
 
 
@@ -1017,8 +1021,8 @@ class Packed(Files):
     """
 
     def __init__(self, root):
-        self.root, self.mapped, self.seen = root, None, identity(root)
-        about = self.read_about()
+        self.root, self.seen = root, identity(root)
+        about, self.mapped = self.read_about(), self.map()
         entries = about['entries']
         self.names = [e['name'] for e in entries]
         self.sides = {e['name']: e['side'] for e in entries}
@@ -1039,12 +1043,20 @@ class Packed(Files):
                 end = file.seek(-PACKED_END.size - size, os.SEEK_END)
                 text = file.read(size)
             require(last == PACKED and zlib.crc32(text) == checksum, 'damaged')
+            self.checksum = checksum
             about = json.loads(text)
             require([*packed_starts(about['entries'])][-1] == end, 'something is missing')
             return about
         except Exception:  # of bytes that are not what they were, anything
             raise ValueError(f'{self.root}: a packed file that was cut short or damaged; pack it '
                              'again (python data.py pack)') from None
+
+    def map(self):
+        """The bytes of the file; what replaces it later leaves them as they are."""
+        mapped = np.asarray(np.memmap(self.root, 'uint8', 'r'))
+        require(self.seen == identity(self.root), f'{self.root}: has been packed anew, or changed, '
+                'since it was opened; repeat the command')
+        return mapped
 
     def clip(self, entry):
         """An entry as a VideoFile."""
@@ -1057,18 +1069,16 @@ class Packed(Files):
     def __getstate__(self):
         return dict(vars(self), mapped=None)
 
-    def weight(self, name):
-        return self.sides[name]
+    def fingerprint(self, name):
+        return self.checksum
 
     def others(self):
         return f'packed with at most {self.size} pixels a side'
 
     def square(self, name, k=0):
         """The picture, or frame k of the video, of this name, PIL RGB."""
-        if self.mapped is None:  # each process has to do it, later than the entries were read
-            self.mapped = np.asarray(np.memmap(self.root, 'uint8', 'r'))
-            require(self.seen == identity(self.root), f'{self.root}: has been packed anew, or '
-                    'changed, since it was opened; repeat the command')
+        if self.mapped is None:  # in a process that does not share the memory of the first
+            self.mapped = self.map()
         side = self.sides[name]
         start = self.starts[name] + k * 3 * side ** 2
         return Image.fromarray(self.mapped[start:start + 3 * side ** 2].reshape(side, side, 3))
@@ -1298,8 +1308,8 @@ def find_videos(files):
     """The videos in `Files`, in order; a file that cannot be opened has no frames.
 
     A folder where one of the first three files moves holds animated files (GIF, WebP, APNG), any
-    other that holds pictures is one video; what moves beside a folder of its name is that video
-    again, and left out. ValueError if ffmpeg is needed and not there.
+    other that holds pictures is one video; what has as many frames beside a folder of its name is
+    that video again, and left out. ValueError if ffmpeg is needed and not there.
     """
     if files.clips is not None:
         return files.clips
@@ -1318,9 +1328,15 @@ def find_videos(files):
     seen |= zip(more, threaded(partial(glance, files), more, 'looking at videos'))
     videos = []
     for group, names in groups.items():
-        size = next((seen[n].size for n in names[:3] if seen[n].size), None)
-        videos += ([VideoFile(group, names, False, size)] if group in still else
-                   [seen[n] for n in names if os.path.splitext(n)[0] not in still])
+        if group in still:
+            size = next((seen[n].size for n in names[:3] if seen[n].size), None)
+            videos.append(VideoFile(group, names, False, size))
+            continue
+        again = {n for n in names if (stem := os.path.splitext(n)[0]) in still
+                 and len(seen[n]) == len(groups[stem])}
+        videos += [seen[n] for n in names if n not in again]
+        if again:
+            files.passed['animations of the frames in a folder'] += len(again)
     return videos
 
 
@@ -1426,7 +1442,8 @@ def film_frames(files, video, numbers):
     steady = f'fps={video.rate},tpad=stop=4:stop_mode=clone'
     command = ['ffmpeg', '-v', 'error', '-ss', f'{seconds:.6f}', '-i',
                f'file:{files.root / video.name}', '-map', '0:v:0', '-vf', steady,
-               '-frames:v', str(last - first + 1), '-f', 'image2pipe', '-c:v', 'ppm', '-']
+               '-frames:v', str(last - first + 1), '-f', 'image2pipe', '-c:v', 'ppm',
+               '-pix_fmt', 'rgb24', '-']  # or films of 10 bits come with 16
     quiet = dict(stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with subprocess.Popen(command, stdout=subprocess.PIPE, **quiet) as process:
         for k in range(first, last + 1):
@@ -1714,7 +1731,9 @@ class FileItems(Items):
         self.bad = [*self.files.lost, *((n, h) for n, h in headers.items() if isinstance(h, str))]
         self.names = [n for n, h in headers.items() if not isinstance(h, str)]
         self.total, self.last, self.spared = len(wanted) + len(self.files.lost), (None, None), 0
-        self.broken = torch.zeros(len(self.names), dtype=torch.bool).share_memory_()
+        self.broken = torch.zeros(len(self.names), dtype=torch.bool)
+        with contextlib.suppress(RuntimeError):  # some containers have no shared memory
+            self.broken.share_memory_()
         self.notes += filter(None, [self.files.others()])
         self.sound = {}  # index -> whether the file could be read, of those that were tried
         self.refuse_bad()
@@ -2200,8 +2219,8 @@ class FileVideos(FileItems, Videos):
         videos = self.select([*self.found], place, selection, official)
         long = [k for k, v in enumerate(videos) if len(v) >= self.span]
         short = [(v.name, f'only {len(v)} frames') for v in videos if len(v) < self.span]
-        require(long, f'{place}: no {self.kind} of {self.span} frames'
-                + '; try a smaller --frames' * (not selection.tolerant))
+        require(long, f'{place}: no {self.kind} of {self.span} frames; train with a smaller '
+                '--frames')
         self.bad, self.spared = self.bad + short, len(short)
         self.names, self.videos = ([of[k] for k in long] for of in (self.names, videos))
         self.captions = self.captions and [self.captions[k] for k in long]
@@ -2271,10 +2290,12 @@ class FileVideos(FileItems, Videos):
     def truth(self, i, R, frames=None, start=None):
         """The clip from a start, or the middle one, at R x R, enlarged if need be: (3,T,R,R).
 
-        With `frames` that many over the same time, if its video has them, see `frame_numbers`.
+        With `frames` that many over the same time, if its video has them, see `frame_numbers`. From
+        a start raises what reading raises, if the frames cannot be read.
         """
-        i = self.stand_in(i)
-        start = self.start(i, 0) if start is None else start
+        if start is None:
+            i = self.stand_in(i)
+            start = self.start(i, 0)
         return as_video(self.read(i, self.frame_numbers(i, start, frames), R))
 
     def facts(self):
@@ -3542,6 +3563,7 @@ class BlenderScene(JsonScene):
         return not (path.parent / JsonScene.pattern).is_file()
 
     def about(self):
+        self.pattern = 'transforms_*.json'  # as errors call it
         files = (self.folder / f'transforms_{side}.json' for side in self.SIDES)
         parts = [self.read(file) for file in files if file.is_file()]
         return dict(frames=[part | frame for part in parts for frame in part['frames']])
@@ -3572,8 +3594,9 @@ def find_scenes(root):
         raise FileNotFoundError(f'{root}: no such folder; put the scenes there or name the place '
                                 'with --data PATH')
     for folder in (root, *root.glob('*/'), *root.glob('*/*/')):
-        require(not folder.is_dir() or os.access(folder, os.R_OK | os.X_OK), f'{folder}: cannot be '
-                'listed; make it readable, or move it elsewhere')
+        hidden = is_hidden(f'{folder.relative_to(root).as_posix()}/') and folder != root
+        require(hidden or not folder.is_dir() or os.access(folder, os.R_OK | os.X_OK),
+                f'{folder}: cannot be listed; make it readable, or move it elsewhere')
     found = {root.resolve().name if name == '.' else name: s for name, s in scenes_at(root)}
     require(found, f'{root}: no scenes; each is a folder with transforms.json, or '
             'transforms_train.json and its likes, or with rgb, pose and intrinsics.txt, or an .npz '
@@ -4274,7 +4297,8 @@ def pack(args):
                  entries=packed_entries(dataset, args.size))
     write = partial(write_packed, dataset=dataset, about=about)
     common.replace(args.out, write)
-    good = [i for i in range(len(dataset)) if dataset.names[i] not in dict(dataset.bad)]
+    bad = dict(dataset.bad)
+    good = [i for i in range(len(dataset)) if dataset.names[i] not in bad]
     larger = sum(dataset.largest(i) > args.size for i in good)
     print(f'{args.out}: {len(good)} {base.kind}, {Path(args.out).stat().st_size / 2 ** 20:.1f} MiB'
           f'; at sizes up to {args.size} they come out equal to unpacked ones'

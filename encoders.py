@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import regular, require
+from common import parse_json, regular, require, salvaged
 from inr import PLANES, PointBlock
 
 
@@ -600,6 +600,21 @@ def from_hugging_face(state):
     return renamed
 
 
+def require_clip(path):
+    """ValueError if the config.json beside CLIP's weights tells of another network than OpenAI's.
+
+    The tensors of those with an exact GELU, or with other heads, have the same names and shapes.
+    """
+    about = parse_json(salvaged(Path(path).with_name('config.json')))
+    for part in (about, about.get('text_config'), about.get('vision_config')):
+        told = part if isinstance(part, dict) else {}
+        act, width = told.get('hidden_act', 'quick_gelu'), told.get('hidden_size')
+        heads = told.get('num_attention_heads')
+        require(act == 'quick_gelu' and (not heads or width == 64 * heads), f'{path}: a CLIP with '
+                f'{act} and heads of {width and heads and width // heads} channels, as its '
+                "config.json says; OpenAI's has quick_gelu and 64")
+
+
 def layers_of(state, prefix):
     """The number of blocks of a transformer whose names in the state dict begin with `prefix`."""
     return len({k.removeprefix(prefix).split('.')[0] for k in state if k.startswith(prefix)})
@@ -610,6 +625,7 @@ def clip_text(state, path):
 
     `state` holds the tensors, `path` is for the ValueError if one is missing or has another shape.
     """
+    require_clip(path)
     try:
         if any(k.startswith('text_model.') for k in state):
             state = from_hugging_face(state)

@@ -95,7 +95,7 @@ def scale_of_points(resolution, coords):
     every item; D = 2. For other points s = 1, the period of training.
     """
     one = coords.new_ones(())
-    if coords.shape[2] != 2:
+    if coords.shape[2] != 2 or not coords.shape[1]:
         return one
     x, y = coords[0].unbind(-1)
     width = int((y == y[0]).sum())
@@ -303,7 +303,8 @@ class RadianceHead(nn.Module):
         """Of the hidden layer's sums h (B,N,hidden), without the directions' part."""
         if dirs is not None:
             seen = self.directions(with_octaves(dirs, self.octaves))  # (B, K, hidden)
-            h = (h.unflatten(1, (seen.shape[1], -1)) + seen[:, :, None]).flatten(1, 2)
+            each = h.shape[1] // max(seen.shape[1], 1)  # points along each ray
+            h = (h.unflatten(1, (seen.shape[1], each)) + seen[:, :, None]).flatten(1, 2)
         return self.colour(F.leaky_relu(h, 0.2)).float().sigmoid()
 
     def forward(self, h, dirs=None):
@@ -458,7 +459,8 @@ class Function(nn.Module):
         axes = self.about.get('axes') or PLANES[self.about['domain']]
         p = look_up(self.xi, points, axes, self.about['plane_merge'],
                     self.about.get('align_corners', False))
-        return self.mlp(p, points, scale, dirs).view(*coords.shape[:-1], -1)
+        values = self.mlp(p, points, scale, dirs)
+        return values.view(*coords.shape[:-1], values.shape[-1])
 
 
 def save_function(path, f):

@@ -56,7 +56,7 @@ from common import (Parser, evenly_spaced, file_digest, find_checkpoint, flag, l
                     move, require, require_finite, resolved, run, save_checkpoint, seeded,
                     start_process, the_checkpoint, torch_seeded, try_file, writing)
 from encoders import (BPETokenizer, CLIPText, TextBlock, from_hugging_face, layers_of,
-                      read_tensors, text_reader)
+                      read_tensors, require_clip, text_reader)
 from inr import render_mesh
 
 # ---- distances between feature sets ------------------------------------------------------------
@@ -334,10 +334,13 @@ def tree_row(x, trees):
                         dtype=torch.float64).reshape(2, -1)
 
 
-def cuda_row(x, clouds, size=64):
-    """The same of one cloud (N,3) to K others (K,M,3), by all distances."""
+def cuda_row(x, clouds, most=2 ** 28):
+    """The same of one cloud (N,3) to K others (K,M,3), by all distances, up to `most` at a time.
+
+    Of two clouds they are all in memory.
+    """
     found = [torch.zeros(2, 0)]
-    for part in clouds.split(size):
+    for part in clouds.split(max(1, most // (len(x) * clouds.shape[1]))):
         d = torch.cdist(part, x[None], compute_mode='donot_use_mm_for_euclid_dist')
         ways = d.amin(1), d.amin(2)
         found.append(torch.stack([sum((w ** p).mean(1) for w in ways) for p in (2, 1)]).cpu())
@@ -940,6 +943,8 @@ def load_network(kind, path='weights'):
     require(path.stem not in ('rgb_imagenet', 'rgb_charades'), f'{path}: I3D with other weights '
             f'than those of FVD; {wanted(kind)}')
     state = read_tensors(path, wanted(kind))
+    if kind == 'clip':
+        require_clip(path)
     try:
         state = spec.translate(state)
         with torch.device('meta'):  # no time spent on an initialisation
@@ -1086,11 +1091,16 @@ def file_source(items, load, name, about, failure=OSError, **options):
     return source
 
 
-def about_files(files, names, folder, kind, resolution, **more):
+def about_files(folder, kind, resolution, **more):
     """What a manifest says of pictures in files."""
     resized = 'centre square, Pillow bicubic, antialiased' if resolution else 'no'
     return dict(source=str(folder), kind=kind, resolution=resolution or 'as stored',
-                resized=resized, files=files.digest(names), **more)
+                resized=resized, **more)
+
+
+def fingerprint(files, names, args, key):
+    """What tells the reals, of which `key` is 0, from others where statistics of them are kept."""
+    return dict(files=files.digest(names)) if args.reference and not key else {}
 
 
 def read_picture(files, name, resolution=0):
@@ -1127,7 +1137,8 @@ def folder_pictures(folder, args, resolution, limit, key):
     sizes = {(resolution, resolution)} if resolution else {
         *data.threaded(size, names, 'reading headers')} - {None}
     return file_source(range(len(names)), lambda k: read_picture(files, names[k], resolution),
-                       names.__getitem__, about_files(files, names, folder, 'pictures', resolution),
+                       names.__getitem__, about_files(
+                           folder, 'pictures', resolution, **fingerprint(files, names, args, key)),
                        batch=args.batch, sizes=sizes)
 
 
@@ -1142,8 +1153,7 @@ def folder_pairs(args):
         x, y = (read_picture(files, name, args.res) / 255 for files, name in zip(sets, pair))
         require(x.shape == y.shape, f'{pair[0]} and {pair[1]} have different sizes; try --res')
         return torch.stack([x, y])
-    about = about_files(sets[0], a, args.a, 'pairs', args.res, beside=str(args.b),
-                        pairs='by sorted name')
+    about = about_files(args.a, 'pairs', args.res, beside=str(args.b), pairs='by sorted name')
     return file_source(list(zip(a, b)), load, ' and '.join, about, batch=args.batch)
 
 
@@ -1179,10 +1189,10 @@ def folder_clips(folder, args, resolution, limit, key):
         numbers = range(first, first + span, args.interval)
         frames = data.read_frames(files, videos[video], numbers, resolution)
         return torch.from_numpy(frames).permute(3, 0, 1, 2)
-    used = sorted({v for v, _ in clips})
-    names = [name for v in used for name in dict.fromkeys(videos[v].frames)]  # of a film one
+    names = [videos[v].frames[first] for v, first in clips]
     about = about_files(
-        files, names, folder, 'clips', resolution, videos=len(videos), used=len(used),
+        folder, 'clips', resolution, videos=len(videos), used=len({v for v, _ in clips}),
+        **fingerprint(files, names, args, key),
         too_short=sum(0 < len(v) < span for v in videos), frames=args.frames,
         interval=args.interval, seed=args.seed, codec=Path(videos[clips[0][0]].frames[0]).suffix)
     return file_source(clips, load, lambda clip: videos[clip[0]].name, about, batch=args.batch,
@@ -1264,10 +1274,13 @@ class Run:
         noise = [torch.randn(shape, generator=torch_seeded('rfid', seed, i)) for i in part]
         return posterior.sample(torch.stack(noise).to(posterior.mean))
 
+    def about(self, kind, **more):
+        """What a manifest says of things of this run."""
+        return dict(source=self.path, step=self.info['step'], kind=kind, resolution=self.R,
+                    **more, **self.settings())
+
     def source(self, items, read, kind, batch, **about):
-        about = dict(source=self.path, step=self.info['step'], kind=kind, resolution=self.R,
-                     **about, **self.settings())
-        return Source(items, read, about, batch, {(self.R, self.R)})
+        return Source(items, read, self.about(kind, **about), batch, {(self.R, self.R)})
 
     def fitting(self, dataset):
         """Numbers of the items that have R pixels a side; ValueError if there are none."""
@@ -1353,7 +1366,7 @@ class Run:
             source.calls.append(nfe)
             return [(made or self.made)(z, numbers)]
         source = self.source(range(self.args.num), read, 'samples', self.args.batch,
-                             **told_of(self.args.sampler, self.args.batch))
+                             **about_sampler(self.args.sampler, self.args.batch))
         return source
 
 
@@ -1451,23 +1464,23 @@ class VideoRun(PictureRun):
         return dataset.truth(i, R, self.frames)
 
     def reals(self, split, limit):
-        """Up to `limit` clips of a split, drawn by `draw_clips`; of those rebuilt, the very ones."""
+        """Up to `limit` clips of a split, by `draw_clips`; for reconstructions those rebuilt."""
         if self.args.fakes == 'reconstructions':
             return super().reals(split, limit)
         dataset = self.data(split)
         fitting = self.fitting(dataset)
         clips = [(fitting[k], start) for k, start in draw_clips(
             [dataset.starts(i) for i in fitting], 1, 1, limit, (self.args.seed, 0))]
+        first = 'x.computed' if dataset.computed else dataset.videos[0].frames[0]
+        about = self.about('clips', split=split, videos=len(fitting),
+                           used=len({i for i, _ in clips}), interval=self.interval,
+                           seed=self.args.seed, codec=Path(first).suffix)
 
-        def read(part):
-            good = {*dataset.readable({i for i, _ in part})}
-            found = [quantise(dataset.truth(i, self.R, self.frames, start))
-                     for i, start in part if i in good]
-            return [torch.stack(found)] if found else []
-        first = '.computed' if dataset.computed else dataset.videos[0].frames[0]
-        return self.source(clips, read, 'data', self.args.batch, split=split,
-                           videos=len(fitting), used=len({i for i, _ in clips}),
-                           interval=self.interval, seed=self.args.seed, codec=Path(first).suffix)
+        def load(clip):
+            i, start = clip
+            return quantise(dataset.truth(i, self.R, self.frames, start))
+        return file_source(clips, load, lambda clip: dataset.names[clip[0]], about, Exception,
+                           batch=self.args.batch, sizes={(self.R, self.R)})
 
     def drawn(self, z, R, enlarged=False):
         if not enlarged:
@@ -1733,7 +1746,7 @@ def real_stats(net, real, args):
     return stats
 
 
-def told_of(sampler, batch):
+def about_sampler(sampler, batch):
     """What a manifest says of a sampler: rk45 takes the steps that the worst of a batch needs."""
     return sampler | (dict(samples_of_equal_steps=batch) if 'rtol' in sampler else {})
 
@@ -1809,7 +1822,8 @@ def psnr_command(args):
         x, y, *covered = pairs.unbind(1)
         others = {k: pictures_of(v) for k, v in guesses(x).items()}
         x, y = pictures_of(x), pictures_of(y)
-        similar = ssim_each(x, y) if min(x.shape[2:]) >= 11 else torch.full((len(x),), math.nan)
+        similar = (torch.cat([*map(ssim_each, x.split(1), y.split(1))])  # in float64: one by one
+                   if min(x.shape[2:]) >= 11 else torch.full((len(x),), math.nan))
         found = dict(psnr=psnr_each(x, y), ssim=similar)
         found |= {k: psnr_each(v, x) for k, v in others.items()}
         for where in covered:
@@ -2180,7 +2194,7 @@ def text_command(args):
                   forwards=values['nfe'] * (1 + (args.guidance != 1)))
     ends = classifier and ('ends' if classifier[2] else 'centres')
     report(args, f'{values_line(values)}   w {args.guidance:g}, {args.each} samples each', dict(
-        **values, source=run.path, step=run.info['step'], **told_of(args.sampler, args.each),
+        **values, source=run.path, step=run.info['step'], **about_sampler(args.sampler, args.each),
         text=config.text,
         threshold=run.vae.config.threshold, clip=clip and clip.source, classifier_grid=ends,
         classifier=classifier and classifier[0].source))

@@ -95,7 +95,8 @@ class VAEConfig:
                              choices=('cfc', 'concat', 'single'))
     cfc_merge: str = flag('concat', 'how CFC joins a field to the hidden state',
                           choices=('concat', 'sum'))
-    plane_merge: str = flag('concat', 'how the look-ups in the planes of one field are joined',
+    plane_merge: str = flag('concat', 'how the look-ups in the planes of one field are joined '
+                            '(no effect on one plane)',
                             choices=('concat', 'sum'))
     coord_input: bool = flag(False, "add the coordinate, linearly, after the MLP's first block")
     coord_octaves: int = flag(0, 'with the coordinate, its sines and cosines at so many octaves')
@@ -137,9 +138,6 @@ class VAEConfig:
                 f'--coord_octaves {self.coord_octaves}: has no effect without --coord_input')
         require(self.view_dirs or self.view_octaves == VAEConfig.view_octaves,
                 f'--view_octaves {self.view_octaves}: has no effect without --view_dirs')
-        require(self.conditioning == 'cfc' or self.cfc_merge == VAEConfig.cfc_merge,
-                f'--cfc_merge {self.cfc_merge}: has no effect with --conditioning '
-                f'{self.conditioning}')
         require(self.up in UPWARDS, f'up {self.up}: one of {", ".join(UPWARDS)}')
         DOMAINS[self.domain].check(self)
         self.n_ref = self.n_ref or DOMAINS[self.domain].values_of_signal(self)
@@ -565,7 +563,7 @@ class ShapeVAE(D2CVAE):
     domain, reads, point_features = 'shape', 'points', 3
     allowed = dict(loss=('bce',), scale_injection=(False,))
     own_flags = ('ch', 'ch_mult', 'point_hidden', 'point_blocks', 'point_channels', 'point_local',
-                 'threshold', 'plane_merge')
+                 'threshold')
 
     @staticmethod
     def values_of_signal(c):
@@ -646,7 +644,7 @@ class FieldVAE(ShapeVAE):
     allowed = dict(loss=('l1', 'l2'), scale_injection=(False,))
     own_flags = ('ch', 'ch_mult', 'point_hidden', 'point_blocks', 'point_channels', 'point_local',
                  'ray_samples', 'ray_importance', 'density_scale', 'colour_width', 'view_dirs',
-                 'view_octaves', 'colour_points', 'plane_merge')
+                 'view_octaves', 'colour_points')
 
     @staticmethod
     def values_of_signal(c):
@@ -783,8 +781,7 @@ class VideoVAE(D2CVAE):
     domain, reads = 'video', 'video'
     stretch = dict(yt=(1, 2), xt=(1, 2))  # t is not reduced
     allowed = dict(loss=('l1', 'l2'), scale_injection=(False,))
-    own_flags = ('patch', 'vit_width', 'vit_depth', 'vit_heads', 'plane_depth', 'plane_hidden',
-                 'plane_merge')
+    own_flags = 'patch', 'vit_width', 'vit_depth', 'vit_heads', 'plane_depth', 'plane_hidden'
 
     @classmethod
     def check(cls, config):

@@ -1026,8 +1026,7 @@ def test_only_success_waits_for_other_processes(monkeypatch, capsys):
 
 @pytest.mark.mutation('common.py', 'any(f[k] != found[0][k] for f in found)', 'False')
 @pytest.mark.mutation('common.py', 'zlib.crc32(repr(dataset.names).encode())', '0')
-@pytest.mark.mutation('common.py', 'for k, v in vars(args).items() if k not in PLACES',
-                      'for k, v in vars(args).items()')
+@pytest.mark.mutation('common.py', 'for k, v in told.items() if k not in PLACES', 'for k, v in told.items()')
 @pytest.mark.mutation('common.py', 'Path(v).name if k in MAY_MOVE and v else v', 'v')
 def test_processes_that_differ_are_refused(monkeypatch):
     def gather(found, values):
@@ -1039,14 +1038,14 @@ def test_processes_that_differ_are_refused(monkeypatch):
     common.agree(step=0)
     with pytest.raises(ValueError, match='the processes differ: step 0; step 400'):
         common.agree(step=400)
-    others = dict(step=0, **{'--lr': 2e-4, '--captions': 'rows.csv'})
+    others = dict(step=0, **{'--lr': 2e-4, '--captions': 'rows.csv', '--micro_batch': False})
     try:
-        common.agree_on_flags(SimpleNamespace(lr=2e-4, captions='/here/rows.csv', data='here'),
-                              step=0)
+        common.agree_on_flags(SimpleNamespace(lr=2e-4, captions='/here/rows.csv', data='here',
+                                              micro_batch=8), step=0)
     except (KeyError, ValueError) as error:
         pytest.fail(str(error))
     with pytest.raises(ValueError, match='the processes differ: --lr 0.0001; --lr 0.0002$'):
-        common.agree_on_flags(SimpleNamespace(lr=1e-4, captions='rows.csv'), step=0)
+        common.agree_on_flags(SimpleNamespace(lr=1e-4, captions='rows.csv', micro_batch=4), step=0)
     files = mock.MagicMock(names=['a', 'b'], __len__=lambda self: 2)
     others = dict(items=2, digest=zlib.crc32(b"['a', 'b']"))
     try:
@@ -1059,18 +1058,19 @@ def test_processes_that_differ_are_refused(monkeypatch):
 
 
 @pytest.mark.mutation('common.py', "and compiles(process.device)", '')
-@pytest.mark.mutation('common.py', 'works = 0.0', 'pass')
+@pytest.mark.mutation('common.py', '0.0 if why else 1.0', '1.0')
 @pytest.mark.mutation('common.py', "        return '--compile off'\n", '        pass\n')
 def test_where_nothing_can_be_compiled_it_is_left_out(monkeypatch, capsys):
     def compile(network):
         def fails(x):
             raise torch._dynamo.exc.InternalTorchDynamoError('Failed to find\nC compiler')
         return fails
+    common.compiles.cache_clear()
     monkeypatch.setattr(torch, 'compile', compile)
     monkeypatch.setattr(torch, 'ones', lambda *shape, device: None)
     cuda, network = common.Process(0, 1, torch.device('cuda'), False), nn.Linear(1, 1)
     assert common.compiled(network, arguments(compile='auto'), cuda) is network
-    assert capsys.readouterr().out.startswith('note: torch.compile does not work here (Failed to ')
+    assert capsys.readouterr().out.startswith('note: torch.compile does not work (Failed to ')
     assert common.compiled(network, arguments(compile='off'), cuda) is network
     forced = common.compiled(network, arguments(compile='on'), cuda)
     with pytest.raises(SystemExit):
@@ -1079,6 +1079,7 @@ def test_where_nothing_can_be_compiled_it_is_left_out(monkeypatch, capsys):
         except RuntimeError:
             pytest.fail('a traceback')
     assert capsys.readouterr().err == 'error: Failed to find C compiler; try --compile off\n'
+    common.compiles.cache_clear()
 
 
 @pytest.mark.mutation('common.py', "require(':' not in device or local == 1", 'require(True')

@@ -462,7 +462,7 @@ def test_shrinking_is_antialiased(tmp_path):
 
 
 @pytest.mark.mutation('data.py', 'int(p) if k % 2 else p', 'p')
-@pytest.mark.mutation('data.py', r'(^|/)(\.|__MACOSX/)', r'(^|/)nothing')
+@pytest.mark.mutation('data.py', r'(^|/)(\.|__MACOSX/|lost\+found/)', r'(^|/)nothing')
 def test_names_are_natural_and_hidden_files_are_none(tmp_path):
     for name in ('b/x/p10.png', 'b/x/p9.PNG', 'p2.png', '.hidden/q.png', '__MACOSX/._p2.png'):
         write(tmp_path / name, noise(16, 16))

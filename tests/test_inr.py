@@ -56,7 +56,7 @@ def test_scale_of_scattered_points_is_that_of_training():
         assert inr.scale_of_points(16, points) == 1
 
 
-@pytest.mark.mutation('inr.py', 'if coords.shape[2] != 2:', 'if coords.shape[2] != 3:')
+@pytest.mark.mutation('inr.py', 'if coords.shape[2] != 2 or', 'if coords.shape[2] != 3 or')
 def test_points_in_space_have_the_scale_of_training():
     slab = inr.make_grid(4, 4, 4)[:1].reshape(1, -1, 3)
     try:

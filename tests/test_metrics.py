@@ -922,13 +922,13 @@ def test_fid_of_folders(capsys, folders, random_file):
 
 @pytest.mark.mutation('metrics.py', "if 'rtol' in sampler", 'if False')
 def test_results_tell_which_samples_share_their_steps():
-    told = [metrics.told_of(metrics.parse_sampler(text), 8) for text in ('rk45:1e-3', 'ddim:9')]
+    told = [metrics.about_sampler(metrics.parse_sampler(text), 8) for text in ('rk45:1e-3', 'ddim:9')]
     assert told == [dict(sampler='rk45', rtol=1e-3, atol=1e-3, samples_of_equal_steps=8),
                     dict(sampler='ddim', steps=9)]
 
 
 @pytest.mark.mutation('metrics.py', 'own.get(name) == value', 'True')
-@pytest.mark.mutation('data.py', 'repr([(n, self.weight(n)) for n in names])', 'repr(names)')
+@pytest.mark.mutation('data.py', 'repr([*zip(names, found)])', 'repr(names)')
 @pytest.mark.mutation('metrics.py', "stats.load_state_dict(saved['stats'])", 'pass')
 def test_statistics_of_reals_are_kept_in_a_file(capsys, folders, colour_network):
     """Written if it is absent, else read and not computed again; refused for another set."""
@@ -999,7 +999,8 @@ def test_psnr_of_folders(capsys, folders):
 
 
 def folder(name, resolution=0, limit=None, batch=9):
-    return metrics.folder_pictures(name, SimpleNamespace(batch=batch), resolution, limit, 0)
+    return metrics.folder_pictures(
+        name, SimpleNamespace(batch=batch, reference=""), resolution, limit, 0)
 
 
 @pytest.mark.mutation('metrics.py', 'for _, same in groupby(found, lambda x: x.shape)',

@@ -496,9 +496,17 @@ def test_pictures_of_another_shape_than_the_cameras_saw_are_refused(tmp_path, sc
                 assert not good and 'it was cropped, or turned' in str(error)
 
 
-@pytest.mark.mutation('data.py', 'require(not folder.is_dir() or os.access(folder,',
-                      'require(True or os.access(folder,')
+@pytest.mark.mutation('data.py', 'require(hidden or not folder.is_dir()', 'require(True')
+@pytest.mark.mutation('data.py', 'require(hidden or not folder', 'require(not folder')
 def test_scenes_that_cannot_be_listed_are_not_passed_over(folders, monkeypatch):
+    hidden = {'.trash', 'lost+found'}
+    for name in hidden:
+        (folders / 'json' / name).mkdir()
+    monkeypatch.setattr(os, 'access', lambda path, mode: Path(path).name not in hidden)
+    try:
+        opened(folders / 'json')
+    except ValueError as error:
+        pytest.fail(str(error))
     monkeypatch.setattr(os, 'access', lambda path, mode: Path(path).name != 'car1')
     with pytest.raises(ValueError, match='car1: cannot be listed'):
         opened(folders / 'json')

@@ -137,14 +137,17 @@ def test_larger_pictures_are_reduced_once(folder, pack, capsys):
     assert capsys.readouterr().out.endswith('come out equal to unpacked ones\n')
 
 
+@pytest.mark.mutation('data.py', 'require(self.seen == identity(self.root)', 'require(True')
 def test_a_file_that_was_packed_anew_is_not_read_by_the_old_index(folder, pack):
     files = data.Packed(pack(folder))
-    sent = pickle.dumps(files)
+    sent, before = pickle.dumps(files), np.asarray(files.square('a/p2.png'))
     (folder / 'a/p1.png').unlink()
     pack(folder)
-    for reader in (files, pickle.loads(sent)):
+    assert np.array_equal(np.asarray(files.square('a/p2.png')), before)  # it has the old file
+    other = pickle.loads(sent)
+    for _ in range(2):
         with pytest.raises(ValueError, match='has been packed anew'):
-            reader.square('a/p2.png')
+            other.square('a/p2.png')
 
 
 @pytest.mark.mutation('data.py', "left in Path(args.out).parent.glob(", "left in (")
@@ -171,8 +174,10 @@ def test_packed_files_can_be_packed_again(folder, pack, tmp_path):
 @pytest.mark.mutation('data.py', "return (self.sides[name],) * 2, 'RGB'",
                       "return self.square(name).size, 'RGB'")
 def test_only_what_is_asked_for_is_read_and_by_every_process(folder, pack):
-    packed = pictures(pack(folder))
-    assert packed.files.mapped is None  # sizes are known without the pictures
+    file = pack(folder)
+    with pytest.MonkeyPatch.context() as patch:  # sizes are known without the pictures
+        patch.setattr(data.Packed, 'square', lambda *_: pytest.fail('read'))
+        packed = pictures(file)
     expected = torch.stack([packed.item(i)['image'] for i in range(len(packed))])
     sent = pickle.dumps(packed.files)  # as a spawned worker gets it
     assert len(sent) < 3000
@@ -266,7 +271,7 @@ def test_a_run_of_a_folder_goes_on_with_the_packed_file(folder, pack):
 
 
 def test_other_readers_of_folders(folder, pack):
-    args = SimpleNamespace(batch=4)
+    args = SimpleNamespace(batch=4, reference='')
     found = [[x.numpy() for x in metrics.folder_pictures(place, args, 10, 9, 'real').read(range(9))]
              for place in (folder, pack(folder))]
     assert all(map(np.array_equal, *found))

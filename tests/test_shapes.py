@@ -589,7 +589,7 @@ def test_chamfer_equals_loops():
     squared, plain = metrics.chamfer_matrix(a, b)
     torch.testing.assert_close(squared.diag(), torch.stack(slow))
     torch.testing.assert_close(metrics.chamfer_matrix(a, a), metrics.chamfer_matrix(a, a.clone()))
-    brute = torch.stack([metrics.cuda_row(x, b, size=2) for x in a], dim=1)
+    brute = torch.stack([metrics.cuda_row(x, b, most=2 * len(x) * b.shape[1]) for x in a], dim=1)
     torch.testing.assert_close(brute, torch.stack([squared, plain]), rtol=1e-5, atol=1e-6)
     r = torch.tensor([[[0.0, 0, 0]], [[3.0, 0, 4]]])
     assert metrics.chamfer_matrix(r[:1], r[1:]).flatten().tolist() == pytest.approx([50, 10])

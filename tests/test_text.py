@@ -3,6 +3,7 @@ import gzip
 import json
 import math
 import unicodedata
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -279,6 +280,10 @@ def test_text_tower_equals_a_slow_one():
     'encoders.py',
     "key.replace('visual_projection', 'visual.proj')[:-7], value.T",
     "key.replace('visual_projection', 'visual.proj')[:-7], value")
+@pytest.mark.mutation('encoders.py', "act == 'quick_gelu' and (", 'True and (')
+@pytest.mark.mutation('encoders.py', '(not heads or width == 64 * heads)', 'True')
+@pytest.mark.mutation('metrics.py', '        require_clip(path)\n', '        pass\n')
+@pytest.mark.mutation('encoders.py', '    require_clip(path)\n', '')
 def test_clip_from_both_publishers(tmp_path, merges):
     """Whole files, OpenAI's and Hugging Face's names, pickled and as safetensors."""
     state = random_clip(width=64, vision=64)
@@ -288,6 +293,15 @@ def test_clip_from_both_publishers(tmp_path, merges):
     expected = slow_picture(state, picture[0])
     torch.save({**state, 'input_resolution': torch.tensor(32)}, tmp_path / 'ViT-B-32.pt')
     torch.save(to_hugging_face(state), tmp_path / 'pytorch_model.bin')
+    config = tmp_path / 'config.json'
+    for about in (dict(text_config=dict(hidden_act='gelu')),
+                  dict(vision_config=dict(hidden_size=1280, num_attention_heads=16))):
+        config.write_text(json.dumps(about))
+        for load in (partial(metrics.load_network, 'clip'), encoders.CLIPReader):
+            with pytest.raises(ValueError, match="OpenAI's has quick_gelu and 64"):
+                load(tmp_path / 'pytorch_model.bin')
+    config.write_text(json.dumps(dict(hidden_act='quick_gelu', text_config=None, vision_config=dict(
+        hidden_size=768, num_attention_heads=12))))
     for name in ('ViT-B-32.pt', 'pytorch_model.bin'):
         net = metrics.load_network('clip', tmp_path / name)
         torch.testing.assert_close(net.encode_image(picture)[0], expected, rtol=1e-3, atol=1e-3)

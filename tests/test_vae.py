@@ -410,14 +410,15 @@ def test_an_exported_function_is_the_sample(tmp_path):
         model = vae.D2CVAE(vae.VAEConfig(
             domain=domain, channels=2, extent=0.55, resolution=16, **encoder,
             z_channels=4, decoder_ch=8, decoder_mult=(2, 1), fields=(1, 2), field_channels=4,
-            mlp_width=16, plane_merge='concat' if domain == 'image' else 'sum',
-            scale_injection=domain == 'image', loss='bce' if domain == 'shape' else 'l1',
-            coord_input=domain == 'shape'))
+            mlp_width=16, plane_merge='sum', scale_injection=domain == 'image',
+            loss='bce' if domain == 'shape' else 'l1', coord_input=domain == 'shape'))
         sizes = model.latent_sizes()
         xi = model.decode(torch.randn(1, 4, sum(h * w for h, w in sizes.values())))
         inr.save_function(tmp_path / 'f.pt', model.function(xi))
         f = inr.load_function(tmp_path / 'f.pt')
         assert torch.equal(f.xi[0]['xy'], xi[0]['xy'].half().float()) and f.extent == 0.55
+        none = f(torch.rand(3, 0, D), dirs=torch.rand(0, 3) if domain == 'nerf' else None)
+        assert none.shape == (3, 0, f(torch.zeros(1, D), dirs=torch.ones(3)).shape[-1])
         assert {f.to('meta').xi[0]['xy'].device.type, next(f.mlp.parameters()).device.type} == {'meta'}
         f = inr.load_function(tmp_path / 'f.pt')
         points, grid = torch.rand(7, D) * 2 - 1, inr.make_grid(*[5, 9, 8][-D:])

@@ -128,7 +128,7 @@ def test_objective_of_clips():
 
 
 @pytest.mark.mutation('vae.py', 'require(config.resolution % config.patch == 0', 'require(True')
-@pytest.mark.mutation('vae.py', "own_flags = ('patch', 'vit_width'", "own_flags = ('vit_width'")
+@pytest.mark.mutation('vae.py', "own_flags = 'patch', 'vit_width'", "own_flags = 'vit_width'")
 def test_impossible_video_configurations_are_refused():
     for changes, word in ((dict(patch=3), '--patch 3'), (dict(ch=16), '--ch'),
                           (dict(scale_injection=True), '--scale_injection'),
