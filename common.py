@@ -361,7 +361,8 @@ def agree(**values):
 
 def agree_on_flags(args, **values):
     """The same for `values` and for all flags, but for those that say where something lies."""
-    told = vars(args) | dict(micro_batch=args.micro_batch == 'auto')  # as numbers they may differ
+    rounds = 'auto' if args.micro_batch == 'auto' else 'a number'  # numbers may differ
+    told = vars(args) | dict(micro_batch=rounds)
     agree(**values, **{f'--{k}': Path(v).name if k in MAY_MOVE and v else v
                        for k, v in told.items() if k not in PLACES})
 

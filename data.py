@@ -953,8 +953,11 @@ class Folder(Files):
         return open(common.regular(self.root / name), 'rb')
 
     def fingerprint(self, name):
-        try:
-            return os.stat(self.root / name).st_size
+        try:  # its size, and the checksum of how it begins and ends
+            with self.stream(name) as file:
+                begins, size = file.read(2 ** 16), file.seek(0, os.SEEK_END)
+                file.seek(max(size - 2 ** 16, 0))
+                return size, zlib.crc32(begins + file.read())
         except OSError:
             return None
 
@@ -1308,8 +1311,9 @@ def find_videos(files):
     """The videos in `Files`, in order; a file that cannot be opened has no frames.
 
     A folder where one of the first three files moves holds animated files (GIF, WebP, APNG), any
-    other that holds pictures is one video; what has as many frames beside a folder of its name is
-    that video again, and left out. ValueError if ffmpeg is needed and not there.
+    other that holds pictures is one video. What has about as many frames or fewer (formats join
+    equal ones) beside a folder of its name is that video again, and left out. ValueError if ffmpeg
+    is needed and not there.
     """
     if files.clips is not None:
         return files.clips
@@ -1333,7 +1337,7 @@ def find_videos(files):
             videos.append(VideoFile(group, names, False, size))
             continue
         again = {n for n in names if (stem := os.path.splitext(n)[0]) in still
-                 and len(seen[n]) == len(groups[stem])}
+                 and len(seen[n]) <= len(groups[stem]) + 2}
         videos += [seen[n] for n in names if n not in again]
         if again:
             files.passed['animations of the frames in a folder'] += len(again)

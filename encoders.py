@@ -601,7 +601,7 @@ def from_hugging_face(state):
 
 
 def require_clip(path):
-    """ValueError if the config.json beside CLIP's weights tells of another network than OpenAI's.
+    """ValueError if the config.json of Hugging Face's CLIP tells of another network than OpenAI's.
 
     The tensors of those with an exact GELU, or with other heads, have the same names and shapes.
     """
@@ -625,9 +625,11 @@ def clip_text(state, path):
 
     `state` holds the tensors, `path` is for the ValueError if one is missing or has another shape.
     """
-    require_clip(path)
+    foreign = any(k.startswith('text_model.') for k in state)
+    if foreign:
+        require_clip(path)
     try:
-        if any(k.startswith('text_model.') for k in state):
+        if foreign:
             state = from_hugging_face(state)
         embedding, position = state['token_embedding.weight'], state['positional_embedding']
         layers, width = layers_of(state, 'transformer.resblocks.'), embedding.shape[1]

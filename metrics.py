@@ -943,7 +943,7 @@ def load_network(kind, path='weights'):
     require(path.stem not in ('rgb_imagenet', 'rgb_charades'), f'{path}: I3D with other weights '
             f'than those of FVD; {wanted(kind)}')
     state = read_tensors(path, wanted(kind))
-    if kind == 'clip':
+    if kind == 'clip' and any(k.startswith('text_model.') for k in state):
         require_clip(path)
     try:
         state = spec.translate(state)
@@ -1189,14 +1189,15 @@ def folder_clips(folder, args, resolution, limit, key):
         numbers = range(first, first + span, args.interval)
         frames = data.read_frames(files, videos[video], numbers, resolution)
         return torch.from_numpy(frames).permute(3, 0, 1, 2)
-    names = [videos[v].frames[first] for v, first in clips]
+    names = [*dict.fromkeys(name for v, first in clips
+                            for name in videos[v].frames[first:first + span:args.interval])]
     about = about_files(
         folder, 'clips', resolution, videos=len(videos), used=len({v for v, _ in clips}),
         **fingerprint(files, names, args, key),
         too_short=sum(0 < len(v) < span for v in videos), frames=args.frames,
         interval=args.interval, seed=args.seed, codec=Path(videos[clips[0][0]].frames[0]).suffix)
-    return file_source(clips, load, lambda clip: videos[clip[0]].name, about, batch=args.batch,
-                       bad={v.name for v in videos if not len(v)})
+    return file_source(clips, load, lambda clip: f'{videos[clip[0]].name} from frame {clip[1]}',
+                       about, batch=args.batch, bad={v.name for v in videos if not len(v)})
 
 
 def folder_clouds(folder, args, resolution, limit, key):
@@ -1471,7 +1472,10 @@ class VideoRun(PictureRun):
         fitting = self.fitting(dataset)
         clips = [(fitting[k], start) for k, start in draw_clips(
             [dataset.starts(i) for i in fitting], 1, 1, limit, (self.args.seed, 0))]
-        first = 'x.computed' if dataset.computed else dataset.videos[0].frames[0]
+        first = 'x.computed'
+        if not dataset.computed:
+            first = dataset.videos[0].frames[0]
+            dataset.frame_numbers(fitting[0], 0, self.frames)  # a wrong --frames is said at once
         about = self.about('clips', split=split, videos=len(fitting),
                            used=len({i for i, _ in clips}), interval=self.interval,
                            seed=self.args.seed, codec=Path(first).suffix)
@@ -1479,8 +1483,11 @@ class VideoRun(PictureRun):
         def load(clip):
             i, start = clip
             return quantise(dataset.truth(i, self.R, self.frames, start))
-        return file_source(clips, load, lambda clip: dataset.names[clip[0]], about, Exception,
-                           batch=self.args.batch, sizes={(self.R, self.R)})
+
+        def name(clip):
+            return f'{dataset.names[clip[0]]} from frame {clip[1]}'
+        return file_source(clips, load, name, about, Exception, batch=self.args.batch,
+                           sizes={(self.R, self.R)})
 
     def drawn(self, z, R, enlarged=False):
         if not enlarged:

@@ -1038,7 +1038,7 @@ def test_processes_that_differ_are_refused(monkeypatch):
     common.agree(step=0)
     with pytest.raises(ValueError, match='the processes differ: step 0; step 400'):
         common.agree(step=400)
-    others = dict(step=0, **{'--lr': 2e-4, '--captions': 'rows.csv', '--micro_batch': False})
+    others = dict(step=0, **{'--lr': 2e-4, '--captions': 'rows.csv', '--micro_batch': 'a number'})
     try:
         common.agree_on_flags(SimpleNamespace(lr=2e-4, captions='/here/rows.csv', data='here',
                                               micro_batch=8), step=0)

@@ -283,7 +283,7 @@ def test_text_tower_equals_a_slow_one():
 @pytest.mark.mutation('encoders.py', "act == 'quick_gelu' and (", 'True and (')
 @pytest.mark.mutation('encoders.py', '(not heads or width == 64 * heads)', 'True')
 @pytest.mark.mutation('metrics.py', '        require_clip(path)\n', '        pass\n')
-@pytest.mark.mutation('encoders.py', '    require_clip(path)\n', '')
+@pytest.mark.mutation('encoders.py', '        require_clip(path)\n', '        pass\n')
 def test_clip_from_both_publishers(tmp_path, merges):
     """Whole files, OpenAI's and Hugging Face's names, pickled and as safetensors."""
     state = random_clip(width=64, vision=64)
@@ -300,6 +300,10 @@ def test_clip_from_both_publishers(tmp_path, merges):
         for load in (partial(metrics.load_network, 'clip'), encoders.CLIPReader):
             with pytest.raises(ValueError, match="OpenAI's has quick_gelu and 64"):
                 load(tmp_path / 'pytorch_model.bin')
+        try:
+            metrics.load_network('clip', tmp_path / 'ViT-B-32.pt')  # of another publisher
+        except ValueError as error:
+            pytest.fail(str(error))
     config.write_text(json.dumps(dict(hidden_act='quick_gelu', text_config=None, vision_config=dict(
         hidden_size=768, num_attention_heads=12))))
     for name in ('ViT-B-32.pt', 'pytorch_model.bin'):

@@ -317,17 +317,22 @@ def test_real_clips_of_a_run_are_of_all_times(folder):
     for file in (folder / name).iterdir():
         file.write_bytes(b'none')
     items.cache.kept.clear()
-    assert len(source.read(source.items[:3])[0]) < 3 and source.bad == {name}
+    with pytest.raises(ValueError, match='would lie between its frames'):
+        run.frames = 3
+        run.reals('train', 50)
+    run.frames = 4
+    assert len(source.read(source.items[:3])[0]) < 3 and all(
+        bad.startswith(f'{name} from frame ') for bad in source.bad)
     run.args.fakes = 'reconstructions'
     assert list(run.reals('train', 50).items) == [*range(len(items))]
 
 
 @pytest.mark.mutation('data.py', 'if n not in again]', ']')
-@pytest.mark.mutation('data.py', 'and len(seen[n]) == len(groups[stem])}', '}')
+@pytest.mark.mutation('data.py', 'and len(seen[n]) <= len(groups[stem]) + 2}', '}')
 def test_an_animation_beside_its_frames_is_that_video_again(folder):
     """As sample.py writes them; metrics.py would count each of them twice."""
     for k in (0, 1):
-        write_animated(folder / f'v{k}.webp', clip(seed=k), lossless=True)
+        write_animated(folder / f'v{k}.webp', clip(seed=k)[:20 - k], lossless=True)
     write_animated(folder / 'more.webp', clip(seed=7), lossless=True)
     write_animated(folder / 'v2.webp', clip(30, seed=8), lossless=True)  # another
     items = opened(folder)
