@@ -1051,9 +1051,9 @@ def start_run(folder, stage, args, process, step, facts):
 
     `facts` are what the line says between device and progress. Other processes get None.
     """
+    lock_run(folder, process)
     if not process.is_first:
         return None
-    lock_run(folder, process)
     saved = folder / f'{stage}.pt'
     there = load_checkpoint(saved, stage)['step'] if saved.exists() and not args.restart else 0
     require(there == step, f'{saved} has changed since it was read: another process has trained '

@@ -463,8 +463,9 @@ def main():
     common.agree_on_data(train)
 
     # 2. continue, or measure the latents
-    common.lock_run(folder, process)
-    print(f'{folder}: stage 2 on {vae_path}')
+    log = common.start_run(folder, 'ldm', args, process, step, [
+        f'{len(train)} training items', common.parameters_of(model),
+        f'stage 1 at step {first["step"]} of {first["args"]["steps"]}'])
     encode = encoder(vae, args, process)
     latents = open_latents(train, encode, model.shape, args, process,
                            folder / f'latents_{digest[:16]}.npy')
@@ -478,10 +479,7 @@ def main():
             ema.load_state_dict(state['ema'])
     state = start = None  # what they hold is copied
     low, high = model.z_std.min().item(), model.z_std.max().item()
-    log = common.start_run(folder, 'ldm', args, process, step, [
-        f'{len(train)} training items', common.parameters_of(model),
-        f'stage 1 at step {first["step"]} of {first["args"]["steps"]}',
-        f'latent std {low:.2f} to {high:.2f}'])
+    print(f'latent std {low:.2f} to {high:.2f}')
     if (low < 0.7 or high > 1.3) and config.latent_norm == 'none':
         train.notes.append('latents far from unit deviation; --latent_norm channel or more KL '
                            'would help')
