@@ -360,7 +360,7 @@ def agree(**values):
 
 
 def agree_on_flags(args, **values):
-    """The same for `values` and for all flags, but for those that say where something lies."""
+    """The same for `values` and all flags, but for PLACES and how many items are held at once."""
     rounds = 'auto' if args.micro_batch == 'auto' else 'a number'  # numbers may differ
     told = vars(args) | dict(micro_batch=rounds)
     agree(**values, **{f'--{k}': Path(v).name if k in MAY_MOVE and v else v

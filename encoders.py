@@ -600,12 +600,18 @@ def from_hugging_face(state):
     return renamed
 
 
-def require_clip(path):
+def is_hugging_face(state):
+    """Whether the tensors of a CLIP have the names that Hugging Face gives them."""
+    return any(k.startswith('text_model.') for k in state)
+
+
+def require_clip(state, path):
     """ValueError if the config.json of Hugging Face's CLIP tells of another network than OpenAI's.
 
     The tensors of those with an exact GELU, or with other heads, have the same names and shapes.
     """
-    about = parse_json(salvaged(Path(path).with_name('config.json')))
+    about = parse_json(salvaged(Path(path).with_name('config.json'))) if is_hugging_face(
+        state) else {}
     for part in (about, about.get('text_config'), about.get('vision_config')):
         told = part if isinstance(part, dict) else {}
         act, width = told.get('hidden_act', 'quick_gelu'), told.get('hidden_size')
@@ -625,11 +631,9 @@ def clip_text(state, path):
 
     `state` holds the tensors, `path` is for the ValueError if one is missing or has another shape.
     """
-    foreign = any(k.startswith('text_model.') for k in state)
-    if foreign:
-        require_clip(path)
+    require_clip(state, path)
     try:
-        if foreign:
+        if is_hugging_face(state):
             state = from_hugging_face(state)
         embedding, position = state['token_embedding.weight'], state['positional_embedding']
         layers, width = layers_of(state, 'transformer.resblocks.'), embedding.shape[1]

@@ -943,8 +943,8 @@ def load_network(kind, path='weights'):
     require(path.stem not in ('rgb_imagenet', 'rgb_charades'), f'{path}: I3D with other weights '
             f'than those of FVD; {wanted(kind)}')
     state = read_tensors(path, wanted(kind))
-    if kind == 'clip' and any(k.startswith('text_model.') for k in state):
-        require_clip(path)
+    if kind == 'clip':
+        require_clip(state, path)
     try:
         state = spec.translate(state)
         with torch.device('meta'):  # no time spent on an initialisation
@@ -1098,7 +1098,7 @@ def about_files(folder, kind, resolution, **more):
                 resized=resized, **more)
 
 
-def fingerprint(files, names, args, key):
+def digest_of_reals(files, names, args, key):
     """What tells the reals, of which `key` is 0, from others where statistics of them are kept."""
     return dict(files=files.digest(names)) if args.reference and not key else {}
 
@@ -1137,8 +1137,8 @@ def folder_pictures(folder, args, resolution, limit, key):
     sizes = {(resolution, resolution)} if resolution else {
         *data.threaded(size, names, 'reading headers')} - {None}
     return file_source(range(len(names)), lambda k: read_picture(files, names[k], resolution),
-                       names.__getitem__, about_files(
-                           folder, 'pictures', resolution, **fingerprint(files, names, args, key)),
+                       names.__getitem__, about_files(folder, 'pictures', resolution,
+                                                      **digest_of_reals(files, names, args, key)),
                        batch=args.batch, sizes=sizes)
 
 
@@ -1193,7 +1193,7 @@ def folder_clips(folder, args, resolution, limit, key):
                             for name in videos[v].frames[first:first + span:args.interval])]
     about = about_files(
         folder, 'clips', resolution, videos=len(videos), used=len({v for v, _ in clips}),
-        **fingerprint(files, names, args, key),
+        **digest_of_reals(files, names, args, key),
         too_short=sum(0 < len(v) < span for v in videos), frames=args.frames,
         interval=args.interval, seed=args.seed, codec=Path(videos[clips[0][0]].frames[0]).suffix)
     return file_source(clips, load, lambda clip: f'{videos[clip[0]].name} from frame {clip[1]}',
@@ -1472,13 +1472,13 @@ class VideoRun(PictureRun):
         fitting = self.fitting(dataset)
         clips = [(fitting[k], start) for k, start in draw_clips(
             [dataset.starts(i) for i in fitting], 1, 1, limit, (self.args.seed, 0))]
-        first = 'x.computed'
+        codec = 'computed'
         if not dataset.computed:
-            first = dataset.videos[0].frames[0]
+            codec = Path(dataset.videos[0].frames[0]).suffix
             dataset.frame_numbers(fitting[0], 0, self.frames)  # a wrong --frames is said at once
         about = self.about('clips', split=split, videos=len(fitting),
                            used=len({i for i, _ in clips}), interval=self.interval,
-                           seed=self.args.seed, codec=Path(first).suffix)
+                           seed=self.args.seed, codec=codec)
 
         def load(clip):
             i, start = clip

@@ -5,8 +5,9 @@
     python tests/ablate.py baseline --vae RUN --sigma_rel 0.05,0.15     # averages beside its own
 
 Names come before flags; those joined by + act together. A run is ablate/NAME-SEED below runs/, with
-the averages beside it in its name, and continues where it was stopped. Every row is of 512 samples, against as many training pictures and,
-the first of them, against all held-out ones. The held-out loss is without the weights of a variant,
+the averages beside it in its name, and continues where it was stopped; one of that name with other
+flags is replaced with --restart. Every row is of 512 samples, against as many training pictures
+and, the first of them, against all held-out ones. The held-out loss is without the weights of a variant,
 but that of `v` is of v, and that of `expected` of the expected noise. One JSON line follows each
 row.
 """

@@ -518,7 +518,8 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_removed(meshes, capsys,
 
 
 @pytest.mark.mutation('data.py', 'return solid_shares(folder, recipe) or sample_mesh',
-                      'return sample_mesh(path, folder, recipe) and solid_shares(folder, recipe) or sample_mesh')
+                      'return sample_mesh(path, folder, recipe) and solid_shares(folder, recipe)'
+                      ' or sample_mesh')
 def test_another_process_may_remove_what_this_one_made(meshes, capsys, monkeypatch):
     first, calls = prepare(capsys), []
     sample_mesh = data.sample_mesh

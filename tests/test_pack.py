@@ -138,9 +138,15 @@ def test_larger_pictures_are_reduced_once(folder, pack, capsys):
 
 
 @pytest.mark.mutation('data.py', 'require(self.seen == identity(self.root)', 'require(True')
+@pytest.mark.mutation('data.py', 'return self.seen[2:]', 'return self.sides')
 def test_a_file_that_was_packed_anew_is_not_read_by_the_old_index(folder, pack):
     files = data.Packed(pack(folder))
     sent, before = pickle.dumps(files), np.asarray(files.square('a/p2.png'))
+    names, old = files.names, files.digest(files.names)
+    write(folder / 'a/p2.png', noise(42, 60, 99))  # other pixels, and all else as it was
+    pack(folder)
+    anew = data.Packed(files.root)
+    assert anew.names == names and anew.sides == files.sides and anew.digest(names) != old
     (folder / 'a/p1.png').unlink()
     pack(folder)
     assert np.array_equal(np.asarray(files.square('a/p2.png')), before)  # it has the old file

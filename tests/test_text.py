@@ -282,8 +282,8 @@ def test_text_tower_equals_a_slow_one():
     "key.replace('visual_projection', 'visual.proj')[:-7], value")
 @pytest.mark.mutation('encoders.py', "act == 'quick_gelu' and (", 'True and (')
 @pytest.mark.mutation('encoders.py', '(not heads or width == 64 * heads)', 'True')
-@pytest.mark.mutation('metrics.py', '        require_clip(path)\n', '        pass\n')
-@pytest.mark.mutation('encoders.py', '        require_clip(path)\n', '        pass\n')
+@pytest.mark.mutation('metrics.py', '        require_clip(state, path)\n', '        pass\n')
+@pytest.mark.mutation('encoders.py', '    require_clip(state, path)\n', '')
 def test_clip_from_both_publishers(tmp_path, merges):
     """Whole files, OpenAI's and Hugging Face's names, pickled and as safetensors."""
     state = random_clip(width=64, vision=64)
