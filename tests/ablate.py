@@ -4,8 +4,8 @@
     python tests/ablate.py logit-normal:-1+min-snr:5 --vae RUN --seed 1 --steps 3000
     python tests/ablate.py baseline --vae RUN --sigma_rel 0.05,0.15     # averages beside its own
 
-Names come before flags; those joined by + act together. A run is ablate/NAME-SEED below runs/, with
-the averages beside it in its name, and continues where it was stopped; one of that name with other
+Names come before flags; those joined by + act together. A run is ablate/NAME-SEED below runs/, and
+behind that the averages beside it, and continues where it was stopped; one of that name with other
 flags is replaced with --restart. Every row is of 512 samples, against as many training pictures
 and, the first of them, against all held-out ones. The held-out loss is without the weights of a variant,
 but that of `v` is of v, and that of `expected` of the expected noise. One JSON line follows each
