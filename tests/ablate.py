@@ -7,9 +7,9 @@
 Names come before flags; those joined by + act together. A run is ablate/NAME-SEED below runs/, and
 behind that the averages beside it, and continues where it was stopped; one of that name with other
 flags is replaced with --restart. Every row is of 512 samples, against as many training pictures
-and, the first of them, against all held-out ones. The held-out loss is without the weights of a variant,
-but that of `v` is of v, and that of `expected` of the expected noise. One JSON line follows each
-row.
+and, the first of them, against all held-out ones. The held-out loss is without the weights of a
+variant, but that of `v` is of v, and that of `expected` of the expected noise. One JSON line
+follows each row.
 """
 import argparse
 import itertools
