@@ -57,7 +57,8 @@ def parse_bool(text):
         return True
     if text.lower() in ('0', 'false', 'no', 'off'):
         return False
-    raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
+    raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false; before what is no flag '
+                                     'it needs a value, as in --FLAG=on')
 
 
 def at_least(low, kind, high=None):
@@ -154,7 +155,7 @@ class Parser(argparse.ArgumentParser):
             elif kind is tuple:
                 low = field.metadata.get('low', 1)
                 kind = parse_tuple(at_least(low, type(default[0]) if default else float))
-            elif kind in (int, float) and default >= 0:
+            elif kind in (int, float) and (default >= 0 or 'low' in field.metadata):
                 low = field.metadata.get('low', min(int(kind is int), default))
                 kind = at_least(low, kind, field.metadata.get('high'))
             group.add_argument(f'--{field.name}', type=kind, default=default, **more,
@@ -322,6 +323,7 @@ def start_process(device='auto', amp='off'):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f'--device {device}: not to be had here '
                          f'({str(error).splitlines()[0]})') from None
+    require(device[:4] != 'meta', f'--device {device}: holds no numbers; take cpu')
     require(device[:3] != 'mps', f'--device {device}: has no float64, which the noise schedule '
             'needs; take cpu')
     if device[:4] == 'cuda':
@@ -413,6 +415,7 @@ def check_run_flags(args, world):
     """ValueError for flag values that no run can have."""
     require(args.ch_mult, '--ch_mult: name the width of at least one level')
     require(args.lr > 0, f'--lr {args.lr}: must be positive')
+    require(args.beta2 < 1, f'--beta2 {args.beta2}: must be below 1')
     require(args.batch % world == 0, f'--batch {args.batch}: must be a multiple of the '
             f'{world} processes')
 
@@ -581,8 +584,9 @@ class FiniteGuard:
     def check(self):
         if self.first_bad >= 0:
             raise ValueError(f'loss or gradient is not finite at step {int(self.first_bad)}; the '
-                             'last checkpoint is untouched: try a lower --lr, a longer --warmup, '
-                             'a smaller --clip or --amp off')
+                             'last checkpoint is untouched: with --init and another --name, or '
+                             'with --restart, try a lower --lr, a longer --warmup, a smaller '
+                             '--clip or --amp off')
 
 
 class EMA:
@@ -747,8 +751,14 @@ def regular(path):
 
 
 def read_text(path):
-    """The text of a file in UTF-8, without byte order marks, where files were joined, too."""
-    return regular(path).read_text(encoding='utf-8').replace('\ufeff', '')
+    """The text of a file in UTF-8, without byte order marks, where files were joined, too.
+
+    ValueError, which names it, if it is in another encoding.
+    """
+    try:
+        return regular(path).read_text(encoding='utf-8').replace('\ufeff', '')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path}: not in UTF-8 ({error})') from None
 
 
 def try_writing(flag, folder):
@@ -806,8 +816,8 @@ HARMLESS = [argparse.Namespace, collections.defaultdict, dict, int, list,
 def published(state):
     """A dict of the authors' code, with the kind 'published', its parts under the same names.
 
-    They are vaemodel, mlp, and, if there, pointnet, diffusion, ema, step and args. Any other dict
-    is returned as it is.
+    They are vaemodel, mlp, and, if there, pointnet, diffusion, ema, current_iters and args. Any
+    other dict is returned as it is.
     """
     flat = {'vae': 'vaemodel', 'ldm': 'diffusion'}  # parts as prefixes, in one dict
     for name in ('vae', 'mlp', 'ldm', 'pointnet'):
@@ -834,6 +844,8 @@ def load_checkpoint(path, kind=None, device='cpu'):
         with torch.serialization.safe_globals(HARMLESS):
             state = torch.load(path, map_location=device, weights_only=True,
                                mmap=os.name == 'posix')  # Windows replaces no mapped file
+    except PermissionError as error:
+        raise ValueError(f'{path}: cannot be read ({error.strerror})') from None
     except Exception as error:  # torch raises half a dozen types here; all mean the same to a user
         raise ValueError(f'{path}: truncated or not a checkpoint ({type(error).__name__}); '
                          'name another, or train it again with --restart') from None
@@ -909,7 +921,7 @@ def places(text):
 
 
 def the_checkpoint(text, *files):
-    """The same where there must be one, or FileNotFoundError, which names where it was looked for.
+    """`find_checkpoint` where there must be one: FileNotFoundError names where it was looked for.
 
     Any other file is taken as it is, for `load_checkpoint` to say what is wrong with it.
     """
@@ -1070,11 +1082,13 @@ def start_run(folder, stage, args, process, step, facts):
 
 
 def list_notes(notes, bad):
-    """Print a data set's notes, and its broken files (the first 20)."""
+    """Print a data set's notes, the first 20 of its broken files, and how many more there are."""
     for line in notes:
         print(printable(f'note: {line}'))
     for file, why in bad[:20]:
         print(printable(f'skipped: {file}: {why}'))
+    if len(bad) > 20:
+        print(f'skipped: {len(bad) - 20} more, which python data.py check lists')
 
 
 def require_finite(values, what):
@@ -1084,9 +1098,9 @@ def require_finite(values, what):
 
 
 def load_weights(module, weights, path):
-    """Load a state dict (any float precision); ValueError naming `path` if it does not fit.
+    """Load a state dict (any float precision).
 
-    Nor if it is not finite.
+    ValueError naming `path` if it does not fit, or holds NaN or infinity.
     """
     with fitting(path):
         module.load_state_dict({k: v.float() if v.is_floating_point() else v

@@ -511,7 +511,7 @@ def toy_surface(shape, n, rng):
 # ---- toy_nerf: the same solids in colours, as a density and a colour of (x, y, z) ---------------
 
 TOY_SCENES = dict(train=(0, 400), test=(2 ** 30, 100))
-TOY_DENSITY = 200.0  # per unit of length within a solid: 1/50 of the box hides all but 1/2900
+TOY_DENSITY = 200.0  # per unit of length within a solid: 1/50 of the box hides all but 1/2980
 TOY_CAMERA = dict(distance=4.0, fov=36.0)
 TOY_COLOURS = (colours('d1495b edae49 30638e 00a0a0 8d5a97 6a994e f2784b 6c757d c9a27e 3d5a80')[0]
                + 1) / 2
@@ -544,7 +544,8 @@ def toy_field(scene, p, active=None):
     """Density (N,) per unit of length and colour (N,3) in [0, 1] at p (N,3).
 
     The density is TOY_DENSITY inside, with the edges of `cover`. Where parts overlap, so do their
-    colours, which are lit from TOY_LIGHT and have bands in y. active (N,parts): parts not asked.
+    colours, which are lit from TOY_LIGHT and have bands in y. active (N,parts): which are asked,
+    by default all.
     """
     p, reach = p.astype('float32'), np.float32(0.06)
     active = np.ones((len(p), len(scene.parts)), bool) if active is None else active
@@ -611,7 +612,7 @@ def toy_render(scene, o, d, step=TOY_EDGE / 6):
 
 
 def toy_pose(seed, k):
-    """Pose (4,4) of view k: on the upper two thirds of a sphere, any views in a row far apart."""
+    """Pose (4,4) of view k: 17 degrees below to 64 above the horizon, views in a row far apart."""
     u, v = (common.seeded('toy_nerf pose', seed).random(2) + k * np.array([0.4142, 0.618])) % 1
     elevation = np.degrees(np.arcsin(-0.3 + 1.2 * u))
     return orbit(360 * v, elevation, TOY_CAMERA['distance']).double().numpy()
@@ -1574,7 +1575,7 @@ class Selection:
     holdout: object = None
     group: str = None
     seed: int = 0
-    tolerant: bool = False  # broken files are listed, however many
+    tolerant: bool = False  # broken files are listed, however many, if any is left
     captions: str = ''  # a CSV, see `read_captions`
 
 
@@ -1589,7 +1590,7 @@ class Items(Dataset):
                          of each, and draw_view(rng) is the number of the one `item` would show
         truth(i, n)      what a reconstruction is measured against: the picture at n x n pixels,
                          the frames of a clip at that, n points of the box and whether they are
-                         inside, views of a scene that were held out and their rays
+                         inside, views of a scene that were held out and where it covers them
         picture(i, size) (3,size,size) in [-1, 1], to look at; preview(i, size) may be several side
                          by side, (3,size,k size)
         facts()          lines for `python data.py check`
@@ -1616,6 +1617,8 @@ class Items(Dataset):
         return len(self.names)
 
     def __getitem__(self, i):
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
         return self.item(i)
 
     @classmethod
@@ -1705,8 +1708,8 @@ class Computed(Items):
 class FileItems(Items):
     """Items from files; broken ones go to `bad`, and the next good one stands in.
 
-    ValueError when they are at least three and more than 1 %, or when none is left, unless the
-    selection is tolerant; `spared` of them are whole, of no use all the same, and do not count. A
+    ValueError when none is left or, unless the selection is tolerant, when they are at least three
+    and more than 1 %; `spared` of them are whole, of no use all the same, and do not count. A
     subclass has `header(name)`, which returns what is known from a glance or a text that says what
     is wrong, `decode(i)`, which reads a file and raises if it cannot, and `bytes_kept` of what it
     made, for the cache. Those from `Files` have them as `files`.
@@ -1889,8 +1892,10 @@ def read_table(path, flag):
         return list(csv.DictReader(io.StringIO(common.read_text(path))))
     except FileNotFoundError:
         raise FileNotFoundError(f'{flag} {path}: no such file') from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f'{flag} {path}: not a CSV in UTF-8 ({error})') from None
+    except ValueError as error:
+        raise ValueError(f'{flag} {error}') from None
+    except csv.Error as error:
+        raise ValueError(f'{flag} {path}: not a CSV ({error})') from None
 
 
 # ---- data sets of pictures ----------------------------------------------------------------------
@@ -1917,7 +1922,8 @@ class Pictures(Items):
     encoder_only = dict(scales=(1.0,), scale_probs=None, continuous=False)
     packing = dict(resolution=MIN_SIDE)
 
-    def __init__(self, resolution, scales=(1.0,), scale_probs=None, continuous=False, **options):
+    def __init__(self, resolution=64, scales=(1.0,), scale_probs=None, continuous=False,
+                 **options):
         super().__init__(**options)
         scales = tuple(scales)
         require(resolution >= 4, f'--resolution {resolution}: must be at least 4')
@@ -2124,7 +2130,7 @@ class Videos(Items):
     domain, kind, channels, config = 'video', 'videos', 3, VideoConfig
     encoder_only, packing = dict(pixels=1), dict(resolution=MIN_SIDE, frames=1)
 
-    def __init__(self, resolution, frames=16, interval=1, pixels=1024, clips=4, **options):
+    def __init__(self, resolution=64, frames=16, interval=1, pixels=1024, clips=4, **options):
         super().__init__(**options)
         require(min(frames, interval, pixels, clips, resolution - 3) >= 1, '--frames, --interval, '
                 '--pixels and --clips: at least 1; --resolution: at least 4')
@@ -3111,6 +3117,9 @@ class Shapes(Items):
     def lies_at(path):
         return any(Path(path).glob('**/pointcloud.npz'))
 
+    def voxels(self, i):
+        """Item i as a grid of bools, axes x, y, z, if one is stored, or None."""
+
     def cloud(self, i, rng):
         """Input of the encoder, (points,3) in [-1,1], and the sign that x was multiplied by."""
         p = self.draw_surface(i, self.points, rng)
@@ -3216,6 +3225,21 @@ def packed_occupancies(occupancies, n):
     return values
 
 
+def read_binvox(path):
+    """A grid of bools, axes x, y, z, from a binvox file; ValueError if it is none.
+
+    A header in text, then pairs of bytes: a value, and in how many cells in a row; y changes
+    fastest, then z.
+    """
+    header, _, runs = common.regular(path).read_bytes().partition(b'\ndata\n')
+    try:
+        x, z, y = map(int, re.search(rb'\ndim +(\d+) +(\d+) +(\d+)', header).groups())
+        values, counts = np.frombuffer(runs, 'uint8').reshape(-1, 2).T
+        return np.repeat(values > 0, counts).reshape(x, z, y).swapaxes(1, 2).copy()
+    except (AttributeError, ValueError):
+        raise ValueError(f'{path}: damaged, or not a binvox file') from None
+
+
 class FileShapes(FileItems, Shapes):
     """Shapes in the layout of Occupancy Networks (ShapeNet as they publish it).
 
@@ -3274,6 +3298,12 @@ class FileShapes(FileItems, Shapes):
 
     def bytes_kept(self, arrays):
         return sum(a.nbytes for a in arrays.values())
+
+    def voxels(self, i):
+        try:
+            return read_binvox(self.folders[self.names[i]] / 'model.binvox')
+        except (OSError, ValueError):  # the stored points say the same
+            return None
 
     def draw(self, i, part, n, rng):
         """n of the stored points, with replacement, and their occupancies."""
@@ -4162,7 +4192,8 @@ def make_dataset(name, root=None, split='train', holdout=None, group=None, seed=
                  captions='', **options):
     """The data set `name` at `root` (default data/NAME), an `Items`; for the split see `Selection`.
 
-    options: flip, cache_bytes, what the `config` of its kind has, for pictures `resolution`.
+    options: flip, cache_bytes, what the `config` of its kind has; of pictures and clips also
+    `resolution`, by default 64.
     FileNotFoundError or ValueError, one line, if the data are missing or bad.
     """
     require(name in DATASETS, f'--dataset {name}: unknown; one of {", ".join(NAMES)}')
@@ -4328,7 +4359,8 @@ def main():
     for flags in (looking, packing):
         add = flags.add_argument
         add('dataset', help=f'one of {", ".join(NAMES)}, or a folder, zip or packed file')
-        add('--captions', default='', help='CSV with file or id, and caption or text')
+        add('--captions', default='', help='CSV with a column file, id or modelId and one of '
+            'description, caption, text, name')
         add('--data', default='', help='where the data are, default data/DATASET')
         add('--split', default='', help='held-out fraction, or a file of the split')
         add('--group', default='', help='regular expression: names that become equal when it is '

@@ -391,31 +391,31 @@ class PlaneTransformer(nn.Module):
 class VideoEncoder(nn.Module):
     """Clip (B,channels,T,H,W) -> dict of planes: xy (B,width,h,w), yt (..,T,h), xt (..,T,w).
 
-    h = H / patch and w = W / patch; ValueError if they are not whole. As in TimeSformer (Bertasius
-    et al., 2021) and PVDM (Yu et al., 2023): patches become tokens, these go through `depth`
-    `SpaceTimeLayer`s, and each plane has a `PlaneTransformer` that reads along the coordinate which
-    the plane lacks. `cells` = (w, h, T) are the sizes of training; any others will do.
+    h = H / patch and w = W / patch, rounded up: frames are stretched to whole patches. As in
+    TimeSformer (Bertasius et al., 2021) and PVDM (Yu et al., 2023): patches become tokens, these go
+    through `depth` `SpaceTimeLayer`s, and each plane has a `PlaneTransformer` that reads along the
+    coordinate which the plane lacks. `cells` = (w, h, T) are the sizes of training; any others will
+    do.
     `code`: angles and returned tokens are those of the authors' code.
     """
 
     def __init__(self, channels=3, cells=(32, 32, 16), patch=8, width=384, depth=8, heads=8,
-                 head_channels=64, plane_depth=4, plane_heads=4, plane_hidden=512, code=False):
+                 head_channels=64, plane_depth=4, plane_hidden=512, code=False):
         super().__init__()
         self.patch, self.head_channels, self.code = patch, head_channels, code
         self.embed = nn.Linear(patch * patch * channels, width)
         self.layers = nn.ModuleList(SpaceTimeLayer(width, heads, head_channels)
                                     for _ in range(depth))
         self.planes = nn.ModuleDict({
-            name: PlaneTransformer(cells[3 - u - v], width, plane_depth, plane_heads, plane_hidden,
-                                   code)
+            name: PlaneTransformer(cells[3 - u - v], width, plane_depth, 4, plane_hidden, code)
             for name, (u, v) in PLANES['video'].items()})  # 0 + 1 + 2 = 3: the third coordinate
 
     def tokens(self, video):
         """Features (B,T,h,w,width) of the patches, before the planes."""
         T, H, W = video.shape[2:]
-        p, h, w = self.patch, H // self.patch, W // self.patch
-        require((h * p, w * p) == (H, W), f'frames of {W}x{H} pixels cannot be cut into '
-                f'patches of {p}x{p}')
+        p, h, w = self.patch, -(-H // self.patch), -(-W // self.patch)
+        if (h * p, w * p) != (H, W):
+            video = F.interpolate(video, (T, h * p, w * p), mode='trilinear')
         x = video.unflatten(4, (w, p)).unflatten(3, (h, p))  # (B, channels, T, h, p, w, p)
         x = self.embed(x.permute(0, 2, 3, 5, 4, 6, 1).flatten(4))
         x = x.flatten(2, 3).float()  # bfloat16 would round the sum anew in each layer
@@ -605,6 +605,12 @@ def is_hugging_face(state):
     return any(k.startswith('text_model.') for k in state)
 
 
+def vocabulary_beside(path):
+    """The file of CLIP's byte pairs in the folder of its weights, OpenAI's or Hugging Face's."""
+    files = (path.parent / name for name in ('bpe_simple_vocab_16e6.txt.gz', 'merges.txt'))
+    return next((file for file in files if file.exists()), None)
+
+
 def require_clip(state, path):
     """ValueError if the config.json of Hugging Face's CLIP tells of another network than OpenAI's.
 
@@ -791,13 +797,11 @@ class CLIPReader:
         wanted = ("wanted: OpenAI's ViT-L-14.pt or ViT-B-32.pt, or Hugging Face's "
                   'model.safetensors or pytorch_model.bin of CLIP')
         require(files, f'{path}: no weights there; {wanted}')
-        folder = files[0].parent
-        merges = [p for p in (folder / 'bpe_simple_vocab_16e6.txt.gz', folder / 'merges.txt')
-                  if p.exists()]
+        folder, merges = files[0].parent, vocabulary_beside(files[0])
         require(merges, f'{path}: CLIP needs its vocabulary beside the weights: '
                 f'{folder}/bpe_simple_vocab_16e6.txt.gz or {folder}/merges.txt')
         self.tower = clip_text(read_tensors(files[0], wanted), files[0]).to(device)
-        self.tokenise = BPETokenizer(merges[0], len(self.tower.positional_embedding))
+        self.tokenise = BPETokenizer(merges, len(self.tower.positional_embedding))
         self.channels, self.device = self.tower.ln_final.weight.shape[0], device
 
     @torch.no_grad()

@@ -91,12 +91,15 @@ def grid_scale(resolution, size, box=None):
 def scale_of_points(resolution, coords):
     """Sampling period s of the points (B,N,D) of a plane grid, see `grid_scale`; 1 of other points.
 
-    A grid is regular, listed row by row, has two or more rows and columns and is the same for
-    every item; D = 2. For other points s = 1, the period of training.
+    A grid is regular, listed row by row, and has two or more rows and columns; D = 2. For other
+    points s = 1, the period of training. () where it is the same for all items, otherwise (B,).
     """
     one = coords.new_ones(())
     if coords.shape[2] != 2 or not coords.shape[1]:
         return one
+    if len(coords) > 1 and not torch.equal(coords, coords[:1].expand_as(coords)):
+        each = torch.stack([scale_of_points(resolution, own[None]) for own in coords])
+        return each[0] if (each == each[0]).all() else each
     x, y = coords[0].unbind(-1)
     width = int((y == y[0]).sum())
     if width < 2 or len(x) % width or len(x) == width:
@@ -393,7 +396,7 @@ class CFCMLP(nn.Module):
     def features(self, pe, coords=None, scale=None):
         """What the last layer reads: features (B,N,width) and the style, None without."""
         if self.style is not None and scale is None:
-            scale = scale_of_points(self.resolution, coords)[None]
+            scale = scale_of_points(self.resolution, coords).reshape(-1)
         style = None if self.style is None else self.style(scale)
         if self.scale_channels:
             s = (self.fixed if style is None else scale).to(pe[0]).view(-1, 1, 1)
@@ -890,8 +893,10 @@ def volume_render(sigma, rgb, t, white_background=True):
     sigma (R,S) is density per unit of t, at least 0, rgb (R,S,3) in [0, 1], and t (R,S+1) are the
     bins' edges along directions of length 1. What passes all bins sees white, or black without
     `white_background`, at the depth of the last edge: there is no infinite last bin, which would
-    make every ray opaque. Any other leading shape than (R) will do.
+    make every ray opaque. Any other leading shape than (R) will do. ValueError for other counts of
+    edges than S + 1.
     """
+    require(t.shape[-1] == sigma.shape[-1] + 1, f'{t.shape[-1]} edges of {sigma.shape[-1]} bins')
     w = ray_weights(sigma, t)
     opacity = -torch.expm1(-(sigma * t.diff(dim=-1)).sum(-1))
     centres = (t[..., 1:] + t[..., :-1]) / 2
@@ -942,7 +947,8 @@ def occupied_cells(density, cells, least=0.1, chunk=65536, device=None):
 
     density maps points (N,3) to (N,) and gets `chunk` of them at a time. It is read at the nodes of
     the grid, `cells` a side, and a cell is empty only if all nodes of it and its neighbours are.
-    Of what a trained field leaves in the air, 0.1 keeps pictures to a fifth of a grey level.
+    Of what a trained field leaves in the air, 0.1 keeps pictures to half a grey level in the mean
+    (`python tests/bench.py rays --run toy_nerf`).
     """
     line = torch.linspace(-1, 1, cells + 1, device=device)
     nodes = torch.cartesian_prod(line, line, line).flip(1)  # x first, changing fastest

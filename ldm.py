@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from common import (fitting, flag, load_checkpoint, load_weights, require, require_finite,
                     row_noise, the_checkpoint, torch_seeded)
-from encoders import (Attention, ByteText, Downsample, PlaneAttention, ResBlock, Upsample, across,
-                      conv3x3, norm, regroup, zeroed)
+from encoders import (GEGLU, Attention, ByteText, Downsample, PlaneAttention, ResBlock, Upsample,
+                      across, conv3x3, norm, regroup, zeroed)
 from inr import PLANES, pack, unpack
 
 # ---- schedule --------------------------------------------------------------------------------
@@ -65,7 +65,8 @@ def matched_time(log_ab):
 class LDMConfig:
     """What a latent diffusion model is built from; ValueError for values that exclude one another.
 
-    Fields without help are no flags: they follow from the VAE and from what reads texts.
+    Fields without help are no flags: they follow from the VAE, from what reads texts, and those of
+    STRUCTURE from the checkpoint that a run goes on from.
     """
     domain: str = 'image'
     z_channels: int = 64
@@ -98,7 +99,8 @@ class LDMConfig:
     mixed: bool = flag(True, 'mixed prediction eps = (1-s) sigma z + s F, of v: v = s F')
     predict: str = flag('eps', 'what the network gives and the loss compares: the noise, or '
                         'v = alpha eps - sigma z_0', choices=('eps', 'v'))
-    mixing_init: float = flag(-6.0, 'initial logit of s; 0 or -3 for short runs')
+    mixing_init: float = flag(-6.0, 'initial logit of s; -3 or -1.5 for short runs', low=-100,
+                               high=100)
     latent_norm: str = flag('none', 'bring each latent channel to mean 0, deviation 1',
                             choices=('none', 'channel'))
 
@@ -143,14 +145,14 @@ class TextAttention(nn.Module):
         self.self_attention = Attention(channels, heads)
         self.text = Attention(channels, heads, context_channels)
         self.ff_norm, self.ff = norm(channels), nn.Linear(channels, 8 * channels)
-        self.ff_out = nn.Linear(4 * channels, channels)
+        self.gate, self.ff_out = GEGLU(), nn.Linear(4 * channels, channels)
         self.proj_out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x, context):
         h = self.proj_in(self.norm(x).transpose(1, 2)).transpose(1, 2)
         h = self.text(self.self_attention(h), context)
-        value, gate = self.ff(self.ff_norm(h).transpose(1, 2)).chunk(2, dim=2)
-        h = h.transpose(1, 2) + self.ff_out(value * F.gelu(gate))  # (B, N, C)
+        hidden = self.gate(self.ff(self.ff_norm(h).transpose(1, 2)))
+        h = h.transpose(1, 2) + self.ff_out(hidden)  # (B, N, C)
         return x + self.proj_out(h).transpose(1, 2)
 
 
@@ -192,7 +194,8 @@ class UNet(nn.Module):
     'concat': then they are the channels of a single plane. The condition is None, a label (B,),
     which is added to the time embedding, or text features (B,M,context_channels) for
     cross-attention. Planes may have any size: odd ones are rounded up on the way down. With
-    `across_heads`, attention of so many heads over all planes follows every layer but the stem.
+    `across_heads`, attention of so many heads over all planes follows every layer on the way down
+    but the stem, the middle, and on the way up each block, behind its enlargement if it has one.
     """
 
     def __init__(self, config):
@@ -686,6 +689,7 @@ def generate(vae, ldm, seeds, cond=None, guidance=1.0, sampler=SAMPLER, steps=ST
     With `return_nfe`, (z, nfe): network calls by batch; a guided call counts as one.
     """
     device, seeds = ldm.z_mean.device, list(seeds)
+    require(seeds, 'no seeds: nothing to generate')
     z_T = initial_noise(seeds, ldm.shape) if z_T is None else z_T
     for name, rows in (('conditions', cond), ('initial noises', z_T)):
         if rows is not None and len(rows) != len(seeds):

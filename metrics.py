@@ -52,11 +52,11 @@ from tqdm import tqdm
 
 import data
 import ldm
-from common import (Parser, evenly_spaced, file_digest, find_checkpoint, flag, load_checkpoint,
-                    move, require, require_finite, resolved, run, save_checkpoint, seeded,
-                    start_process, the_checkpoint, torch_seeded, try_file, writing)
-from encoders import (BPETokenizer, CLIPText, TextBlock, from_hugging_face, layers_of,
-                      read_tensors, require_clip, text_reader)
+from common import (Parser, evenly_spaced, file_digest, find_checkpoint, flag, is_first,
+                    load_checkpoint, move, require, require_finite, resolved, run, save_checkpoint,
+                    seeded, start_process, the_checkpoint, torch_seeded, try_file, writing)
+from encoders import (BPETokenizer, CLIPText, TextBlock, from_hugging_face, is_hugging_face,
+                      layers_of, read_tensors, require_clip, text_reader, vocabulary_beside)
 from inr import render_mesh
 
 # ---- distances between feature sets ------------------------------------------------------------
@@ -301,7 +301,9 @@ def chamfer(a, b):
     """Chamfer distances of pairs of clouds (B,N,3), (B,M,3) -> (B,).
 
     mean_i min_j |a_i - b_j|^2 + mean_j min_i |a_i - b_j|^2: squared, each side's mean, summed.
+    ValueError for unequal numbers of clouds.
     """
+    require(len(a) == len(b), f'{len(a)} clouds and {len(b)}: pairs are needed')
     squares = [torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist').square()
                for x, y in zip(a, b)]  # by differences: products would cancel
     return torch.stack([d2.amin(1).mean() + d2.amin(0).mean() for d2 in squares])
@@ -353,7 +355,10 @@ def mmd_cov(refs, samples, squared=True):
     mmd: mean over references of the distance to the nearest sample; mmd_smp: the reverse; cov:
     share of references that are nearest to some sample; one_nna: share of the union whose nearest
     other member is of its own set, 1/2 if the sets cannot be told apart (Yang et al. 2019).
+    ValueError for an empty set, or clouds of unequal size.
     """
+    require(len(refs) and len(samples) and refs.shape[1:] == samples.shape[1:],
+            f'clouds of shape {(*refs.shape,)} and {(*samples.shape,)} cannot be compared')
     return compare_clouds(refs, samples)[0 if squared else 1]
 
 
@@ -396,7 +401,9 @@ def tmd(voxels):
     """Total mutual difference of boolean grids (captions, samples, D, H, W); lower = more diverse.
 
     For each caption the mean IoU over ordered pairs of its samples, two empty ones counting 1.
+    ValueError for a single sample.
     """
+    require(voxels.shape[1] > 1, 'a single sample of a caption: TMD is of pairs')
     values = []
     for grids in voxels.flatten(2):
         grids = grids.double()  # one caption's at a time
@@ -849,7 +856,7 @@ class CLIP(CLIPText):
 
 def clip_state(state):
     """OpenAI's or Hugging Face's tensors -> the names of CLIP; what is no weight is left out."""
-    if any(k.startswith('vision_model.') for k in state):
+    if is_hugging_face(state):
         state = from_hugging_face(state)
     return {k: v for k, v in state.items()
             if k not in ('input_resolution', 'context_length', 'vocab_size')}
@@ -961,11 +968,10 @@ def load_network(kind, path='weights'):
         print(f'note: {path}: sha256 {digest} is not that of the published file', file=sys.stderr)
     net.source = dict(kind=kind, weights=path.name, sha256=digest, publisher=publisher)
     if kind == 'clip':
-        merges = [p for p in (path.parent / 'bpe_simple_vocab_16e6.txt.gz',
-                              path.parent / 'merges.txt') if p.exists()]
+        merges = vocabulary_beside(path)
         if merges:
-            net.tokenise = BPETokenizer(merges[0], len(net.positional_embedding))
-            net.source.update(vocabulary=merges[0].name, vocabulary_sha256=file_digest(merges[0]))
+            net.tokenise = BPETokenizer(merges, len(net.positional_embedding))
+            net.source.update(vocabulary=merges.name, vocabulary_sha256=file_digest(merges))
     if kind in ('inception', 'vgg16'):  # convolutions on pictures
         net.to(memory_format=torch.channels_last)
     return net.eval().requires_grad_(False)
@@ -980,7 +986,7 @@ def ranks():
 
 def bar(*args, **options):
     """A progress bar, of the first process alone."""
-    return tqdm(*args, dynamic_ncols=True, disable=ranks()[0] > 0, **options)
+    return tqdm(*args, dynamic_ncols=True, disable=not is_first(), **options)
 
 
 def gather(value):
@@ -1024,6 +1030,7 @@ class Source:
     sizes: set = field(default_factory=set)  # (shorter, longer) side of the pictures in it
     bad: set = field(default_factory=set)
     calls: list = field(default_factory=list)
+    branches: int = 1  # forwards of the network in each of these: 2 with guidance
 
     def __post_init__(self):
         self.total = len(self.items) + len(self.bad)
@@ -1034,7 +1041,8 @@ class Source:
 def measured(source, work):
     """[work(batch) for every batch of a source], shared out over the processes, on every one.
 
-    Notes the mean NFE. ValueError if all is broken, or at least three things and more than 1 %.
+    Notes the mean NFE, and as `forwards` how often the network ran. ValueError if all is broken,
+    or at least three things and more than 1 %.
     """
     about, total = source.about, source.total
     found = shared(lambda part: [work(batch) for batch in source.read(part)],
@@ -1043,7 +1051,8 @@ def measured(source, work):
     bad, calls = sorted(set().union(*bad)), sum(calls, [])
     if calls:
         about['nfe'] = float(np.mean(calls))
-    if bad and ranks()[0] == 0:
+        about['forwards'] = about['nfe'] * source.branches
+    if bad and is_first():
         print(f'skipped {len(bad)} unreadable {about["kind"]}: {", ".join(bad[:20])}'
               + ', ..' * (len(bad) > 20), file=sys.stderr)
     require(len(bad) < total and (len(bad) < 3 or len(bad) <= total / 100),
@@ -1130,8 +1139,7 @@ def folder_pictures(folder, args, resolution, limit, key):
 
     def size(name):
         try:
-            with files.open(name) as image:
-                return tuple(sorted(image.size))
+            return tuple(sorted(files.look(name)[0]))
         except Exception:  # as in read_picture, which will name the file
             return None
     sizes = {(resolution, resolution)} if resolution else {
@@ -1368,6 +1376,7 @@ class Run:
             return [(made or self.made)(z, numbers)]
         source = self.source(range(self.args.num), read, 'samples', self.args.batch,
                              **about_sampler(self.args.sampler, self.args.batch))
+        source.branches += self.args.guidance != 1
         return source
 
 
@@ -1391,7 +1400,7 @@ class PictureRun(Run):
         return quantise(self.truth(dataset, i, self.R))
 
     def made(self, z, numbers):
-        return quantise(self.drawn(z, self.R, self.args.interpolated), self.args.float)
+        return quantise(self.drawn(z, self.R, self.args.interpolated), rounding(self.args))
 
     def compared(self, z, dataset, part, R, enlarged=False):
         """(B,2,...) in [0, 1]."""
@@ -1538,7 +1547,7 @@ class FieldRun(PictureRun):
         self.cameras = self.cameras or self.data(self.args.split)
         part = [k % len(self.cameras) for k in numbers]
         pictures = self.rendered(z, self.cameras, part, self.R, self.args.interpolated)
-        return quantise(pictures * 2 - 1, self.args.float)
+        return quantise(pictures * 2 - 1, rounding(self.args))
 
     def compared(self, z, dataset, part, R, enlarged=False, views=None):
         """(B V,3,3,R,R): views and what is made of them in [0, 1], whether a pixel is covered."""
@@ -1570,10 +1579,21 @@ def pictures_of(x):
     return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
 
 
-def quantise(x, as_float=False):
-    """[-1, 1] -> 0..255: uint8 as floor(127.5 x + 128), or float as 127.5 x + 127.5, unrounded."""
+def quantise(x, mode='round'):
+    """[-1, 1] -> 0..255: uint8 or, by 'float', 127.5 x + 127.5.
+
+    uint8 by 'round' is floor(127.5 x + 128), by 'truncate' floor(127.5 x + 127.5).
+    """
     require_finite(x, 'a picture')
-    return (x * 127.5 + 127.5).clamp(0, 255) if as_float else data.to_uint8(x)
+    if mode == 'round':
+        return data.to_uint8(x)
+    values = (x * 127.5 + 127.5).clamp(0, 255)
+    return values if mode == 'float' else values.byte()
+
+
+def rounding(args):
+    """How fakes of a run come to 0..255, see `quantise`."""
+    return 'float' if args.float else args.rounding or 'round'
 
 
 def logits(vae, xi, points):
@@ -1587,7 +1607,8 @@ def logits(vae, xi, points):
 def held_out(vae, dataset, count=64):
     """How well posterior means give back up to `count` items, evenly spaced, and how they look.
 
-    ({psnr_R or iou: mean}, previews (N,3,S,W) of the first 16, each followed by what it became).
+    ({psnr_R, covered_psnr_R or iou: mean}, previews (N,3,S,W) of the first 16, each followed by
+    what it became).
     """
     run, device, tiles = DOMAINS[vae.domain](vae), next(vae.parameters()).device, []
     sizes, side = run.sizes(dataset)
@@ -1700,11 +1721,13 @@ def refuse_unused(args, names):
 
 def report(args, line, values, net=None, **sources):
     """Prints a line and, with all that a number depends on, one of JSON, which --out keeps."""
-    if ranks()[0] > 0:
+    if not is_first():
         return
     places = 'weights data captions reference classifier reader sampler samplers device out'.split()
     flags = {k: getattr(args, k) for k in COMMANDS[args.command].flags.split() if k not in places}
     network = dict(net.source, resize=net.resize) if net else {}
+    if args.rounding:
+        network['rounding'] = args.rounding  # of what a run makes
     text = json.dumps(dict(command=args.command) | flags | network | values
                       | {name: source.about for name, source in sources.items()})
     print(f'{line}\n{text}')
@@ -1726,9 +1749,9 @@ def open_network(args):
     return net
 
 
-FVD_PRESETS = dict(  # how frames come to 224 x 224; covariance over n - ddof; I3D's batch norms
-    styleganv=dict(resize='square', ddof=0, eps=1e-3),
-    ddmi=dict(resize='crop', ddof=1, eps=1e-5))
+FVD_PRESETS = dict(  # how frames come to 224 x 224; covariance over n - ddof; I3D's batch norms;
+    styleganv=dict(resize='square', ddof=0, eps=1e-3, rounding='round'),  # fakes of a run to bytes
+    ddmi=dict(resize='crop', ddof=1, eps=1e-5, rounding='truncate'))
 
 
 def real_stats(net, real, args):
@@ -1745,7 +1768,7 @@ def real_stats(net, real, args):
         stats.load_state_dict(saved['stats'])
         return stats
     stats = feature_stats(net, real)
-    if path and ranks()[0] == 0:
+    if path and is_first():
         try:
             save_checkpoint(path, dict(kind='reference', about=own, stats=stats.state_dict()))
         except OSError as error:  # the number is worth more than what is kept of it
@@ -1946,7 +1969,7 @@ def nn_command(args, rows=16):
     side = args.res or max(samples[0].shape[1:])
     tiles = [tile(x, side) for k, row in enumerate(index[:rows].tolist())
              for x in [samples[k], *(shown[i] for i in row)]]
-    if ranks()[0] == 0:
+    if is_first():
         data.save_grid(args.picture, torch.stack(tiles), columns=args.k + 1)
     report(args, f'{len(queries)} samples, their {args.k} nearest of {len(bank)}: mean distance '
                  f'{distances.mean():.4f}, nearest {distances[:, 0].mean():.4f}; {args.picture}',
@@ -2023,7 +2046,7 @@ def spectrum_command(args):
     rows = [torch.cat([part[name][0] for part in parts]) for name in parts[0]]
     values = {name: {k: torch.cat([part[name][1][k] for part in parts]).mean(0).tolist()
                      for k in energy} for name, (_, energy) in parts[0].items()}
-    if ranks()[0] == 0:
+    if is_first():
         data.save_grid(args.picture, torch.stack(rows, dim=2).flatten(0, 2), columns=len(rows))
     line = values_line({name: v['centroid'] for name, v in values.items()})
     report(args, f'spectral centroid over Nyquist: {line}   {args.num} samples; {args.picture}',
@@ -2054,7 +2077,7 @@ def sizes_command(args):
         return torch.stack(columns, dim=2)
     source = run.samples(made=tiles)
     found = torch.cat(measured(source, lambda part: part))
-    if ranks()[0] == 0:
+    if is_first():
         data.save_grid(args.picture, found.flatten(0, 2), columns=3)
     apart = (found[:, 0] - found[:, 1]).abs().mean((0, 2, 3, 4)) * 127.5
     values = dict(zip(('x4', 'x16'), apart[1:].tolist()))
@@ -2082,10 +2105,16 @@ def occupancy_grid(vae, xi, cells, ends=False):
 
 
 def true_grid(dataset, i, cells=32):
-    """Boolean grid, axes x, y, z, of a data set's shape: of each cell the nearest stored point."""
+    """Boolean grid, axes x, y, z, of a data set's shape, and where it comes from.
+
+    That is its binvox file, if it has one of this size, or of each cell the nearest stored point.
+    """
+    grid = dataset.voxels(i)
+    if grid is not None and grid.shape == (cells,) * 3:
+        return torch.from_numpy(grid), 'model.binvox'
     points, inside = dataset.truth(i, 100_000)
     nearest = cKDTree(points.numpy()).query(unit_cube_grid(cells).numpy())[1]
-    return inside[torch.from_numpy(nearest)].view(cells, cells, cells)
+    return inside[torch.from_numpy(nearest)].view(cells, cells, cells), 'nearest stored point'
 
 
 def classify(net, grids):
@@ -2113,13 +2142,14 @@ def open_classifier(args, groups):
 def classifier_command(args):
     """Train the voxel classifier on the classes of a run's data set."""
     run = open_run(args.a, args)
-    if ranks()[0] == 0:
+    if is_first():
         try_file('--classifier', args.classifier)
-    train, sides = run.data('train'), []
+    train, sides, sources = run.data('train'), [], set()
     for dataset in (train, run.data(args.split)):
         index = dataset.readable(evenly_spaced(len(dataset), args.num))
-        sides += [torch.stack(data.threaded(partial(true_grid, dataset), index, 'voxels')),
-                  torch.tensor([dataset.labels[i] for i in index])]
+        grids, kinds = zip(*data.threaded(partial(true_grid, dataset), index, 'voxels'))
+        sides += [torch.stack(grids), torch.tensor([dataset.labels[i] for i in index])]
+        sources.update(kinds)
     x, y, x_test, y_test = sides
     torch.manual_seed(args.seed)
     net = VoxelClassifier(len(train.groups)).to(args.device)
@@ -2132,12 +2162,12 @@ def classifier_command(args):
         opt.step()
     net.eval().requires_grad_(False)
     right = 100 * (classify(net, x_test) == y_test).double().mean().item()
-    if ranks()[0] == 0:
+    if is_first():
         save_checkpoint(args.classifier, dict(model=net.state_dict(), classes=train.groups))
     report(args, f'accuracy {right:.1f} % of {len(y_test)} {args.split} shapes, {len(y)} trained '
                  f'on; {len(train.groups)} classes; written to {args.classifier}',
            dict(accuracy=right, n=len(y_test), n_train=len(y), grid=32, classes=train.groups,
-                voxels='nearest stored point', source=run.path, file=args.classifier))
+                voxels=sorted(sources), source=run.path, file=args.classifier))
 
 
 VIEWS = dict(  # azimuths of the five pictures that CLIP-S takes the best of
@@ -2222,7 +2252,8 @@ FLAGS = dict(
                   'of videos clips from all of them'),
     ddof=flag(1, 'covariance over n - ddof; NVIDIA has 0', low=0, choices=(0, 1)),
     preset=flag('styleganv', 'styleganv: frames stretched to 224 x 224, ddof 0, eps 1e-3; ddmi, '
-                "the authors': short side to 224 and cropped, ddof 1, eps 1e-5",
+                "the authors': short side to 224 and cropped, ddof 1, eps 1e-5, fakes of a run "
+                'not rounded but truncated',
                 choices=tuple(FVD_PRESETS)),
     eps=flag(1e-3, "of I3D's batch norms"),
     frames=flag(0, "frames of a clip; 0: as many as a run was trained on, of folders 16",
@@ -2330,7 +2361,7 @@ def build_parser():
         own = commands.add_parser(name, help=command.help, description=command.help)
         rows = {k: v for k, v in command.defaults.items() if isinstance(v, Field)}
         own.set_defaults(**{flag: row.default for flag, row in FLAGS.items()} | dict(
-            b=None, num_real=0, eps=None, preset=''))  # where these are no flags
+            b=None, num_real=0, eps=None, preset='', rounding=None))  # where these are no flags
         for dest, (metavar, text) in zip('ab', command.sets.items()):
             own.add_argument(dest, metavar=metavar, help=text, nargs='?' if dest == 'b' else None)
         own.add_config(make_dataclass('flags', [
@@ -2372,7 +2403,7 @@ def main(argv=None):
     args.device = start_process(args.device).device
     for name in ('out', 'picture', 'reference'):
         path = getattr(args, name)
-        if path and ranks()[0] == 0 and not (name == 'reference' and Path(path).is_file()):
+        if path and is_first() and not (name == 'reference' and Path(path).is_file()):
             try_file(f'--{name}', path)
     if args.picture:
         data.picture_kind(args.picture)

@@ -115,7 +115,8 @@ def build_parser():
                         help='encode this instead of sampling: a picture or a folder of them; a '
                         'mesh or point cloud; an animated file or a folder of videos; a posed '
                         'scene or a folder of them')
-    parser.add_argument('--amp', action='store_true', help='the diffusion model in bfloat16')
+    parser.add_argument('--amp', type=common.parse_bool, nargs='?', const=True, default=False,
+                        help='the diffusion model in bfloat16')
     parser.add_argument('--batch', type=common.at_least(1, int), default=16,
                         help='samples denoised at a time')
     parser.add_argument('--device', default='auto', help='cpu, cuda, ...')

@@ -1,4 +1,4 @@
-"""Train stage 2, the latent diffusion model (ldm.py), on the latents of a finished stage 1.
+"""Train stage 2, the latent diffusion model (ldm.py), on the latents of a stage 1.
 
     python train_ldm.py                          # continues the newest stage-1 run
     python train_ldm.py --vae runs/NAME          # or that of this run
@@ -9,6 +9,7 @@ Encoder, decoder and MLP are frozen. The result is runs/NAME/ldm.pt, which holds
 stages; the same command continues it from its last checkpoint.
 """
 import io
+import json
 import math
 import os
 import re
@@ -73,7 +74,8 @@ PRESETS = {
     'toy_nerf': dict(TOY, triplane='concat', steps=1000, eval_every=1000),  # 3.1 minutes
     'nerf_small': dict(SMALL, triplane='concat', lr=1e-3, steps=2400,
                        eval_every=800),  # 1 core 13 minutes
-    'srn_cars': dict(SHAPES, batch=160, steps=100_000),
+    'srn_cars': dict(SHAPES, lr=1e-4, batch=1280, micro_batch=40, steps=5_800, eval_every=500,
+                     save_every=500),
 }
 PRESETS.update(image=PRESETS['image_64'], shape=PRESETS['shape_small'],
                video=PRESETS['video_small'], nerf=PRESETS['nerf_small'])
@@ -437,6 +439,8 @@ def main():
                    f'in {folder} began on, or has changed; give another --name, or --restart')
     if common.finished(folder / 'ldm.pt', state, args, process):
         return
+    if process.is_first:
+        common.try_writing('--name', folder)
 
     # 1. the frozen first stage, the model, what it starts from; last, the data
     vae, info = first_stage(first, device, vae_path)
@@ -466,6 +470,8 @@ def main():
     log = common.start_run(folder, 'ldm', args, process, step, [
         f'{len(train)} training items', common.parameters_of(model),
         f'stage 1 at step {first["step"]} of {first["args"]["steps"]}'])
+    if process.is_first and not (folder / 'vae.pt').exists():  # stage 1 is another run's
+        common.write_text(folder / 'splits.json', json.dumps(train.splits()))
     encode = encoder(vae, args, process)
     latents = open_latents(train, encode, model.shape, args, process,
                            folder / f'latents_{digest[:16]}.npy')

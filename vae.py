@@ -74,7 +74,7 @@ class VAEConfig:
     point_channels: int = flag(32, 'channels of the planes that the PointNet makes')
     point_local: bool = flag(False, 'tell the PointNet where in its cell a point lies')
     patch: int = flag(8, 'pixels a side of the patches that the video encoder sees')
-    vit_width: int = flag(384, 'channels of the video encoder')
+    vit_width: int = flag(384, 'channels of the video encoder', low=8)
     vit_depth: int = flag(8, 'layers of the video encoder')
     vit_heads: int = flag(8, 'attention heads of the video encoder, of 64 channels each')
     plane_depth: int = flag(4, 'layers of each transformer that reduces tokens to a plane')
@@ -450,7 +450,9 @@ class D2CVAE(nn.Module):
         samples would alias; `antialias=False` gives the raw values. About `chunk` points are
         evaluated at a time, so that the memory beyond the result does not grow with `size`.
         """
-        field, size = xi[0]['xy'], tuple(size)
+        field, size, planes = xi[0]['xy'], tuple(size), PLANES[self.config.domain].values()
+        require(len(size) == 2 and len(at) == max(map(max, planes)) - 1, f'cannot render {size} '
+                f'pixels of x and y, {len(at)} other coordinates fixed; see signal')
         box = [(-1.0, 1.0)] * 2 if box is None else box
         box = torch.as_tensor(box, dtype=torch.float32, device=field.device)
         if min(size) < 1 or (box[:, 0] >= box[:, 1]).any():
@@ -597,22 +599,22 @@ class ShapeVAE(D2CVAE):
         """The inverse of `in_data`."""
         return (points - points.new_tensor(self.config.centre)) / self.config.extent
 
-    def signal(self, xi, R, threshold=None, coarse=64, chunk=None):
+    def signal(self, xi, R, threshold=None, coarse=64):
         """The surfaces where the occupancy is `threshold`, in the units of the data.
 
         A list of (vertices (V,3), faces (F,3)), one for each sample; R is cells along each side of
-        the box; `coarse` and `chunk` as for `inr.extract_mesh`.
+        the box; `coarse` as for `inr.extract_mesh`.
         """
         threshold = threshold or self.config.threshold
-        return self.meshes(xi, R, math.log(threshold / (1 - threshold)), coarse, chunk)
+        return self.meshes(xi, R, math.log(threshold / (1 - threshold)), coarse)
 
-    def meshes(self, xi, R, level, coarse, chunk):
+    def meshes(self, xi, R, level, coarse):
         """(vertices, faces) of each sample where `inside` is `level`, in the units of the data."""
         found, device = [], xi[0]['xy'].device
         for own in one_by_one(xi):
             vertices, faces = extract_mesh(
                 lambda p: self.inside(own, p[None]), R, level, None, coarse,
-                chunk or points_at_a_time(device), device)
+                points_at_a_time(device), device)
             found.append((self.in_data(vertices), faces))
         return found
 
@@ -769,7 +771,7 @@ class FieldVAE(ShapeVAE):
         A list of (vertices (V,3), faces (F,3), colours (V,3) in [0,1]), in the units of the data;
         colours are those of `field` without a direction.
         """
-        meshes = self.meshes(xi, cells, math.log1p(level), 64, None)
+        meshes = self.meshes(xi, cells, math.log1p(level), 64)
         return [(vertices, faces, self.read_some(own, self.in_box(vertices))[1]
                  if len(vertices) else torch.zeros_like(vertices))
                 for own, (vertices, faces) in zip(one_by_one(xi), meshes)]
@@ -783,12 +785,6 @@ class VideoVAE(D2CVAE):
     allowed = dict(loss=('l1', 'l2'), scale_injection=(False,))
     own_flags = 'patch', 'vit_width', 'vit_depth', 'vit_heads', 'plane_depth', 'plane_hidden'
 
-    @classmethod
-    def check(cls, config):
-        super().check(config)
-        require(config.resolution % config.patch == 0, f'--resolution {config.resolution}: must be '
-                f'a multiple of --patch {config.patch}')
-
     @staticmethod
     def values_of_signal(c):
         """Those of a clip of r x r pixels."""
@@ -799,7 +795,7 @@ class VideoVAE(D2CVAE):
         return c.vit_width
 
     def latent_cells(self):
-        return [self.config.resolution // self.config.patch] * 2 + [self.config.frames]
+        return [math.ceil(self.config.resolution / self.config.patch)] * 2 + [self.config.frames]
 
     def build_encoder(self, c):
         self.encoder = VideoEncoder(c.channels, self.latent_cells(), c.patch, c.vit_width,
@@ -807,7 +803,7 @@ class VideoVAE(D2CVAE):
                                     plane_hidden=c.plane_hidden, code=c.video_code)
 
     def features(self, x):
-        """Clips whose height and width are multiples of the patch, of any length."""
+        """Clips of any height, width and length."""
         return self.encoder(x)
 
     def predict(self, xi, batch):

@@ -703,7 +703,8 @@ def main():
     parser.add_argument('--repeats', type=int, default=5, help='rounds the medians are over')
     parser.add_argument('--sizes', type=common.parse_tuple(int), default=(256, 512, 1024),
                         help='sides of the pictures read out')
-    parser.add_argument('--data', default='', help='where the data of --run are, if they moved')
+    parser.add_argument('--data', default='', help='where the data of --run are, if they '
+                        'moved, for samplers and denoising')
     parser.add_argument('--run', default='', help='run of shapes for mesh, of pictures for '
                         'samplers, of radiance fields for rays, of any domain for '
                         'denoising, if this is named')

@@ -33,7 +33,8 @@ import train_vae
 
 def arguments(**changes):
     return SimpleNamespace(**{**dict(steps=100, batch=12, micro_batch=0, lr=2.0, lr_min=0.5, seed=0,
-                                     warmup=10, lr_schedule='cosine', workers=0, ch_mult=(1, 2)),
+                                     warmup=10, lr_schedule='cosine', workers=0, ch_mult=(1, 2),
+                                     beta2=0.99),
                               **changes})
 
 
@@ -427,6 +428,15 @@ def load_or_none(path):
         return common.load_checkpoint(path)
     except (ValueError, OSError):
         return None
+
+
+@pytest.mark.mutation('common.py', 'except PermissionError as error:\n        raise ValueError(f',
+                      'except KeyError as error:\n        raise ValueError(f')
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    common.save_checkpoint(tmp_path / 'a.pt', checkpoint())
+    monkeypatch.setattr(torch, 'load', mock.Mock(side_effect=PermissionError(13, 'not allowed')))
+    with pytest.raises(ValueError, match='a.pt: cannot be read .not allowed.'):
+        common.load_checkpoint(tmp_path / 'a.pt')
 
 
 @pytest.mark.mutation('common.py', "if kind and state['kind'] != kind", 'if False')
@@ -917,10 +927,11 @@ def test_presets_fit_both_scripts():
 
 @pytest.mark.mutation('common.py', 'args.batch % world == 0', 'True')
 @pytest.mark.mutation('common.py', 'require(args.lr > 0,', 'require(args.lr >= 0,')
+@pytest.mark.mutation('common.py', 'require(args.beta2 < 1,', 'require(args.beta2 <= 1,')
 def test_run_flags_no_run_can_have():
     common.check_run_flags(arguments(batch=12), 2)
     for flag, changes in (('batch', dict(batch=13)), ('lr', dict(lr=0.0)),
-                          ('ch_mult', dict(ch_mult=()))):
+                          ('beta2', dict(beta2=1.0)), ('ch_mult', dict(ch_mult=()))):
         with pytest.raises(ValueError, match=f'--{flag}'):
             common.check_run_flags(arguments(**changes), 2)
 
@@ -1133,6 +1144,13 @@ def test_names_that_the_terminal_cannot_encode(monkeypatch):
     assert written.getvalue() == b'skipped: b\\xe4r\\udcff.png: broken\nskipped: c: gone\n'
 
 
+@pytest.mark.mutation('common.py', 'if len(bad) > 20:', 'if False:')
+def test_broken_files_that_are_not_listed_are_counted(capsys):
+    common.list_notes([], [(f'{k}.png', 'broken') for k in range(23)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 21 and lines[-1].startswith('skipped: 3 more')
+
+
 @pytest.mark.mutation('common.py', "return printable(' '.join(text.split()))",
                       "return ' '.join(text.split())")
 @pytest.mark.mutation('common.py', "printable(f'skipped", "(f'skipped")
@@ -1183,7 +1201,7 @@ def test_weights_that_are_not_finite():
 
 
 def test_device_that_is_not_there():
-    for device in ('nonsense', 'cuda:99'):
+    for device in ('nonsense', 'cuda:99', 'meta'):
         with pytest.raises(ValueError, match=f'--device {device}'):
             common.start_process(device)
 

@@ -173,6 +173,14 @@ def test_toy_splits_share_no_seed():
             data.make_dataset('toy_image', resolution=32, **wrong)
 
 
+@pytest.mark.mutation('data.py', 'if not -len(self) <= i < len(self):', 'if False:')
+def test_a_data_set_ends_where_it_ends(tmp_path):
+    for k in range(3):
+        data.save_png(tmp_path / f'{k}.png', torch.zeros(3, 8, 8))
+    pictures = data.make_dataset('image', tmp_path, 'all', resolution=8)
+    assert [len([*pictures]) for _ in range(3)] == [3, 3, 3]
+
+
 @pytest.mark.mutation('data.py', 'x0 = R - left - r if flip else left', 'x0 = left')
 def test_toy_items_are_crops_of_the_flipped_picture():
     dataset = data.make_dataset('toy_image', resolution=16, scales=(1, 1.5, 2), flip=True)
@@ -1008,7 +1016,7 @@ def test_a_finished_run_gets_its_split_back(folder):
     with pytest.raises(FileNotFoundError, match='trained on are gone'):
         data.open_run_data(dict(args=dict(args, data='/nowhere'), splits=splits), 'test')
     toy = dict(args, dataset='toy_image', data='')
-    splits = data.make_dataset('toy_image', resolution=16).splits()
+    splits = data.make_dataset('toy_image').splits()
     assert len(data.open_run_data(dict(args=toy, splits=splits), 'test')) == 1000
 
 

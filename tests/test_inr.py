@@ -46,12 +46,22 @@ def test_scale_of_points_is_that_of_their_grid(size):
     torch.testing.assert_close(inr.scale_of_points(16, points), inr.grid_scale(16, size))
 
 
+@pytest.mark.mutation('inr.py', 'if len(coords) > 1 and', 'if False and')
+def test_each_item_has_the_scale_of_its_own_grid():
+    whole, quarter = (inr.make_grid(8, 8, box=box).reshape(1, -1, 2)
+                      for box in (((-1, 1), (-1, 1)), ((-1, 0), (0, 1))))
+    scales = inr.scale_of_points(8, torch.cat([whole, quarter, torch.rand(1, 64, 2)]))
+    torch.testing.assert_close(scales, torch.tensor([1, 0.5, 1]))
+    mlp, pe = inr.CFCMLP([4], 3, width=8, resolution=8), [torch.randn(3, 64, 4)]
+    coords = torch.cat([quarter, whole, quarter])
+    torch.testing.assert_close(mlp(pe, coords), mlp(pe, scale=torch.tensor([0.5, 1, 0.5])))
+
+
 @pytest.mark.mutation('inr.py', 'if not torch.allclose(', 'if False and torch.allclose(')
 def test_scale_of_scattered_points_is_that_of_training():
     row = inr.make_grid(1, 9).reshape(1, -1, 2)
-    mixed = torch.cat([inr.make_grid(4, 4).reshape(1, -1, 2), torch.rand(1, 16, 2)])
     bent = inr.make_grid(4, 4).reshape(1, -1, 2) ** 3
-    for points in (torch.rand(1, 100, 2), row, row[:, :1], row.flip(2), mixed, bent,
+    for points in (torch.rand(1, 100, 2), row, row[:, :1], row.flip(2), bent,
                    torch.rand(1, 2, 2)):
         assert inr.scale_of_points(16, points) == 1
 
@@ -258,7 +268,7 @@ def test_ablations_depend_on_the_fields_they_should():
         assert [int(g is not None) for g in grads] == seen
 
 
-@pytest.mark.mutation('inr.py', "scale = scale_of_points(self.resolution, coords)[None]",
+@pytest.mark.mutation('inr.py', "scale = scale_of_points(self.resolution, coords).reshape(-1)",
                       'scale = coords.new_ones(1)')
 def test_scale_is_derived_from_the_grid():
     mlp = inr.CFCMLP([4], 3, width=8, resolution=16)

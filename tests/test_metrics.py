@@ -1155,6 +1155,18 @@ def test_fid_of_a_run(capsys, toy_run, colour_network):
         metrics.main(['fid', str(toy_run), str(toy_run / 'B'), '--float'])
 
 
+@pytest.mark.mutation('metrics.py', 'source.branches += self.args.guidance != 1', 'pass')
+@pytest.mark.mutation('metrics.py', "about['nfe'] * source.branches", "about['nfe']")
+def test_a_guided_call_is_two_forwards():
+    for w, forwards in ((1, 20), (2.5, 40)):
+        run = metrics.Run(Model(), 'ldm', dict(step=1), 'run', SimpleNamespace(
+            command='fid', conditions='test', guidance=w, num=5, batch=2, seed=0, sampler={}, res=8))
+        run.draw, run.conditions = lambda seeds: (torch.zeros(len(seeds), 1), 20), lambda numbers: {}
+        source = run.samples(made=lambda z, numbers: z)
+        metrics.measured(source, len)
+        assert (source.about['nfe'], source.about['forwards']) == (20, forwards)
+
+
 @pytest.mark.mutation('metrics.py', 'index[k % len(index)]', 'k % len(index)')
 @pytest.mark.mutation('metrics.py', 'index[k % len(index)]', 'index[0]')
 @pytest.mark.mutation('metrics.py', 'self.args.device,\n                                             '
@@ -1719,6 +1731,7 @@ def test_features_are_shared_out_and_come_back_in_order(monkeypatch):
                 sent[rank].append(copy.deepcopy(mine))
                 return [mine, sent[1][len(sent[rank]) - 1]]
             monkeypatch.setattr(metrics, 'ranks', lambda: (rank, 2))
+            monkeypatch.setattr(metrics, 'is_first', lambda: rank == 0)
             monkeypatch.setattr(metrics, 'gather', gather)
             monkeypatch.setattr(metrics, 'print', lambda line, **to: told.append(line), False)
             both = of(measured(Number(), numbers()))

@@ -225,6 +225,12 @@ def test_axes_of_opencv_and_of_opengl():
     assert d[0, 2, 2] > 0.3 and d[2, 4, 0] > 0.3
 
 
+@pytest.mark.mutation('inr.py', 'require(t.shape[-1] == sigma.shape[-1] + 1', 'require(True')
+def test_bins_have_one_edge_more():
+    with pytest.raises(ValueError, match='2 edges of 8 bins'):
+        inr.volume_render(torch.rand(1, 8), torch.rand(1, 8, 3), torch.tensor([[0.0, 1.0]]))
+
+
 @pytest.mark.mutation('inr.py', '[[1.0], [-1.0], [-1.0]]', '[[1.0], [1.0], [-1.0]]')
 @pytest.mark.mutation('inr.py', '= distance * axes[2]', '= -distance * axes[2]')
 @pytest.mark.mutation('inr.py', 'min(size) / 2 / math.tan(math.radians(fov) / 2)',

@@ -206,7 +206,7 @@ def test_presets_fit_the_published_configurations():
                     == {k: v.shape for k, v in weights.items()}), preset
 
 
-@pytest.mark.mutation('train_vae.py', 'batch=40,\n              micro_batch=1)', 'batch=40)')
+@pytest.mark.mutation('train_vae.py', 'batch=80, micro_batch=1)', 'batch=80)')
 @pytest.mark.mutation('train_vae.py', 'dict(PAPER, decoder_ch=128', 'dict(PAPER, decoder_ch=64')
 @pytest.mark.mutation('train_ldm.py', 'ch_mult=(1, 2, 4, 8)', 'ch_mult=(1, 2, 4, 6)')
 @pytest.mark.mutation('vae.py', 'xi.append([self.heads[name](x) for x in xs])',
@@ -227,6 +227,21 @@ def test_every_preset_runs_at_full_size(meta):
             for a, b in ((one, again), (two, second_stage(second, again))):
                 assert ({k: v.shape for k, v in a.state_dict().items()}
                         == {k: v.shape for k, v in b.state_dict().items()}), name
+
+
+@pytest.mark.mutation('train_vae.py', 'kl_weight=0.005,', 'kl_weight=0.05,')
+@pytest.mark.mutation('train_vae.py', 'sn_end=0.01,', 'sn_end=0.1,')
+@pytest.mark.mutation('train_vae.py', 'sn_start=0.01,', 'sn_start=0.1,')
+def test_radiance_fields_are_weighted_as_in_the_code():
+    """By 20 sum |error| of the 15,000 colours in [0, 1] + 0.05 KL + 0.1 SN, the KL at the end."""
+    args, _ = flags_of('srn_cars')
+    config = common.from_flags(args, vae.VAEConfig, domain='nerf')
+    for step in (0, args.steps // 2, args.steps):
+        kl, sn = vae.annealed(step, args.steps, config)
+        # What is minimised is the mean error of colours in [-1, 1] + (kl KL + sn SN) / n_ref.
+        an_error, a_nat, a_norm = 2 / 15_000, kl / config.n_ref, sn / config.n_ref
+        assert a_norm / an_error == pytest.approx(0.1 / 20)
+    assert a_nat / an_error == pytest.approx(0.05 / 20)
 
 
 def test_the_readme_gives_these_parameters(meta):

@@ -1478,6 +1478,13 @@ MISUSE = [
     ('train_vae.py', f'{NEW} --batch x', '--batch', 'int'),
     ('train_vae.py', f'{NEW} --lr 0', '--lr'),
     ('train_vae.py', f'{NEW} --lr nan', '--lr'),
+    ('train_vae.py', f'{NEW} --beta2 1.5', '--beta2 1.5'),
+    ('train_vae.py', f'{NEW} --device meta', '--device meta'),
+    ('train_vae.py', f'{NEW} --dataset toy_video --vit_width 4', '--vit_width'),
+    ('train_vae.py', f'{NEW} --name toy_image/vae.pt/new', '--name', 'nothing can be written'),
+    ('train_ldm.py', f'{LDM} --vae toy_image --name toy_image/vae.pt/new', 'nothing can be'),
+    ('train_ldm.py', '--vae toy_image --name new --mixing_init nan', '--mixing_init'),
+    ('train_vae.py', '--flip toy_image', 'toy_image', '--FLAG=on'),
     ('train_vae.py', f'{NEW} --steps 0', '--steps'),
     ('train_vae.py', f'{NEW} --seed -1', '--seed'),
     ('train_vae.py', f'{NEW} --resolution 2', '--resolution'),
@@ -1855,6 +1862,7 @@ def test_a_second_stage_on_the_first_of_another(copy, repo):
     for k, file in enumerate(('small.pt', 'runs/toy_image/ldm.pt')):
         result = done(copy, 'train_ldm.py', LDM, f'--vae {file} --name new{k}', repo=repo)
         assert 'stage 1 at step 6 of 6' in result.out
+        assert json.loads((copy / f'runs/new{k}/splits.json').read_text()) == old['splits']
         state = common.load_checkpoint(copy / f'runs/new{k}/ldm.pt')
         assert {k: state[k] for k in ('vae_args', 'vae_config', 'splits')} == {
             k: old[k] for k in ('vae_args', 'vae_config', 'splits')}

@@ -466,6 +466,54 @@ def test_occupancies_packed_or_one_by_one(shapenet):
         truth(inside)
 
 
+@pytest.mark.mutation('data.py', 'reshape(x, z, y).swapaxes(1, 2)', 'reshape(x, z, y)')
+@pytest.mark.mutation('data.py', 'np.repeat(values > 0, counts)', 'np.repeat(values == 0, counts)')
+@pytest.mark.mutation('metrics.py', 'grid is not None and grid.shape', 'False and grid.shape')
+@pytest.mark.mutation('metrics.py', 'grid.shape == (cells,) * 3:', 'True:')
+@pytest.mark.mutation('data.py', 'except (AttributeError, ValueError):\n        raise ValueError(f\'{path}: '
+                      'damaged, or not a binvox', 'except KeyError:\n        raise ValueError(f\'{path}: '
+                      'damaged, or not a binvox')
+def test_voxels_are_those_of_binvox_files(shapenet):
+    """x slowest, then z, then y, as runs of at most 255 cells."""
+    root, _ = shapenet
+    shapes = data.make_dataset('shapenet', root)
+    grid = torch.rand(8, 8, 8) < 0.5
+    grid[:6] = True  # a run that is longer
+    cells = [bool(grid[x, y, z]) for x in range(8) for z in range(8) for y in range(8)]
+    runs = []
+    for cell in cells:
+        if not runs or runs[-1][0] != cell or runs[-1][1] == 255:
+            runs.append([cell, 0])
+        runs[-1][1] += 1
+    whole = (b'#binvox 1\ndim 8 8 8\ntranslate -0.5 -0.5 -0.5\nscale 1\ndata\n'
+             + bytes(sum(runs, [])))
+    without, source = metrics.true_grid(shapes, 1, 8)
+    assert source == 'nearest stored point' and not torch.equal(without, grid)
+    file = root / shapes.names[1] / 'model.binvox'
+    file.write_bytes(whole)
+    found, source = metrics.true_grid(shapes, 1, 8)
+    assert torch.equal(found, grid) and source == 'model.binvox'
+    other, source = metrics.true_grid(shapes, 1, 4)  # another size than it has
+    assert other.shape == (4, 4, 4) and source == 'nearest stored point'
+    for wrong in (whole[:-2], whole[:-1], whole.replace(b'dim', b'him'), b''):
+        file.write_bytes(wrong)
+        try:
+            assert torch.equal(metrics.true_grid(shapes, 1, 8)[0], without)
+        except AttributeError as error:
+            pytest.fail(str(error))
+        with pytest.raises(ValueError, match='model.binvox: damaged'):
+            data.read_binvox(file)
+
+
+@pytest.mark.mutation('common.py', "except UnicodeDecodeError as error:\n        raise ValueError(f'{path}",
+                      "except KeyError as error:\n        raise ValueError(f'{path}")
+def test_lists_in_another_encoding_are_named(shapenet):
+    root, _ = shapenet
+    (root / '03001627/train.lst').write_bytes('m\xe9'.encode('latin-1'))
+    with pytest.raises(ValueError, match='train.lst: not in UTF-8'):
+        data.make_dataset('shapenet', root)
+
+
 @pytest.mark.mutation('common.py', ".replace('\\ufeff', '')", '')
 def test_lists_with_byte_order_marks(shapenet):
     root, _ = shapenet
@@ -628,6 +676,23 @@ def test_clouds_of_a_folder_of_meshes(tmp_path, capsys):
     assert torch.equal(metrics.surface_cloud([], [], 4), torch.zeros(4, 3))
 
 
+@pytest.mark.mutation('metrics.py', 'require(len(a) == len(b), f', 'require(True, f')
+@pytest.mark.mutation('metrics.py', 'require(voxels.shape[1] > 1', 'require(True')
+@pytest.mark.mutation('metrics.py', 'require(len(refs) and len(samples)', 'require(True')
+def test_what_cannot_be_compared_is_refused():
+    for distance, *sets in ((metrics.chamfer, clouds(0, 2, 0.1), clouds(1, 3, 0.1)),
+                            (metrics.tmd, torch.ones(1, 1, 4, 4, 4, dtype=torch.bool)),
+                            (metrics.mmd_cov, clouds(0, 2, 0.1), clouds(1, 3, 0.1)[:, :9]),
+                            (metrics.mmd_cov, clouds(0, 2, 0.1)[:0], clouds(1, 3, 0.1))):
+        try:
+            distance(*sets)
+            pytest.fail(f'{distance} has compared them')
+        except ValueError:
+            pass
+        except (RuntimeError, IndexError) as error:
+            pytest.fail(str(error))
+
+
 @pytest.mark.mutation('metrics.py', '- overlap.trace()', '')
 @pytest.mark.mutation(
     'metrics.py',
@@ -743,8 +808,9 @@ def test_grids_have_x_first():
     grid = metrics.occupancy_grid(model, [dict(xy=torch.zeros(1, 4, 4, 4))], 8)
     assert torch.equal(grid[0], (torch.arange(8) >= 4)[:, None, None].expand(8, 8, 8))
     points = torch.rand(20000, 3) * 2 - 1
-    stored = SimpleNamespace(truth=lambda i, n: (points, points[:, 1] > 0))
-    grid = metrics.true_grid(stored, 0, 8)
+    stored = SimpleNamespace(truth=lambda i, n: (points, points[:, 1] > 0),
+                             voxels=lambda i: None)
+    grid, _ = metrics.true_grid(stored, 0, 8)
     assert torch.equal(grid, (torch.arange(8) >= 4)[None, :, None].expand(8, 8, 8))
     ends = metrics.unit_cube_grid(32, ends=True)
     assert ends.abs().max() == pytest.approx(0.5 / 0.55) and len(ends) == 32 ** 3

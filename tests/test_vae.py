@@ -371,6 +371,9 @@ def test_impossible_renders_are_refused(function):
     for size, box in (((0, 4), None), ((4, 4), ((0.5, 0.0), (-1, 1)))):
         with pytest.raises(ValueError, match='cannot render'):
             model.render(xi, size, box)
+    for size, at in (((4, 4, 4), ()), ((4, 4), (0.0,))):
+        with pytest.raises(ValueError, match='cannot render'):
+            model.render(xi, size, at=at)
 
 
 @pytest.mark.mutation('inr.py', '[name], points[..., along]', '[name], -points[..., along]')
