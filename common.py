@@ -123,6 +123,8 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(parser=self)
 
     def error(self, message):
+        if message.endswith('expected one argument'):
+            message += ', and one that begins with - as in --FLAG=-1,1'
         raise ValueError(f'{message} (flags: python {self.prog} -h)')
 
     def parse_args(self, args=None, namespace=None):
@@ -632,10 +634,10 @@ class EMA:
 
 RUNS = Path('runs')
 SUFFIXES = ('.pt', '.pth', '.ckpt')  # of checkpoints
-STOPPED = 'stopped; the same command continues from the last checkpoint'
+STOPPED = 'stopped; the same command, without --restart, continues from the last checkpoint'
 PLACES = {'workers', 'device', 'data', 'vae', 'name'}  # flags that say where and how, not what
 MAY_CHANGE = {'steps', 'log_every', 'eval_every', 'save_every', 'micro_batch', 'restart', 'slim',
-              *PLACES}
+              'compile', *PLACES}
 MAY_MOVE = {'captions', 'text', 'init', 'split'}  # of files, the folder may change
 STAGE_1 = dict(dataset=str, preset=str, data=str, flip=bool, steps=int, resolution=int)  # flags
 MODEL = dict(step=int, args=dict, vae_config=dict, vae=dict, splits=dict(train=list, test=list))
@@ -675,6 +677,8 @@ def save_checkpoint(path, state):
     def write(temporary):
         with open(temporary, 'wb') as file:  # a path would be named in the file, and errors not
             torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave an empty file of the new name
     replace(path, write)
 
 
@@ -691,6 +695,8 @@ def writing(path):
     except (OSError, RuntimeError) as error:
         if not isinstance(error, OSError):
             error = error.__context__  # torch.save ends in another error than that of the disk
+        if isinstance(error, KeyboardInterrupt):
+            raise error from None
         if not isinstance(error, OSError):
             raise
         why = one_line(error)
@@ -844,8 +850,10 @@ def load_checkpoint(path, kind=None, device='cpu'):
         with torch.serialization.safe_globals(HARMLESS):
             state = torch.load(path, map_location=device, weights_only=True,
                                mmap=os.name == 'posix')  # Windows replaces no mapped file
-    except PermissionError as error:
+    except OSError as error:
         raise ValueError(f'{path}: cannot be read ({error.strerror})') from None
+    except MemoryError:
+        raise
     except Exception as error:  # torch raises half a dozen types here; all mean the same to a user
         raise ValueError(f'{path}: truncated or not a checkpoint ({type(error).__name__}); '
                          'name another, or train it again with --restart') from None

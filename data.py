@@ -118,8 +118,10 @@ def save_grid(path, x, columns=None, pad=2, room=None):
 def save_animation(path, frames, seconds=0.1):
     """Write uint8 frames (3,H,W), an iterable, as an endless .webp or .png, exact, or .gif."""
     first, *rest = [Image.fromarray(x.cpu().permute(1, 2, 0).numpy()) for x in frames]
-    save_image(path, first, save_all=True, append_images=rest, duration=round(1000 * seconds),
-               loop=0, lossless=True)
+    tick = 10 if Path(path).suffix == '.gif' else 1  # milliseconds, in which formats count
+    ends = [tick * round(1000 / tick * seconds * k) for k in range(len(rest) + 2)]
+    save_image(path, first, save_all=True, append_images=rest, loop=0, lossless=True,
+               duration=[b - a for a, b in zip(ends, ends[1:])])
 
 
 # ---- toy_image, toy_video: a boat off a hilly shore, as a function of (x, y) and of (x, y, t) ----
@@ -745,6 +747,8 @@ def common_ball(many):
                          'what this layout has; try --axes opencv or --axes opengl')
     half = np.concatenate([(c.sizes / c.lenses[:, :2]).min(1) / 2 for c in many])  # tan of angles
     radius = np.median(np.linalg.norm(centre - eye, axis=1) * half / np.hypot(1, half))
+    require(radius > 1e-6 * np.abs(eye).max(), 'the cameras stand at one place: a panorama, of '
+            'which no shape can be had')
     return centre, float(radius)
 
 
@@ -770,7 +774,7 @@ def natural(name):
 
 def is_hidden(name):
     """Whether a relative path is one of .thumbs/x.png, __MACOSX/x.png and the like."""
-    return re.search(r'(^|/)(\.|__MACOSX/|lost\+found/)', name)
+    return re.search(r'(^|/)(\.|__MACOSX/|lost\+found/|@eaDir/|\$RECYCLE\.BIN/)', name)
 
 
 def picture_names(names, suffixes=SUFFIXES):
@@ -1741,6 +1745,8 @@ class FileItems(Items):
         with contextlib.suppress(RuntimeError):  # some containers have no shared memory
             self.broken.share_memory_()
         self.notes += filter(None, [self.files.others()])
+        if self.apart:
+            self.notes.append(f'{self.apart} {self.kind} of neither train nor test are left alone')
         self.sound = {}  # index -> whether the file could be read, of those that were tried
         self.refuse_bad()
         if selection.captions:
@@ -1790,6 +1796,8 @@ class FileItems(Items):
         others = {self.names[i] for i in broken} - {*known}
         bad, total = len(known) + len(others) - self.spared, self.total - self.spared
         if bad == total or not self.tolerant and bad >= 3 and bad > total / 100:
+            if self.tolerant:  # `check`, which lists them where some are left
+                common.list_notes([], self.bad)
             name, why = self.bad[0]
             raise ValueError(f'{self.place}: {bad} of {total} {self.kind} cannot be used, '
                              f'e.g. {name}: {why}; all of them: python data.py check {self.place}')
@@ -1889,7 +1897,11 @@ def captions_by_name(texts):
 def read_table(path, flag):
     """The rows of a CSV in UTF-8 as dicts; its errors name the flag."""
     try:
-        return list(csv.DictReader(io.StringIO(common.read_text(path))))
+        rows = [*csv.DictReader(io.StringIO(common.read_text(path)), skipinitialspace=True)]
+        wrong = next((k for k, row in enumerate(rows, 1) if None in row), 0)
+        require(not wrong, f'{path}: row {wrong} has more fields than the header; put texts with '
+                'commas into quotes')
+        return rows
     except FileNotFoundError:
         raise FileNotFoundError(f'{flag} {path}: no such file') from None
     except ValueError as error:
@@ -2355,7 +2367,7 @@ class Lines:
         numbered = enumerate(lines, 1)
         for self.number, line in numbered:
             while joined and line.endswith('\\'):
-                line = line[:-1] + next(numbered, (0, ''))[1]
+                line = line[:-1] + ' ' + next(numbered, (0, ''))[1]
             if words := line.split():
                 yield words
 
@@ -2976,7 +2988,8 @@ def find_meshes(root, classes):
     for name, key in zip(names, telling_parts([n.split('/') for n in names])):
         parts = name.split('/')
         group = parts[0] if len(parts) > 1 else root.resolve().name
-        key = next((classes[k] for k in (key, Path(name).stem) if k in classes), group), key
+        told = (key, Path(name).stem, Path(name).name, name)
+        key = next((classes[k] for k in told if k in classes), group), key
         if key in found:
             raise ValueError(f'{root / name} and {found[key]} would get the same name; rename one '
                              'of them')
@@ -3272,8 +3285,6 @@ class FileShapes(FileItems, Shapes):
             self.titles = self.groups
         self.select([n for n in self.folders if n in listed], root, selection, official)
         self.labels = [self.groups.index(n.split('/')[0]) for n in self.names]
-        if given and not selection.holdout and lists['val']:
-            self.notes.append(f'{len(lists["val"])} shapes of val.lst are left alone')
 
     def path_of(self, name):
         return self.folders.get(name, name)
@@ -3290,11 +3301,18 @@ class FileShapes(FileItems, Shapes):
         folder, stored = self.folders[self.names[i]], {}
         for part in ('points', *['near'] * bool(self.near)):
             with np.load(folder / f'{part}.npz') as file:
-                points = finite_points(file['points'])
+                points = self.in_box(finite_points(file['points']))
                 stored |= {part: points,
                            f'{part} bits': packed_occupancies(file['occupancies'], len(points))}
         with np.load(folder / 'pointcloud.npz') as file:
-            return dict(stored, surface=finite_points(file['points']))
+            return dict(stored, surface=self.in_box(finite_points(file['points'])))
+
+    def in_box(self, points):
+        """The points; ValueError if they leave the box by more than a fifth, as clouds may do."""
+        reach = abs(points).max()
+        require(reach <= 1.2 * self.extent, f'points reach {reach:.3g}, where the box is '
+                f'+-{self.extent:g}: scale them')
+        return points
 
     def bytes_kept(self, arrays):
         return sum(a.nbytes for a in arrays.values())
@@ -3357,8 +3375,13 @@ def with_opacity(im, mask, where):
     Without either, all that is not white is object; ValueError if most of the border is not.
     """
     if mask is not None:
-        im = im.convert('RGB')
-        im.putalpha(mask.convert('L').resize(im.size))
+        im, values = im.convert('RGB'), np.asarray(mask.convert('L'))
+        if values.max() < 128:  # numbers of objects, of which 0 is none
+            numbers = np.asarray(mask) if mask.mode == 'P' else values
+            values = np.where(numbers, 255, 0).astype('uint8')
+        shape = values.shape[1] * im.height / (values.shape[0] * im.width)
+        require(0.98 < shape < 1.02, f'{where}: of another shape than its mask')
+        im.putalpha(Image.fromarray(values).resize(im.size))
         return im
     if has_opacity(im) and (rgba := im.convert('RGBA')).getextrema()[3][0] < 255:
         return rgba
@@ -3478,8 +3501,11 @@ class ArrayScene(SceneFiles):
 
     def pictures(self, numbers):
         images = self.array('images')
+        white = 1 if images.dtype.kind == 'f' and images.max() < 1.5 else 255
+        require(images.max() <= 1.5 * white, f'images: values up to {images.max():g}, where '
+                f'{white} is white')
         for k in numbers:
-            im = (images[k] * (1 if images.dtype.kind in 'ui' else 255)).round().clip(0, 255)
+            im = (images[k] * (255 / white)).round().clip(0, 255)
             yield with_opacity(Image.fromarray(im.astype('uint8')), None, f'images[{k}]')
 
     def cloud(self):
@@ -4034,8 +4060,6 @@ class FileScenes(FileItems, Scenes):
         self.views_of = self.select(known, root, selection, official)
         self.centre, self.extent, self.up = self.find_box(known)
         self.side = min(self.side, int(np.median([c.sizes.min() for c in self.views_of])))
-        if self.apart:
-            self.notes.append(f'{self.apart} scenes of neither train nor test are left alone')
 
     def path_of(self, name):
         return self.scenes[name].place if name in self.scenes else name
@@ -4230,7 +4254,8 @@ def meant(args):
     name, root = args.dataset, args.data
     if name not in NAMES:
         require(Path(name).exists(), f'{name}: neither a data set ({", ".join(NAMES)}) nor a path')
-        root = root or name
+        require(not root, f'--data {root}: {name} is a path already; give one of them')
+        root = name
         own = [base for key, (base, _) in DATASETS.items() if key == base.domain]  # pictures first
         name = next(base.domain for base in reversed(own) if base.lies_at(args.dataset))
     return name, root

@@ -455,6 +455,13 @@ class Function(nn.Module):
         self.xi = [{name: fn(field) for name, field in level.items()} for level in self.xi]
         return super()._apply(fn, recurse)
 
+    def move(self, loc, scale):
+        """Give new units to the data: what was at place p (3,) will be at p * scale + loc."""
+        self.centre = tuple(float(p) for p in torch.as_tensor(self.centre) * scale
+                            + torch.as_tensor(loc))
+        self.extent = float(self.extent * scale)
+        self.about |= dict(centre=self.centre, extent=self.extent)
+
     def forward(self, coords, scale=None, dirs=None):
         points = coords.reshape(1, -1, coords.shape[-1])
         scale = None if scale is None else points.new_tensor([scale])

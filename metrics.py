@@ -922,8 +922,9 @@ def find_weights(kind, path):
     for pickle in [file.with_suffix('.pkl') for file in files]:
         require(not pickle.is_file(), f'{pickle}: a pickle of Python code is not read; take the '
                 f'.pt of the same publisher; {wanted(kind)}')
+    flag = '--classifier' if kind == 'classifier' else '--weights'
     raise FileNotFoundError(f'{path}: no weights of {kind}; {wanted(kind)}; put it there or name '
-                            'the file with --weights')
+                            f'the file with {flag}')
 
 
 def check_state(net, state, path, kind):
@@ -1056,7 +1057,8 @@ def measured(source, work):
         print(f'skipped {len(bad)} unreadable {about["kind"]}: {", ".join(bad[:20])}'
               + ', ..' * (len(bad) > 20), file=sys.stderr)
     require(len(bad) < total and (len(bad) < 3 or len(bad) <= total / 100),
-            f'{about["source"]}: {len(bad)} of {total} {about["kind"]} cannot be read')
+            f'{about["source"]}: {len(bad)} of {total} {about["kind"]} cannot be read, e.g. '
+            f'{next(iter(bad), None)}')
     return [x for part in found for x in part]
 
 
@@ -1089,8 +1091,9 @@ def file_source(items, load, name, about, failure=OSError, **options):
     def attempt(item):
         try:
             return load(item)
-        except failure:
-            source.bad.add(name(item))
+        except failure as error:
+            said = name(item) in str(error)
+            source.bad.add(str(error) if said else f'{name(item)}: {data.reason(error)}')
 
     def read(part):
         with ThreadPoolExecutor(4) as pool:
@@ -1672,7 +1675,10 @@ def real_and_fake(args):
     sampled = b and stage == 2
     require(sampled or args.conditions == 'none' and args.guidance == 1, '--conditions and '
             '--guidance are for the samples of a run; leave them out')
-    refuse_unused(args, [] if b else OF_FAKES + ['res'] * (command.thing == 'cloud'))
+    refuse_unused(args, [] if b and not other else OF_FAKES + ['float', 'interpolated'] + [
+        'res'] * (command.thing == 'cloud'))
+    require(not args.reader or args.conditions != 'none', '--reader: has no effect without '
+            '--conditions')
     divided = a or b and (paired or b.thing == 'view')  # the latter have cameras of their data
     refuse_unused(args, [] if divided else OF_DATA if args.conditions == 'none' else ['split'])
     if sampled:
@@ -1695,6 +1701,9 @@ def real_and_fake(args):
         fake = (getattr(b, args.fakes)() if b else  # the choices of --fakes are methods of Run
                 folder(args.b, args, R, args.num, 0 if paired else 1))
         shown = [' or '.join(f'{m} x {n}' for m, n in sorted(s.sizes)[:3]) for s in (fake, real)]
+        if len(fake.sizes) > 1 and not args.res and not b:
+            print(f'note: {args.b}: pictures of several sizes, {shown[0]}, ...; if it is an --out '
+                  'of sample.py, name one of the folders in it', file=sys.stderr)
         require(len(fake.sizes) != 1 or real.sizes == fake.sizes or not real.sizes,
                 f'the fakes are {shown[0]} pixels, the reals {shown[1]}: give --res')
         require(not paired or alone or list(real.items) == list(fake.items), f'{args.a} and '
@@ -1727,7 +1736,7 @@ def report(args, line, values, net=None, **sources):
     flags = {k: getattr(args, k) for k in COMMANDS[args.command].flags.split() if k not in places}
     network = dict(net.source, resize=net.resize) if net else {}
     if args.rounding:
-        network['rounding'] = args.rounding  # of what a run makes
+        network['rounding'] = rounding(args)  # of what a run makes
     text = json.dumps(dict(command=args.command) | flags | network | values
                       | {name: source.about for name, source in sources.items()})
     print(f'{line}\n{text}')
@@ -2199,6 +2208,7 @@ def text_command(args):
     clip = load_network('clip', args.weights).to(args.device) if args.clip else None
     require(not clip or clip.tokenise, f'{args.weights}: CLIP-S needs bpe_simple_vocab_16e6.txt.gz '
             'beside the weights')
+    require(clip or args.views == FLAGS['views'].default, '--views: has no effect without --clip')
     if args.classifier:
         find_weights('classifier', args.classifier)  # before the data are read
     resolved('--captions', args.captions)
@@ -2397,6 +2407,7 @@ def parse_sampler(text):
 def main(argv=None):
     """The command line, or `argv` in its place; ValueError for values out of range."""
     args = build_parser().parse_args(argv)
+    require(args.a and args.b != '', 'an empty name: what shall be measured?')
     require(args.threshold < 1, '--threshold: must be below 1')
     args.sampler, args.samplers = parse_sampler(args.sampler), [
         parse_sampler(text) for text in args.samplers.split(',')]

@@ -110,7 +110,7 @@ def build_parser():
     parser.add_argument('--export', default='', metavar='FILE', help='write the one sample to FILE '
                         'as a function, for inr.load_function')
     parser.add_argument('--interpolate', type=common.at_least(2, int), default=0, metavar='K',
-                        help='K pictures from each seed to the next; 0 = samples')
+                        help='K pictures from each seed to the next')
     parser.add_argument('--reconstruct', default='', metavar='PATH',
                         help='encode this instead of sampling: a picture or a folder of them; a '
                         'mesh or point cloud; an animated file or a folder of videos; a posed '
@@ -129,7 +129,9 @@ def condition(args, ldm, device):
     """What --label or --text ask of every sample, with a first axis of 1; None without."""
     if args.text:
         common.require(ldm.config.text, f'--text {args.text!r}: this run reads no text')
-        c = ldm.config
+        c, size = ldm.config, len(args.text.encode())
+        if c.text == 'bytes' and size > c.text_length:
+            print(f'note: --text: this run reads {c.text_length} bytes, of these {size} the first')
         return text_reader(args.reader or c.text, device, c.text_length)([args.text])
     if args.label is None:
         return None
@@ -187,11 +189,13 @@ def encode_items(items, vae, device):
     items.verify()
     good = items.readable(range(len(items)))
     encoded = {items.names[i] for i in good}  # some of which are doubtful
-    common.list_notes([f'{name}: {why}' for name, why in items.bad if name in encoded],
+    doubtful = [f'{name}: {why}' for name, why in items.bad if name in encoded]
+    common.list_notes([*items.notes, *doubtful],
                       [(name, why) for name, why in items.bad if name not in encoded])
     place = Path(items.place).resolve().name  # of a clip whose frames lie there: it has no name
     names = [file_name(items.names[i].replace('/', '__') or place) for i in good]
-    if len({*names}) < len(names):  # a number in front makes each of them unique
+    ordered = sorted(names, key=lambda name: data.natural(f'{name}.png'))
+    if len({*names}) < len(names) or ordered != names:  # numbered, they are unique and in order
         names = [f'{k:06d}_{n}' for k, n in enumerate(names)]
     return names, (vae.encode(items.view(i, 0)[vae.reads][None].to(device)).mean[0] for i in good)
 
@@ -350,7 +354,13 @@ class VideoFlags(FrameFlags):
 def check_videos(args, sizes):
     """ValueError for an invalid --box or --time."""
     parse_box(args.box)
-    t = args.time
+    t, count = args.time, max(args.frames, 1) * args.slow
+    common.require(count <= 10_000, f'--frames {args.frames}, --slow {args.slow}: at most 10,000 '
+                   'frames')
+    common.require(args.animation != 'webp' or all(max(s) < 2 ** 14 for s in sizes), '--res: '
+                   'webp ends at 16383 pixels; give --animation png')
+    common.require(args.animation != 'gif' or args.fps <= 50, f'--fps {args.fps:g}: GIFs have 50 '
+                   'at most')
     common.require(not t or len(t) == 2 and -1 <= t[0] < t[1] <= 1, f'--time {t}: LO,HI, '
                    'increasing and within -1..1')
 
@@ -560,9 +570,20 @@ def check_domain(args, output, sizes):
     output.check(args, sizes)
 
 
+def refuse_overwriting(path, out):
+    """ValueError if what is encoded lies where results of that name are written, in OUT/HxW."""
+    path, out = Path(path).resolve(), Path(out).resolve()
+    below = path.parts[len(out.parts):] if out in path.parents else ()
+    common.require(not below or not re.fullmatch(SIZE_FOLDER, below[0]), f'--reconstruct {path}: '
+                   f'results would be written over it in {out}; name another --out')
+
+
+SIZE_FOLDER = r'\d+(x\d+)?'
+
+
 def note_leftovers(out, since):
     """Say which of the folders of sizes in OUT hold files that are older than `since`, too."""
-    for folder in sorted(p for p in out.iterdir() if re.fullmatch(r'\d+(x\d+)?', p.name)):
+    for folder in sorted(p for p in out.iterdir() if re.fullmatch(SIZE_FOLDER, p.name)):
         old = [p.stat().st_mtime < since for p in folder.rglob('*') if p.is_file()]
         if any(old) and not all(old):
             print(f'note: {folder} holds {sum(old)} older files, too, which metrics.py would '
@@ -579,12 +600,18 @@ def main():
     path = common.find_checkpoint(args.run, *files) or args.run
     if not path:
         print('no finished run in runs/: using the bundled model of emoji')
-    device = common.start_process(args.device).device
+    elif not args.run:
+        print(f'of the newest run: {path}')
+    process = common.start_process(args.device)
+    common.require(process.world == 1, 'sample.py is one process: give each another --seed and '
+                   '--out, without torchrun')
+    device = process.device
     load = stage2.load_vae if args.reconstruct else stage2.load
     vae, *ldm, info = load(path or DEMO, device)
     output, place = OUTPUTS[vae.domain], None
     check_domain(args, output, sizes)
     if args.reconstruct:
+        refuse_overwriting(args.reconstruct, args.out)
         names, z, place = output.encode(args.reconstruct, vae, info['args'], device)
     else:
         names, z = draw(args, vae, *ldm)
@@ -599,7 +626,10 @@ def main():
     at = ', '.join(f'{h} x {w}' for h, w in sizes)
     print(f'{len(names)} {output.makes} at {at}, and a grid of them, in {args.out}')
     if args.export:
-        save_function(args.export, vae.function(vae.decode(z[0][None])))
+        function = vae.function(vae.decode(z[0][None]))
+        if place:  # of a mesh, in whose units its surface is written, too
+            function.move(*place)
+        save_function(args.export, function)
         print(f'{args.export}: {Path(args.export).stat().st_size / 2 ** 20:.2f} MiB')
     note_leftovers(Path(args.out), since)
 

@@ -431,12 +431,13 @@ def main():
     args.captions = common.resolved('--captions', args.captions)
     reader = text_reader(args.text, device, args.text_length) if args.text else None
     if args.text not in ('', 'bytes'):
-        args.text = str(Path(args.text).resolve())
+        args.text = os.path.abspath(args.text)  # of a link: what is beside it is read, too
     state = common.resume(folder / 'ldm.pt', args, 'ldm')
     step = state['step'] if state else 0
     common.agree_on_flags(args, step=step, stage_1=digest)
     common.require(not state or state['vae_hash'] == digest, f'{vae_path} is not what stage 2 '
-                   f'in {folder} began on, or has changed; give another --name, or --restart')
+                   f'in {folder} began on, or has changed; name that with --vae '
+                   f'({state and state["args"]["vae"]}), or give another --name or --restart')
     if common.finished(folder / 'ldm.pt', state, args, process):
         return
     if process.is_first:

@@ -430,13 +430,25 @@ def load_or_none(path):
         return None
 
 
-@pytest.mark.mutation('common.py', 'except PermissionError as error:\n        raise ValueError(f',
-                      'except KeyError as error:\n        raise ValueError(f')
+@pytest.mark.mutation('common.py', 'except OSError as error:\n        raise ValueError(f\'{path}: cannot',
+                      'except KeyError as error:\n        raise ValueError(f\'{path}: cannot')
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
     common.save_checkpoint(tmp_path / 'a.pt', checkpoint())
     monkeypatch.setattr(torch, 'load', mock.Mock(side_effect=PermissionError(13, 'not allowed')))
     with pytest.raises(ValueError, match='a.pt: cannot be read .not allowed.'):
         common.load_checkpoint(tmp_path / 'a.pt')
+
+
+@pytest.mark.mutation('common.py', 'if isinstance(error, KeyboardInterrupt):', 'if False:')
+def test_ctrl_c_while_a_checkpoint_is_written(tmp_path):
+    def write(path):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError('unexpected pos')  # as torch.save does
+    with pytest.raises(BaseException) as caught:
+        common.replace(tmp_path / 'a.pt', write)
+    assert caught.type is KeyboardInterrupt
 
 
 @pytest.mark.mutation('common.py', "if kind and state['kind'] != kind", 'if False')

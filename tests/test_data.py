@@ -103,6 +103,16 @@ def test_columns_of_a_grid_of_strips(tmp_path):
         assert (width, height) == (5 * columns + 1, 3 * -(-9 // columns) + 1)
 
 
+@pytest.mark.mutation('data.py', "tick = 10 if Path(path).suffix == '.gif' else 1", 'tick = 1')
+def test_gifs_last_as_long_as_they_should(tmp_path):
+    """Hundredths of a second are what they count in."""
+    frames = [torch.full((3, 4, 4), 10 * k, dtype=torch.uint8) for k in range(15)]
+    data.save_animation(tmp_path / 'x.gif', frames, 1 / 15)
+    with Image.open(tmp_path / 'x.gif') as film:
+        lasts = [film.seek(k) or film.info['duration'] for k in range(15)]
+    assert sum(lasts) == 1000 and {*lasts} == {60, 70}
+
+
 @pytest.mark.mutation('data.py', 'x.cpu().permute(1, 2, 0).numpy()) for',
                       'x.permute(1, 2, 0).numpy()) for')
 def test_animations_of_frames_on_a_card(tmp_path):
@@ -470,7 +480,7 @@ def test_shrinking_is_antialiased(tmp_path):
 
 
 @pytest.mark.mutation('data.py', 'int(p) if k % 2 else p', 'p')
-@pytest.mark.mutation('data.py', r'(^|/)(\.|__MACOSX/|lost\+found/)', r'(^|/)nothing')
+@pytest.mark.mutation('data.py', r"(^|/)(\.|__MACOSX/|lost\+found/|@eaDir/|\$RECYCLE\.BIN/)", r'(^|/)nothing')
 def test_names_are_natural_and_hidden_files_are_none(tmp_path):
     for name in ('b/x/p10.png', 'b/x/p9.PNG', 'p2.png', '.hidden/q.png', '__MACOSX/._p2.png'):
         write(tmp_path / name, noise(16, 16))
@@ -857,6 +867,8 @@ def test_the_cache_is_bounded_and_changes_nothing(folder):
 @pytest.mark.mutation('data.py', "found['text'] = texts[int(rng.integers(len(texts))) if rng else 0]",
                       "found['text'] = texts[0]")
 @pytest.mark.mutation('data.py', "('file', 'modelid',", "('modelid',")
+@pytest.mark.mutation('data.py', 'skipinitialspace=True', 'skipinitialspace=False')
+@pytest.mark.mutation('data.py', 'require(not wrong, f', 'require(True, f')
 def test_pictures_have_captions_by_file_name(folder):
     """By path, last part or stem; several texts of one are drawn in turn."""
     os.makedirs(folder / 'deep')
@@ -873,6 +885,14 @@ def test_pictures_have_captions_by_file_name(folder):
     i = dataset.names.index('p0.png')
     assert {dataset.item(i, common.seeded(k))['text'] for k in range(9)} == {'a red', 'b'}
     assert dataset.item(dataset.names.index('p5.png'))['text'] == ''
+    (folder / 'c.csv').write_text('file,caption\np0.png, "a red, round chair"\n')
+    try:
+        assert data.read_captions(folder / 'c.csv') == {'p0.png': ['a red, round chair']}
+    except ValueError as error:
+        pytest.fail(str(error))
+    (folder / 'c.csv').write_text('file,caption\np0.png,ok\np1.png,a red, round chair\n')
+    with pytest.raises(ValueError, match='row 2 has more fields'):
+        data.read_captions(folder / 'c.csv')
 
 
 @pytest.mark.mutation('data.py', 'longer.setdefault(key.split(', '{}.setdefault(key.split(')

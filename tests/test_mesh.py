@@ -111,6 +111,7 @@ LEGAL = {
     'mac.ply': text_ply().replace(b'\n', b'\r'), 'dos.stl': text_stl().replace(b'\n', b'\r\n'),
     'comment.obj': '\n'.join(line + ' # f 1 2 3 \\' for line in OBJ_LINES).encode(),
     'joined.obj': text_obj().replace(b'\nf 1/1/1 ', b'\nf 1/1/1 \\\r\n'),
+    'tight.obj': text_obj().replace(b' 8/1/1', b'\\\r\n8/1/1'),
     'capitals.stl': text_stl().upper(), 'name.stl': text_stl().replace(b'cube', b'vertex 1 2 3 \\'),
     'two.stl': text_stl().replace(b'endfacet', b'endfacet\nendsolid a\nsolid b', 1),
     'wide.stl': text_stl().replace(b'\nouter', b' outer'),
@@ -134,6 +135,7 @@ LEGAL = {
 @pytest.mark.mutation('data.py', "comment='$^'", "comment='#'")
 @pytest.mark.mutation('data.py', "re.sub('\\r\\n?', '\\n',", "re.sub('\\r\\n', '\\n',")
 @pytest.mark.mutation('data.py', 'while joined and line', 'while not joined and line')
+@pytest.mark.mutation('data.py', "line[:-1] + ' ' + next", 'line[:-1] + next')
 @pytest.mark.mutation('data.py', "f'{comment}.*', ''", "f'{comment}$', ''")
 @pytest.mark.mutation('data.py', "size = 4 if '4' in", "size = 3 if '4' in")
 @pytest.mark.mutation('data.py', '(b, a, c) if turned', '(a, b, c) if turned')
@@ -627,6 +629,15 @@ def test_classes_come_and_go(meshes, capsys):
     Path('c.csv').write_text('name,kind\n')
     with pytest.raises(ValueError, match='--classes c.csv: not a CSV with'):
         prepare(capsys, '--classes', 'c.csv')
+
+
+@pytest.mark.mutation('data.py', 'Path(name).stem, Path(name).name, name)', 'Path(name).stem)')
+def test_classes_are_told_by_any_name_of_a_file(tmp_path):
+    for name in ('a/x.obj', 'b/y.obj', 'b/z.obj'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found, _ = data.find_meshes(tmp_path, {'x.obj': 'chair', 'b/y.obj': 'lamp', 'z': 'table'})
+    assert {*found} == {('chair', 'x'), ('lamp', 'y'), ('table', 'z')}
 
 
 @pytest.mark.mutation('data.py', 'sorted(first_names(there, root.joinpath).values(), key=natural)',

@@ -1015,7 +1015,7 @@ def test_folder_with_bad_and_unequal_pictures(folders, tmp_path):
     except RuntimeError as error:
         pytest.fail(str(error))
     assert shapes == [(6, 3, 75, 75), (1, 3, 20, 40)] and len(real.items) == 8
-    assert real.sizes == {(75, 75), (20, 40)} and real.bad == {'link.png'}
+    assert real.sizes == {(75, 75), (20, 40)} and [b[:9] for b in real.bad] == ['link.png:']
     assert [tuple(b.shape) for b in passed(folder('A', 16))] == [(7, 3, 16, 16)]
     assert len(torch.cat(passed(folder('A', 16, limit=3)))) == 3
     with pytest.raises(ValueError, match='less than --res 64'):
@@ -1801,10 +1801,10 @@ def test_what_cannot_end_well_is_refused_before_anything_is_read(toy_run, monkey
     assert {p.name for p in toy_run.iterdir()} == {'file', 'ldm.pt'}
 
 
-@pytest.mark.mutation('metrics.py', '[] if b else OF_FAKES', '[] if True else OF_FAKES')
+@pytest.mark.mutation('metrics.py', '[] if b and not other else OF_FAKES', '[] if True else OF_FAKES')
 @pytest.mark.mutation('metrics.py', 'divided = a or', 'divided = True or')
 @pytest.mark.mutation('metrics.py', "else ['split'])", 'else [])')
-@pytest.mark.mutation('metrics.py', "['res'] * (command.thing == 'cloud')", '[]')
+@pytest.mark.mutation('metrics.py', "[\n        'res'] * (command.thing == 'cloud')", '[]')
 @pytest.mark.mutation('metrics.py', "'threshold', 'coarse']", ']')
 @pytest.mark.mutation('metrics.py', 'refuse_unused(args, OF_FAKES + OF_DATA)', 'pass')
 @pytest.mark.mutation('metrics.py', 'getattr(args, name) == getattr(usual, name)', 'True')
@@ -1815,6 +1815,7 @@ def test_flags_of_runs_are_refused_for_folders(toy_run, folders, colour_network,
         with pytest.raises(ValueError, match=f'{argv.split()[3]}: is for runs'):
             metrics.main(argv.split())
     for argv in (f'fid {toy_run} B --interpolated', f'fid A {toy_run} --split test',
+                 f'fid {toy_run} --split test --fakes train --float',
                  f'fid A {toy_run} --data X', f'fid A {toy_run} --conditions test --split test',
                  'shapes A B --res 9', 'shapes A B --threshold 0.2', 'shapes A B --coarse 9'):
         flag, why = [word for word in argv.split() if word.startswith('--')][-1], ''
@@ -1840,6 +1841,16 @@ def test_a_reference_is_read_where_nothing_can_be_written(capsys, folders, colou
         pytest.fail(str(error))
     with pytest.raises(ValueError, match='nothing can be written'):
         metrics.main(['fid', 'A', 'B', '--reference', 'B.pt'])
+
+
+@pytest.mark.mutation('metrics.py', "require(args.a and args.b != ''", 'require(True')
+def test_an_empty_name_is_none(toy_run, folders):
+    for argv in (['fid', ''], ['fid', 'A', '']):
+        try:
+            metrics.main(argv)
+            pytest.fail('something was measured')
+        except Exception as error:
+            assert 'an empty name' in str(error)
 
 
 def test_errors_are_one_line(repo, folders, tmp_path):

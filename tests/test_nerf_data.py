@@ -108,6 +108,7 @@ def test_reduced_and_square_pictures_show_points_at_the_same_place():
 
 @pytest.mark.mutation('data.py', 'half / np.hypot(1, half)', 'half')
 @pytest.mark.mutation('data.py', '> 0) < 0.5:', '> 0) < -1:')
+@pytest.mark.mutation('data.py', 'require(radius > 1e-6 *', 'require(radius >= -1 *')
 def test_cameras_look_at_a_ball():
     rng, centre = np.random.default_rng(2), np.array([1.0, -2.0, 0.5])
     directions = rng.normal(size=(12, 3))
@@ -121,6 +122,9 @@ def test_cameras_look_at_a_ball():
     turned = data.Cameras(poses @ np.diag([1, -1, -1, 1]), cameras.lenses, cameras.sizes)
     with pytest.raises(ValueError, match='look away.*--axes'):
         data.common_ball([turned])
+    poses[:, :3, 3] = centre
+    with pytest.raises(ValueError, match='at one place'):
+        data.common_ball([data.Cameras(poses, cameras.lenses, cameras.sizes)])
     same = data.Cameras(poses[:1].repeat(3, 0), cameras.lenses[:3], cameras.sizes[:3])
     with pytest.raises(ValueError, match='--box'):
         data.common_ball([same])
@@ -428,7 +432,7 @@ def folders(tmp_path, scene_views):
 @pytest.mark.mutation('data.py', 'side / 2 / math.tan(number(angle) / 2)',
                       'side / math.tan(number(angle) / 2)')
 @pytest.mark.mutation('data.py', 'rows[-1][::-1], size)', '(1, 1), size)')
-@pytest.mark.mutation('data.py', "(1 if images.dtype.kind in 'ui' else 255)", '255')
+@pytest.mark.mutation('data.py', 'images[k] * (255 / white)', 'images[k] * 255')
 def test_layouts_show_the_same_scenes(folders, scene_views):
     """Points fall on the object in all; rays are those of the toy; the box is what cameras see."""
     sets = [opened(folders / kind) for kind in ('srn', 'json', 'npz')]
@@ -559,7 +563,7 @@ def test_intrinsics_in_every_way(tmp_path, scene_views):
     assert cameras.reduced(24).sizes[6].tolist() == [24, 10]
 
 
-@pytest.mark.mutation('data.py', 'im.putalpha(mask.convert', "im.putalpha(im.convert")
+@pytest.mark.mutation('data.py', 'im.putalpha(Image.fromarray(values)', "im.putalpha(im.convert('L')")
 def test_masks_say_what_the_object_is(tmp_path, scene_views):
     poses, shots = scene_views[0]
     busy = shots.copy()
@@ -575,6 +579,21 @@ def test_masks_say_what_the_object_is(tmp_path, scene_views):
     assert np.array_equal(items.shot(0, 2)[..., 3], shots[2, ..., 3])
     assert (items.shot(0, 2)[shots[2, ..., 3] == 0] == (255, 255, 255, 0)).all()
     assert items.agreement(0).min() > 0.9
+
+
+@pytest.mark.mutation('data.py', 'if values.max() < 128:', 'if False:')
+@pytest.mark.mutation('data.py', "np.asarray(mask) if mask.mode == 'P' else values", 'values')
+@pytest.mark.mutation('data.py', 'require(0.98 < shape < 1.02', 'require(True')
+def test_masks_of_numbers_and_of_other_shapes():
+    inside = np.zeros((4, 8), 'uint8')
+    inside[:, 5:] = 1
+    black = Image.fromarray(inside)
+    black.putpalette([9, 0, 0, 0, 0, 0])  # an object of the darkest colour
+    for mask in (Image.fromarray(inside), Image.fromarray(255 * inside), black):
+        seen = data.with_opacity(Image.new('L', (16, 8)), mask, 'x')
+        assert (np.asarray(seen)[::2, ::2, 3] == 255 * inside)[:, [0, 7]].all()
+    with pytest.raises(ValueError, match='x: of another shape than its mask'):
+        data.with_opacity(Image.new('L', (8, 16)), black, 'x')
 
 
 @pytest.mark.mutation('data.py', '*self.box)[-4:-1]', '*self.box)[:3]')

@@ -300,7 +300,7 @@ def step_of(path):
 
 @pytest.mark.mutation('common.py', 'start = step * batch + rank', 'start = rank')
 @pytest.mark.mutation('common.py', 'except (ValueError, RecursionError):', 'except KeyError:')
-@pytest.mark.mutation('common.py', 'file)\n    replace(path, write)', 'file)\n    write(path)')
+@pytest.mark.mutation('common.py', 'new name\n    replace(path, write)', 'new name\n    write(path)')
 @pytest.mark.parametrize('script', STAGES)
 def test_a_kill_loses_nothing(script, toy, copy, repo):
     """kill -9 while a checkpoint is written, again within a line of the log, then to the end.
@@ -749,6 +749,15 @@ def test_export_and_animated_zoom(toy, tmp_path, repo):
     assert not (tmp_path / 'g.pt').exists()
 
 
+@pytest.mark.mutation('sample.py', 'not re.fullmatch(SIZE_FOLDER, below[0])', 'True')
+def test_what_is_encoded_is_not_written_over(tmp_path):
+    for path in ('out/64x64/000000', 'out/128/a.obj', 'out/./64x64'):
+        with pytest.raises(ValueError, match='name another --out'):
+            sample.refuse_overwriting(tmp_path / path, tmp_path / 'out')
+    for path in ('photo.png', 'out/photo.png', 'other/64x64/a.png'):
+        sample.refuse_overwriting(tmp_path / path, tmp_path / 'out')
+
+
 @pytest.mark.mutation('sample.py', 'factor ** (-k / count)', '1 - (1 - 1 / factor) * k / count')
 @pytest.mark.mutation('sample.py', 'max(min(c, 1 - 1 / factor), 1 / factor - 1)', 'c')
 def test_a_zoom_grows_evenly_and_stays_inside():
@@ -831,10 +840,11 @@ def test_reconstructions(photos, tmp_path, repo):
 
 
 @pytest.mark.mutation('sample.py', "f'{k:06d}_{n}'", "f'{n}_{k}'")
+@pytest.mark.mutation('sample.py', 'or ordered != names:', 'or False:')
 @pytest.mark.mutation('sample.py', "'__') or place)", "'__'))")
 def test_reconstructions_have_names_of_their_own(tmp_path):
     class Named(data.Items):
-        place, bad = tmp_path / 'a clip', []
+        place, bad, notes = tmp_path / 'a clip', [], []
 
         def __init__(self, names):
             self.names = names
@@ -842,6 +852,7 @@ def test_reconstructions_have_names_of_their_own(tmp_path):
         def verify(self):
             pass
     for names, files in ((['a/b', 'c'], ['a__b', 'c']), ([''], ['a_clip']),
+                         (['p1.png', 'p1A.png'], ['000000_p1_png', '000001_p1A_png']),
                          (['a b', 'a_b', 'a_b_1'], ['000000_a_b', '000001_a_b', '000002_a_b_1'])):
         assert sample.encode_items(Named(names), None, None)[0] == files
 
@@ -1107,15 +1118,16 @@ def test_metrics_of_shapes(shapes, tmp_path):
         own.append(((predicted & inside).sum() / max((predicted | inside).sum(), 1)).item())
     assert result['iou'] == pytest.approx(np.mean(own), abs=1e-6) and len(own) == result['n']
     for fakes in ('samples', 'train', 'reconstructions'):
-        out = done(shapes.folder, 'metrics.py', 'shapes', flags, f'--fakes {fakes}',
-                   '--res 12 --points 50 --sampler dpmpp:2 --threshold 0.1').out.splitlines()
+        how = '--res 12 --sampler dpmpp:2 --threshold 0.1' if fakes != 'train' else ''
+        out = done(shapes.folder, 'metrics.py', 'shapes', flags, f'--fakes {fakes} --points 50',
+                   how).out.splitlines()
         rows = [json.loads(s) for s in out if s.startswith('{')]
         assert [(r['radius'], r['squared']) for r in rows] == list(
             itertools.product((1, 0.5), (True, False)))
         kind = dict(train='data').get(fakes, fakes)
         assert all(r['fake']['kind'] == kind and r['mmd'] > 0 for r in rows)
         assert rows[0]['fake'].get('split') == dict(train='train', reconstructions='test').get(fakes)
-        assert rows[0]['fake']['threshold'] == 0.1
+        assert rows[0]['fake']['threshold'] == (0.1 if how else model.config.threshold)
     same = done(shapes.folder, 'metrics.py', 'shapes raw/a raw/a --points 40').out.splitlines()
     assert json.loads(same[1])['mmd'] > 0 and json.loads(same[1])['cov'] == 1
     few = json.loads(done(shapes.folder, 'metrics.py', 'shapes raw raw --num 3 --points 30').out
@@ -1485,6 +1497,9 @@ MISUSE = [
     ('train_ldm.py', f'{LDM} --vae toy_image --name toy_image/vae.pt/new', 'nothing can be'),
     ('train_ldm.py', '--vae toy_image --name new --mixing_init nan', '--mixing_init'),
     ('train_vae.py', '--flip toy_image', 'toy_image', '--FLAG=on'),
+    ('sample.py', '--run toy_image --zoom -0.3,0.2,16', '--zoom', '--FLAG=-1,1'),
+    ('metrics.py', 'fid', 'required'),
+    ('data.py', 'check notes --data empty', '--data empty', 'path'),
     ('train_vae.py', f'{NEW} --steps 0', '--steps'),
     ('train_vae.py', f'{NEW} --seed -1', '--seed'),
     ('train_vae.py', f'{NEW} --resolution 2', '--resolution'),

@@ -368,7 +368,7 @@ def test_shapes_as_published(shapenet, monkeypatch):
                    for s in ('train', 'test'))
     assert train.names == ['03001627/m0', '03001627/m1', '04379243/m4', '04379243/m5']
     assert test.names == ['03001627/m3', '04379243/m7'] and test.labels == [0, 1]
-    assert 'val.lst' in train.notes[0]
+    assert 'shapes of neither train nor test' in train.notes[0]
     for i, name in enumerate(test.names):
         item = test.item(i, np.random.default_rng(0))
         r = item['coords'].double().norm(dim=1) * 0.55
@@ -424,7 +424,7 @@ def test_captions_are_joined_by_model(shapenet):
     assert train.captions == [['a chair, with "arms"', 'red chair'], [], [], []]
     texts = {train.item(0, np.random.default_rng(k))['text'] for k in range(20)}
     assert texts == {*train.captions[0]} and train.item(1)['text'] == ''
-    assert '3 shapes have no caption' in train.notes[0]
+    assert '3 shapes have no caption' in train.notes
     for text, words in (('a,b\n1,2\n', 'needs a column'), ('id,text\nm99,chair\n', 'none of 1 names')):
         (root / 'c.csv').write_text(text)
         with pytest.raises(ValueError, match=words):
@@ -438,6 +438,7 @@ def test_captions_are_joined_by_model(shapenet):
 @pytest.mark.mutation('data.py', 'len(values) == math.ceil(n / 8)', 'len(values) >= n / 8')
 @pytest.mark.mutation('data.py', '((values >= 0) & (values <= 1)).all()', 'True')
 @pytest.mark.mutation('data.py', 'require(np.isfinite(points).all()', 'require(True')
+@pytest.mark.mutation('data.py', 'require(reach <= 1.2 * self.extent', 'require(True')
 def test_occupancies_packed_or_one_by_one(shapenet):
     root, _ = shapenet
     place = root / '03001627' / 'm3' / 'points.npz'
@@ -454,12 +455,16 @@ def test_occupancies_packed_or_one_by_one(shapenet):
             pytest.fail(str(error))
     np.testing.assert_array_equal(truth(inside[:, None] * 0.9 + 0.05), inside)
     np.testing.assert_array_equal(truth(np.packbits(inside)), inside)
+    with pytest.raises(ValueError, match='points reach 2.* box is .-0.55'):
+        truth(inside, 2 * points / abs(points).max())
     broken = np.where(np.arange(61)[:, None] == 5, np.nan, points)
     for wrong in ((inside[:60],), (np.packbits(inside).astype(int),), (np.zeros(9, 'uint8'),),
-                  (2.0 * inside,), (np.where(inside, np.nan, 0),), (np.packbits(inside), broken),
+                  (2.0 * inside,), (np.where(inside, np.nan, 0),),
                   (inside[:0], points[:0]), (inside, points[:, :2])):
         with pytest.raises(ValueError, match='m3'):
             truth(*wrong)
+    with pytest.raises(ValueError, match='not finite'):
+        truth(np.packbits(inside), broken)
     np.savez(place, points=points, occupancies=inside)
     np.savez(place.with_name('pointcloud.npz'), points=points[:0])
     with pytest.raises(ValueError, match='m3'):

@@ -471,3 +471,17 @@ def test_files_that_hold_no_function(tmp_path):
                 pytest.fail(str(error))
     with pytest.raises(FileNotFoundError, match='none.pt'):
         inr.load_function(tmp_path / 'none.pt')
+
+
+@pytest.mark.mutation('inr.py', 'torch.as_tensor(self.centre) * scale', 'torch.as_tensor(self.centre)')
+@pytest.mark.mutation('inr.py', 'self.extent = float(self.extent * scale)', 'pass')
+def test_a_function_in_other_units(function, tmp_path):
+    model, xi = function
+    f = model.function([{k: field[:1] for k, field in level.items()} for level in xi])
+    box = [torch.tensor([-1.0, 1, 0.5]) * f.extent + torch.tensor(f.centre)]
+    f.move((0, 0, -5), 1)
+    f.move((1, 2, 3), 4)
+    inr.save_function(tmp_path / 'f.pt', f)
+    f = inr.load_function(tmp_path / 'f.pt')
+    box.append(torch.tensor([-1.0, 1, 0.5]) * f.extent + torch.tensor(f.centre))
+    torch.testing.assert_close(box[1], 4 * box[0] + torch.tensor([1.0, 2, -17]))
