@@ -940,6 +940,12 @@ def the_checkpoint(text, *files):
                             f'{" or ".join(map(str, places(text)))}')
 
 
+def same_file(before, now):
+    """Whether paths name one file, which may have moved: its name is the same, or they link to it."""
+    return (Path(str(before)).name == Path(str(now)).name
+            or os.path.realpath(str(before)) == os.path.realpath(str(now)))
+
+
 def resume(path, args, kind):
     """The checkpoint a run continues from, or None; ValueError naming flags that differ."""
     if args.restart or not path.exists():
@@ -950,7 +956,7 @@ def resume(path, args, kind):
             'needs; start from it with --init and another --name')
     saved = {**vars(args), **state['args']}
     changed = [k for k, v in vars(args).items() if k not in MAY_CHANGE and saved[k] != v
-               and not (k in MAY_MOVE and Path(str(saved[k])).name == Path(v).name)]
+               and not (k in MAY_MOVE and same_file(saved[k], v))]
     if changed:
         raise ValueError(f'{path} was made with other flags: ' + ', '.join(
             f'--{k} {saved[k]} (now {getattr(args, k)})' for k in changed)

@@ -741,14 +741,14 @@ def common_ball(many):
     if np.linalg.eigvalsh(across.mean(0))[0] < 1e-3:
         raise ValueError('the cameras look the same way, past no common object; give the box of '
                          'the scene with --box')
+    require(np.ptp(eye, axis=0).max() > 1e-9 * np.abs(eye).max(), 'the cameras stand at one place: '
+            'of a panorama no shape can be had')
     centre = np.linalg.solve(across.sum(0), (across @ eye[:, :, None]).sum(0)[:, 0])
     if np.mean(((centre - eye) * ahead).sum(1) > 0) < 0.5:
         raise ValueError('the cameras look away from where their axes meet: their axes are not '
                          'what this layout has; try --axes opencv or --axes opengl')
     half = np.concatenate([(c.sizes / c.lenses[:, :2]).min(1) / 2 for c in many])  # tan of angles
     radius = np.median(np.linalg.norm(centre - eye, axis=1) * half / np.hypot(1, half))
-    require(radius > 1e-6 * np.abs(eye).max(), 'the cameras stand at one place: a panorama, of '
-            'which no shape can be had')
     return centre, float(radius)
 
 
@@ -1797,7 +1797,7 @@ class FileItems(Items):
         bad, total = len(known) + len(others) - self.spared, self.total - self.spared
         if bad == total or not self.tolerant and bad >= 3 and bad > total / 100:
             if self.tolerant:  # `check`, which lists them where some are left
-                common.list_notes([], self.bad)
+                print(*(common.printable(f'{name}: {why}') for name, why in self.bad), sep='\n')
             name, why = self.bad[0]
             raise ValueError(f'{self.place}: {bad} of {total} {self.kind} cannot be used, '
                              f'e.g. {name}: {why}; all of them: python data.py check {self.place}')
@@ -1898,7 +1898,7 @@ def read_table(path, flag):
     """The rows of a CSV in UTF-8 as dicts; its errors name the flag."""
     try:
         rows = [*csv.DictReader(io.StringIO(common.read_text(path)), skipinitialspace=True)]
-        wrong = next((k for k, row in enumerate(rows, 1) if None in row), 0)
+        wrong = next((k for k, row in enumerate(rows, 1) if any(row.get(None, ()))), 0)
         require(not wrong, f'{path}: row {wrong} has more fields than the header; put texts with '
                 'commas into quotes')
         return rows
@@ -2988,7 +2988,7 @@ def find_meshes(root, classes):
     for name, key in zip(names, telling_parts([n.split('/') for n in names])):
         parts = name.split('/')
         group = parts[0] if len(parts) > 1 else root.resolve().name
-        told = (key, Path(name).stem, Path(name).name, name)
+        told = (name, key, Path(name).name, Path(name).stem)
         key = next((classes[k] for k in told if k in classes), group), key
         if key in found:
             raise ValueError(f'{root / name} and {found[key]} would get the same name; rename one '
@@ -3376,9 +3376,9 @@ def with_opacity(im, mask, where):
     """
     if mask is not None:
         im, values = im.convert('RGB'), np.asarray(mask.convert('L'))
-        if values.max() < 128:  # numbers of objects, of which 0 is none
-            numbers = np.asarray(mask) if mask.mode == 'P' else values
-            values = np.where(numbers, 255, 0).astype('uint8')
+        coloured = mask.mode == 'P' and np.ptp(np.reshape(mask.getpalette(), (-1, 3)), 1).any()
+        if coloured or values.max() == 1:  # numbers of objects, of which 0 is none
+            values = np.where(np.asarray(mask), 255, 0).astype('uint8')
         shape = values.shape[1] * im.height / (values.shape[0] * im.width)
         require(0.98 < shape < 1.02, f'{where}: of another shape than its mask')
         im.putalpha(Image.fromarray(values).resize(im.size))
@@ -3501,9 +3501,9 @@ class ArrayScene(SceneFiles):
 
     def pictures(self, numbers):
         images = self.array('images')
-        white = 1 if images.dtype.kind == 'f' and images.max() < 1.5 else 255
-        require(images.max() <= 1.5 * white, f'images: values up to {images.max():g}, where '
-                f'{white} is white')
+        most = images.max()
+        white = 1 if images.dtype.kind == 'f' and most < 128 else 255
+        require(white == 1 or most < 256, f'images: values up to {most:g}, where 255 is white')
         for k in numbers:
             im = (images[k] * (255 / white)).round().clip(0, 255)
             yield with_opacity(Image.fromarray(im.astype('uint8')), None, f'images[{k}]')

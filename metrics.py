@@ -1701,9 +1701,9 @@ def real_and_fake(args):
         fake = (getattr(b, args.fakes)() if b else  # the choices of --fakes are methods of Run
                 folder(args.b, args, R, args.num, 0 if paired else 1))
         shown = [' or '.join(f'{m} x {n}' for m, n in sorted(s.sizes)[:3]) for s in (fake, real)]
-        if len(fake.sizes) > 1 and not args.res and not b:
-            print(f'note: {args.b}: pictures of several sizes, {shown[0]}, ...; if it is an --out '
-                  'of sample.py, name one of the folders in it', file=sys.stderr)
+        if not b and is_first() and any(Path(args.b).glob('grid_*')):
+            print(f'note: {args.b}: grids of sample.py count as pictures, and all sizes; name one '
+                  'of the folders in it', file=sys.stderr)
         require(len(fake.sizes) != 1 or real.sizes == fake.sizes or not real.sizes,
                 f'the fakes are {shown[0]} pixels, the reals {shown[1]}: give --res')
         require(not paired or alone or list(real.items) == list(fake.items), f'{args.a} and '

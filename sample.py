@@ -354,9 +354,7 @@ class VideoFlags(FrameFlags):
 def check_videos(args, sizes):
     """ValueError for an invalid --box or --time."""
     parse_box(args.box)
-    t, count = args.time, max(args.frames, 1) * args.slow
-    common.require(count <= 10_000, f'--frames {args.frames}, --slow {args.slow}: at most 10,000 '
-                   'frames')
+    t = args.time
     common.require(args.animation != 'webp' or all(max(s) < 2 ** 14 for s in sizes), '--res: '
                    'webp ends at 16383 pixels; give --animation png')
     common.require(args.animation != 'gif' or args.fps <= 50, f'--fps {args.fps:g}: GIFs have 50 '
@@ -377,6 +375,7 @@ def encode_videos(path, vae, training, device):
 def video_frames(vae, xi, size, args):
     """The frames (3,h,w), uint8, that --frames, --slow and --time ask for, one at a time."""
     count, box = (args.frames or vae.config.frames) * args.slow, parse_box(args.box)
+    common.require(count <= 10_000, f'--frames and --slow: {count} frames, at most 10,000')
     ends = torch.linspace(*(args.time or (-1, 1)), count + 1).tolist()
     for part in zip(ends, ends[1:]):
         yield data.to_uint8(vae.signal(xi, size, box, args.antialias, 1, part)[0, :, 0]).cpu()
@@ -570,12 +569,13 @@ def check_domain(args, output, sizes):
     output.check(args, sizes)
 
 
-def refuse_overwriting(path, out):
-    """ValueError if what is encoded lies where results of that name are written, in OUT/HxW."""
-    path, out = Path(path).resolve(), Path(out).resolve()
-    below = path.parts[len(out.parts):] if out in path.parents else ()
-    common.require(not below or not re.fullmatch(SIZE_FOLDER, below[0]), f'--reconstruct {path}: '
-                   f'results would be written over it in {out}; name another --out')
+def refuse_overwriting(path, out, names):
+    """ValueError if what is encoded, at `path`, is what results of these names replace in OUT."""
+    path = Path(path).resolve()
+    for there in Path(out).resolve().glob('*/*'):
+        common.require(not re.fullmatch(SIZE_FOLDER, there.parent.name) or there.stem not in names
+                       or not {path, *path.parents} & {there, there.parent},
+                       f'--reconstruct {path}: would be written over; name another --out')
 
 
 SIZE_FOLDER = r'\d+(x\d+)?'
@@ -611,8 +611,8 @@ def main():
     output, place = OUTPUTS[vae.domain], None
     check_domain(args, output, sizes)
     if args.reconstruct:
-        refuse_overwriting(args.reconstruct, args.out)
         names, z, place = output.encode(args.reconstruct, vae, info['args'], device)
+        refuse_overwriting(args.reconstruct, args.out, names)
     else:
         names, z = draw(args, vae, *ldm)
     since = common.try_writing('--out', args.out)

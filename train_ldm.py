@@ -435,9 +435,10 @@ def main():
     state = common.resume(folder / 'ldm.pt', args, 'ldm')
     step = state['step'] if state else 0
     common.agree_on_flags(args, step=step, stage_1=digest)
+    began = f' ({state["args"]["vae"]})' if state else ''
     common.require(not state or state['vae_hash'] == digest, f'{vae_path} is not what stage 2 '
-                   f'in {folder} began on, or has changed; name that with --vae '
-                   f'({state and state["args"]["vae"]}), or give another --name or --restart')
+                   f'in {folder} began on{began}, or has changed; give that to --vae, or another '
+                   '--name, or --restart')
     if common.finished(folder / 'ldm.pt', state, args, process):
         return
     if process.is_first:

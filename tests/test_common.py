@@ -540,7 +540,8 @@ def test_whatever_does_not_fit_is_one_line_with_the_file():
 
 @pytest.mark.mutation('common.py', "'data', 'vae', 'name'}", "'data', 'vae'}")
 @pytest.mark.mutation('common.py', 'not (k in MAY_MOVE and', 'not (False and')
-@pytest.mark.mutation('common.py', 'Path(str(saved[k])).name == Path(v).name', 'True')
+@pytest.mark.mutation('common.py', 'os.path.realpath(str(before)) == ', 'False and ')
+@pytest.mark.mutation('common.py', 'return (Path(str(before)).name ==', 'return (True or')
 def test_runs_and_files_may_move(tmp_path):
     path, args = tmp_path / 'vae.pt', arguments(name='a', captions='/old/c.csv', restart=False)
     common.save_checkpoint(path, checkpoint(args=checkpoint()['args'] | vars(args)))
@@ -552,6 +553,8 @@ def test_runs_and_files_may_move(tmp_path):
     other = arguments(name='a', captions='/old/d.csv', restart=False)
     with pytest.raises(ValueError, match='--captions /old/c.csv .now /old/d.csv'):
         common.resume(path, other, 'vae')
+    (tmp_path / 'link.csv').symlink_to(tmp_path / 'c.csv')
+    assert common.same_file(tmp_path / 'link.csv', tmp_path / 'c.csv')
 
 
 @pytest.mark.mutation('common.py', 'lacking(state, TO_TRAIN[kind])', '[]')

@@ -885,7 +885,7 @@ def test_pictures_have_captions_by_file_name(folder):
     i = dataset.names.index('p0.png')
     assert {dataset.item(i, common.seeded(k))['text'] for k in range(9)} == {'a red', 'b'}
     assert dataset.item(dataset.names.index('p5.png'))['text'] == ''
-    (folder / 'c.csv').write_text('file,caption\np0.png, "a red, round chair"\n')
+    (folder / 'c.csv').write_text('file,caption\np0.png, "a red, round chair",\n')
     try:
         assert data.read_captions(folder / 'c.csv') == {'p0.png': ['a red, round chair']}
     except ValueError as error:

@@ -631,12 +631,13 @@ def test_classes_come_and_go(meshes, capsys):
         prepare(capsys, '--classes', 'c.csv')
 
 
-@pytest.mark.mutation('data.py', 'Path(name).stem, Path(name).name, name)', 'Path(name).stem)')
+@pytest.mark.mutation('data.py', 'told = (name, key, Path(name).name, Path', 'told = (key, Path')
 def test_classes_are_told_by_any_name_of_a_file(tmp_path):
     for name in ('a/x.obj', 'b/y.obj', 'b/z.obj'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found, _ = data.find_meshes(tmp_path, {'x.obj': 'chair', 'b/y.obj': 'lamp', 'z': 'table'})
+    found, _ = data.find_meshes(tmp_path, {
+        'x.obj': 'chair', 'b/y.obj': 'lamp', 'y': 'no', 'z': 'table'})
     assert {*found} == {('chair', 'x'), ('lamp', 'y'), ('table', 'z')}
 
 

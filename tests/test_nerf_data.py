@@ -108,7 +108,7 @@ def test_reduced_and_square_pictures_show_points_at_the_same_place():
 
 @pytest.mark.mutation('data.py', 'half / np.hypot(1, half)', 'half')
 @pytest.mark.mutation('data.py', '> 0) < 0.5:', '> 0) < -1:')
-@pytest.mark.mutation('data.py', 'require(radius > 1e-6 *', 'require(radius >= -1 *')
+@pytest.mark.mutation('data.py', 'require(np.ptp(eye, axis=0).max() > 1e-9', 'require(np.ptp(eye, axis=0).max() > -1')
 def test_cameras_look_at_a_ball():
     rng, centre = np.random.default_rng(2), np.array([1.0, -2.0, 0.5])
     directions = rng.normal(size=(12, 3))
@@ -122,9 +122,11 @@ def test_cameras_look_at_a_ball():
     turned = data.Cameras(poses @ np.diag([1, -1, -1, 1]), cameras.lenses, cameras.sizes)
     with pytest.raises(ValueError, match='look away.*--axes'):
         data.common_ball([turned])
-    poses[:, :3, 3] = centre
-    with pytest.raises(ValueError, match='at one place'):
-        data.common_ball([data.Cameras(poses, cameras.lenses, cameras.sizes)])
+    for place in (centre, 0):
+        standing = poses.copy()
+        standing[:, :3, 3] = place
+        with pytest.raises(ValueError, match='at one place'):
+            data.common_ball([data.Cameras(standing, cameras.lenses, cameras.sizes)])
     same = data.Cameras(poses[:1].repeat(3, 0), cameras.lenses[:3], cameras.sizes[:3])
     with pytest.raises(ValueError, match='--box'):
         data.common_ball([same])
@@ -581,15 +583,17 @@ def test_masks_say_what_the_object_is(tmp_path, scene_views):
     assert items.agreement(0).min() > 0.9
 
 
-@pytest.mark.mutation('data.py', 'if values.max() < 128:', 'if False:')
-@pytest.mark.mutation('data.py', "np.asarray(mask) if mask.mode == 'P' else values", 'values')
+@pytest.mark.mutation('data.py', 'if coloured or values.max() == 1:', 'if coloured:')
+@pytest.mark.mutation('data.py', 'if coloured or values.max() == 1:', 'if values.max() == 1:')
+@pytest.mark.mutation('data.py', "(-1, 3)), 1).any()", "(-1, 3)), 1).all() or True")
 @pytest.mark.mutation('data.py', 'require(0.98 < shape < 1.02', 'require(True')
 def test_masks_of_numbers_and_of_other_shapes():
     inside = np.zeros((4, 8), 'uint8')
     inside[:, 5:] = 1
-    black = Image.fromarray(inside)
+    black, grey = Image.fromarray(inside), Image.fromarray(1 - inside)
     black.putpalette([9, 0, 0, 0, 0, 0])  # an object of the darkest colour
-    for mask in (Image.fromarray(inside), Image.fromarray(255 * inside), black):
+    grey.putpalette([255, 255, 255, 0, 0, 0])  # a picture of two colours, no numbers
+    for mask in (Image.fromarray(inside), Image.fromarray(255 * inside), black, grey):
         seen = data.with_opacity(Image.new('L', (16, 8)), mask, 'x')
         assert (np.asarray(seen)[::2, ::2, 3] == 255 * inside)[:, [0, 7]].all()
     with pytest.raises(ValueError, match='x: of another shape than its mask'):
@@ -776,3 +780,19 @@ def test_check_of_wrong_axes(folders, monkeypatch, capsys):
         check(monkeypatch, folders / 'srn', '--axes', 'opengl')
     with pytest.raises(ValueError, match='--axes.*--box'):
         opened(folders / 'srn', box=(1.4,), axes='opengl').item(0)
+
+
+@pytest.mark.mutation('data.py', "and most < 128 else 255", "else 255")
+@pytest.mark.mutation('data.py', "images.dtype.kind == 'f' and most < 128", "images.dtype.kind == 'f'")
+@pytest.mark.mutation('data.py', 'require(white == 1 or most < 256', 'require(True')
+def test_pictures_in_an_npz_are_bytes_or_floats(tmp_path, scene_views):
+    poses, shots = scene_views[0]
+    found = []
+    for images in (shots, shots / 255, shots.astype('float32'), 257 * shots.astype('uint16')):
+        write_npz(tmp_path / 'cars/sampled/00_a.npz', poses, images, np.zeros((9, 6)))
+        scene = next(iter(data.find_scenes(tmp_path)[0].values()))
+        try:
+            found.append(np.stack([np.asarray(im) for im in scene.pictures(range(3))]))
+        except ValueError as error:
+            assert 'images: values up to 65535' in str(error)
+    assert len(found) == 3 and all(np.array_equal(other, found[0]) for other in found)

@@ -749,13 +749,18 @@ def test_export_and_animated_zoom(toy, tmp_path, repo):
     assert not (tmp_path / 'g.pt').exists()
 
 
-@pytest.mark.mutation('sample.py', 'not re.fullmatch(SIZE_FOLDER, below[0])', 'True')
+@pytest.mark.mutation('sample.py', 'there.stem not in names', 'there.name not in names')
+@pytest.mark.mutation('sample.py', '{there, there.parent}', '{there}')
 def test_what_is_encoded_is_not_written_over(tmp_path):
-    for path in ('out/64x64/000000', 'out/128/a.obj', 'out/./64x64'):
+    for name in ('out/64x64/000000/0.png', 'out/128/a.obj', 'out/64x64/000000.png'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    out = tmp_path / 'out'
+    for path, name in (('64x64/000000', '000000'), ('128/a.obj', 'a'), ('64x64', '000000')):
         with pytest.raises(ValueError, match='name another --out'):
-            sample.refuse_overwriting(tmp_path / path, tmp_path / 'out')
-    for path in ('photo.png', 'out/photo.png', 'other/64x64/a.png'):
-        sample.refuse_overwriting(tmp_path / path, tmp_path / 'out')
+            sample.refuse_overwriting(out / path, out, [name])
+    for path, name in (('64x64/000000.png', '000000_png'), ('a.obj', 'a'), ('../a.obj', 'a')):
+        sample.refuse_overwriting(out / path, out, [name])
 
 
 @pytest.mark.mutation('sample.py', 'factor ** (-k / count)', '1 - (1 - 1 / factor) * k / count')
