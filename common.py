@@ -941,7 +941,7 @@ def the_checkpoint(text, *files):
 
 
 def same_file(before, now):
-    """Whether paths name one file, which may have moved: its name is the same, or they link to it."""
+    """Whether paths name one file, which may have moved: of one name, or links to it."""
     return (Path(str(before)).name == Path(str(now)).name
             or os.path.realpath(str(before)) == os.path.realpath(str(now)))
 
