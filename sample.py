@@ -569,6 +569,9 @@ def check_domain(args, output, sizes):
     output.check(args, sizes)
 
 
+SIZE_FOLDER = r'\d+(x\d+)?'  # of results, in OUT
+
+
 def refuse_overwriting(path, out, names):
     """ValueError if what is encoded, at `path`, is what results of these names replace in OUT."""
     path = Path(path).resolve()
@@ -576,9 +579,6 @@ def refuse_overwriting(path, out, names):
         common.require(not re.fullmatch(SIZE_FOLDER, there.parent.name) or there.stem not in names
                        or not {path, *path.parents} & {there, there.parent},
                        f'--reconstruct {path}: would be written over; name another --out')
-
-
-SIZE_FOLDER = r'\d+(x\d+)?'
 
 
 def note_leftovers(out, since):

@@ -749,6 +749,14 @@ def test_export_and_animated_zoom(toy, tmp_path, repo):
     assert not (tmp_path / 'g.pt').exists()
 
 
+@pytest.mark.mutation('sample.py', 'require(process.world == 1', 'require(True')
+def test_sampling_is_one_process(tmp_path, repo):
+    two = common.Process(0, 2, torch.device('cpu'), False)
+    with mock.patch.object(common, 'start_process', lambda device: two):
+        assert_refused(call(tmp_path, 'sample.py', '--num 1 --steps 1 --res 8', repo=repo),
+                       'one process')
+
+
 @pytest.mark.mutation('sample.py', 'there.stem not in names', 'there.name not in names')
 @pytest.mark.mutation('sample.py', '{there, there.parent}', '{there}')
 def test_what_is_encoded_is_not_written_over(tmp_path):
@@ -1062,6 +1070,7 @@ def test_shapes_resume_bit_by_bit(shapes, tmp_path, repo):
     'sample.py',
     'vertices.double().cpu().numpy() * scale + loc',
     'vertices.double().cpu().numpy()')
+@pytest.mark.mutation('sample.py', 'function.move(*place)', 'pass')
 def test_meshes_out_of_samples_and_reconstructions(shapes, tmp_path, repo):
     """Every format, all resolutions from the same latents, and a mesh back in its own place."""
     run = f'--run {shapes.run} --device cpu --threshold 0.1'
@@ -1082,11 +1091,14 @@ def test_meshes_out_of_samples_and_reconstructions(shapes, tmp_path, repo):
         points += 0.005 * common.seeded('cloud noise').standard_normal(points.shape)  # as trained
         cloud = torch.from_numpy(points / 0.55).float()[None]
         (expected, _), = model.signal(model.decode(model.encode(cloud).mean), 16, 0.1)
-        done(tmp_path, 'sample.py', run, f'--reconstruct {name} --res 16 --out back', repo=repo)
+        done(tmp_path, 'sample.py', run, f'--reconstruct {name} --res 16 --out back',
+             '--export f.pt', repo=repo)
         assert len(expected) > 10
         found, _ = data.read_mesh(tmp_path / 'back' / '16' / 'moved.obj')
         np.testing.assert_allclose(found, expected.double().numpy() * scale + loc, atol=1e-2)
         assert np.abs(found.mean(0) - (100, 0, -50)).max() < 30
+        f = inr.load_function(tmp_path / 'f.pt')  # in the same units as its surface
+        np.testing.assert_allclose([*f.centre, f.extent], [*loc, 0.55 * scale], atol=1e-6)
 
 
 @pytest.mark.mutation('sample.py', '3.0 if args.text else 1.0', '1.0')

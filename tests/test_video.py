@@ -378,6 +378,19 @@ def test_impossible_times_are_refused():
             sample.check_videos(flags(time=time), [])
 
 
+@pytest.mark.mutation('sample.py', 'max(s) < 2 ** 14 for s in sizes', 'True for s in sizes')
+@pytest.mark.mutation('sample.py', "!= 'gif' or args.fps <= 50", "!= 'gif' or True")
+@pytest.mark.mutation('sample.py', 'require(count <= 10_000', 'require(True')
+def test_what_no_animation_can_hold_is_refused(saved):
+    for given, size in ((dict(), 2 ** 14), (dict(animation='gif', fps=60.0), 8)):
+        with pytest.raises(ValueError, match='--res|--fps'):
+            sample.check_videos(flags(**given), [(8, size)])
+    sample.check_videos(flags(animation='gif', fps=50.0), [(8, 2 ** 14)])
+    xi = saved.decode(torch.zeros(1, 4, 56))
+    with pytest.raises(ValueError, match='at most 10,000'):
+        next(sample.video_frames(saved, xi, (8, 8), flags(frames=101, slow=100)))
+
+
 def test_clips_are_reconstructed_from_files(saved):
     """Frames of an animated file, of a longer one the middle."""
     frames = [torch.full((3, 8, 8), 30 * k, dtype=torch.uint8) for k in range(7)]
